@@ -1,0 +1,143 @@
+"""The blocks of the KV cache: who is free, in which order, and how many hold each."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.jit import jit
+
+NULL_BLOCK = 0
+"""Never handed out. It stands for "no block" in tables, and closes the ring of the free queue."""
+
+
+class BlockPoolArrays(NamedTuple):
+    """The state of a pool. The free queue is a ring of block ids through `NULL_BLOCK`: next_free[0] is handed out first."""
+
+    next_free: Int32Array
+    """By block: the one after it in the free queue. Meaningless while the block is held."""
+    prev_free: Int32Array
+    """By block: the one before it in the free queue, so that a block can leave from the middle."""
+    ref_cnt: Int32Array
+    """By block: how many tables hold it. A block is in the free queue exactly when this is 0 (the null block never is)."""
+    num_free: Int64Array
+    """Length 1: blocks in the free queue."""
+
+
+@jit
+def take_blocks(pool: BlockPoolArrays, num_blocks: int, table: Int32Array, offset: int) -> None:
+    """Move the first `num_blocks` of the free queue to table[offset:]. O(num_blocks). The caller has seen that they are there."""
+    block = pool.next_free[NULL_BLOCK]
+    for i in range(num_blocks):
+        table[offset + i] = block
+        pool.ref_cnt[block] = 1
+        block = pool.next_free[block]
+    pool.next_free[NULL_BLOCK] = block
+    pool.prev_free[block] = NULL_BLOCK
+    pool.num_free[0] -= num_blocks
+
+
+@jit
+def release_blocks(pool: BlockPoolArrays, table: Int32Array, num_blocks: int) -> None:
+    """Drop one reference to each of table[:num_blocks], from the last to the first. O(num_blocks).
+
+    Those that nobody holds any more go to the front of the free queue as one batch in this order: the tail is handed out first.
+    """
+    head = pool.next_free[NULL_BLOCK]
+    behind = NULL_BLOCK
+    for i in range(num_blocks - 1, -1, -1):
+        block = table[i]
+        pool.ref_cnt[block] -= 1
+        if pool.ref_cnt[block] == 0:
+            pool.next_free[behind] = block
+            pool.prev_free[block] = behind
+            behind = block
+            pool.num_free[0] += 1
+    pool.next_free[behind] = head
+    pool.prev_free[head] = behind
+
+
+class BlockPool:
+    """`num_blocks` blocks of which block 0 is the null block and the others are free or held, with reference counts.
+
+    12 bytes of state per block. Prefix caching will add a hash per block; the queue's back links are there for it.
+
+    Example:
+        >>> pool = BlockPool(num_blocks=6)
+        >>> pool.get_new_blocks(3).tolist()
+        [1, 2, 3]
+        >>> pool.free_blocks([1, 2, 3])
+        >>> pool.free_queue().tolist()
+        [3, 2, 1, 4, 5]
+        >>> pool.get_new_blocks(9) is None
+        True
+    """
+
+    def __init__(self, *, num_blocks: int) -> None:
+        if not 2 <= num_blocks <= np.iinfo(np.int32).max:
+            raise ConfigError(f"a pool of {num_blocks} blocks: needs 2 or more, since block 0 is the null block")
+        ids = np.arange(num_blocks, dtype=np.int32)
+        self.num_blocks = num_blocks
+        self.arrays = BlockPoolArrays(
+            next_free=np.roll(ids, -1), prev_free=np.roll(ids, 1), ref_cnt=np.zeros(num_blocks, np.int32), num_free=np.array([num_blocks - 1])
+        )
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks in the free queue."""
+        return int(self.arrays.num_free[0])
+
+    def get_new_blocks(self, num_blocks: int) -> Int32Array | None:
+        """Take blocks from the front of the free queue; None, and nothing changed, if there are not so many. O(num_blocks).
+
+        Raises:
+            ConfigError: If `num_blocks` is negative.
+        """
+        if num_blocks < 0:
+            raise ConfigError(f"cannot take {num_blocks} blocks: the number must be 0 or more")
+        if num_blocks > self.num_free_blocks:
+            return None
+        blocks = np.empty(num_blocks, np.int32)
+        take_blocks(self.arrays, num_blocks, blocks, 0)
+        return blocks
+
+    def free_blocks(self, blocks: Sequence[int] | Int32Array) -> None:
+        """Drop one reference to each of `blocks`, a table or a part of one. O(len(blocks)).
+
+        Raises:
+            ConfigError: If a block is not of this pool or has fewer references than are dropped; nothing has changed then.
+        """
+        table = np.asarray(blocks, np.int32)
+        ids, drops = np.unique(table, return_counts=True)
+        if ids.size and not (ids[0] > NULL_BLOCK and ids[-1] < self.num_blocks):
+            raise ConfigError(f"cannot free blocks {ids.tolist()}: this pool hands out 1 to {self.num_blocks - 1}")
+        over = ids[self.arrays.ref_cnt[ids] < drops]
+        if over.size:
+            raise ConfigError(f"double free of block {over[0]}: it is held {self.arrays.ref_cnt[over[0]]} times")
+        release_blocks(self.arrays, table, table.size)
+
+    def free_queue(self) -> Int32Array:
+        """Return the free blocks, the next to be handed out first. O(free blocks)."""
+        order = np.empty(self.num_free_blocks, np.int32)
+        block = NULL_BLOCK
+        for i in range(order.size):
+            block = self.arrays.next_free[block]
+            order[i] = block
+        return order
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless the queue is one ring, both ways, of exactly the blocks that nobody holds."""
+        queue = self.free_queue()
+        ring = np.concatenate(([NULL_BLOCK], queue, [NULL_BLOCK]))
+        held = self.arrays.ref_cnt > 0
+        expected = np.flatnonzero(~held)[1:]
+        if (
+            held[NULL_BLOCK]
+            or (self.arrays.ref_cnt < 0).any()
+            or not np.array_equal(np.sort(queue), expected)
+            or not np.array_equal(self.arrays.next_free[ring[:-1]], ring[1:])
+            or not np.array_equal(self.arrays.prev_free[ring[1:]], ring[:-1])
+        ):
+            raise IntegrityError(f"free queue {queue.tolist()} of {self.num_free_blocks}, ref_cnt {self.arrays.ref_cnt.tolist()}")

@@ -1,0 +1,71 @@
+"""Contiguous KV allocation: at admission a request reserves one interval for its whole life. The baselines of PagedAttention."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pagedkv.allocation import KVPoolSettings, StepBatch
+from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.errors import IntegrityError
+from pagedkv.heaps import HEAPS
+
+NOT_HELD = -1
+
+
+class ContiguousAllocator:
+    """Reserves `reservation(prompt_tokens, output_tokens)` adjacent slots at admission, found by the heap of the settings."""
+
+    unit_slots = 1
+
+    def __init__(self, name: str, settings: KVPoolSettings, *, reservation: Callable[[int, int], int]) -> None:
+        self.name = name
+        self.placement = settings.contiguous_heap
+        self.heap = HEAPS.load(settings.contiguous_heap)(settings.num_slots)
+        self.usable_slots = settings.num_slots
+        self.address: Int64Array = np.full(settings.max_num_seqs, NOT_HELD, np.int64)
+        """By row: first slot of its reservation. Token t of the row lies in slot address + t."""
+        self.units_held: Int32Array = np.zeros(settings.max_num_seqs, np.int32)
+        self.rounding_slots = 0
+        self._reservation = reservation
+
+    def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
+        """Return the reservation, or None if the empty heap could not place it."""
+        slots = self._reservation(prompt_tokens, output_tokens)
+        return slots if slots <= self.heap.largest_reservation else None
+
+    def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
+        """Reserve for admissions in order until one does not fit; return its index. Running entries have all they need."""
+        for i in range(max(first, num_running), last):
+            size = int(batch.admission_slots[i])
+            address = self.heap.reserve(size)
+            if address is None:
+                return i
+            self.address[batch.row[i]] = address
+            self.units_held[batch.row[i]] = size
+            self.rounding_slots += self.heap.rounded(size) - size
+        return last
+
+    def free(self, row: int) -> None:
+        """Give the reservation of `row` back."""
+        size = int(self.units_held[row])
+        self.heap.release(int(self.address[row]))
+        self.rounding_slots -= self.heap.rounded(size) - size
+        self.address[row] = NOT_HELD
+        self.units_held[row] = 0
+
+    @property
+    def free_slots(self) -> int:
+        """Slots in free extents of the heap."""
+        return self.heap.free_slots
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless the rows' intervals are disjoint and are what the heap has given out."""
+        self.heap.check_integrity()
+        rows = np.flatnonzero(self.units_held)
+        intervals = sorted((int(self.address[r]), self.heap.rounded(int(self.units_held[r])), int(r)) for r in rows)
+        overlap = any(a + size > b for (a, size, _), (b, _, _) in zip(intervals, intervals[1:], strict=False))
+        taken = sum(size for _, size, _ in intervals)
+        rounding = taken - int(self.units_held.sum())
+        named = np.array_equal(np.flatnonzero(self.address != NOT_HELD), rows)
+        if overlap or not named or taken + self.heap.free_slots != self.usable_slots or rounding != self.rounding_slots:
+            raise IntegrityError(f"(address, size, row) {intervals} with {self.heap.free_slots} of {self.usable_slots} slots free")

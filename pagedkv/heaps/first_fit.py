@@ -1,0 +1,160 @@
+"""First fit with coalescing: the lowest free extent that is large enough, cut to size; neighbours merge when they are free."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.arrays import Int64Array
+from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.heaps import HEAPS
+from pagedkv.jit import jit
+
+NONE = -1
+
+
+class ExtentArrays(NamedTuple):
+    """Free extents, and reservations, each as parallel arrays sorted by address."""
+
+    start: Int64Array
+    size: Int64Array
+    count: Int64Array
+    """Length 1: extents in use."""
+
+
+@jit
+def _insert(extents: ExtentArrays, at: int, start: int, size: int) -> None:
+    count = extents.count[0]
+    for i in range(count, at, -1):
+        extents.start[i] = extents.start[i - 1]
+        extents.size[i] = extents.size[i - 1]
+    extents.start[at] = start
+    extents.size[at] = size
+    extents.count[0] = count + 1
+
+
+@jit
+def _remove(extents: ExtentArrays, at: int) -> None:
+    count = extents.count[0]
+    for i in range(at, count - 1):
+        extents.start[i] = extents.start[i + 1]
+        extents.size[i] = extents.size[i + 1]
+    extents.count[0] = count - 1
+
+
+@jit
+def _place_of(extents: ExtentArrays, address: int) -> int:
+    """Return the index of the first extent at or beyond `address`."""
+    return int(np.searchsorted(extents.start[: extents.count[0]], address))
+
+
+@jit
+def _reserve(free: ExtentArrays, taken: ExtentArrays, size: int) -> int:
+    """Cut `size` slots from the lowest extent that has them. O(extents)."""
+    for i in range(free.count[0]):
+        if free.size[i] >= size:
+            address = free.start[i]
+            free.start[i] += size
+            free.size[i] -= size
+            if free.size[i] == 0:
+                _remove(free, i)
+            _insert(taken, _place_of(taken, address), address, size)
+            return int(address)
+    return NONE
+
+
+@jit
+def _release(free: ExtentArrays, taken: ExtentArrays, address: int) -> bool:
+    """Give a reservation back and merge it with free neighbours. O(extents). False if none starts at `address`."""
+    place = _place_of(taken, address)
+    if place == taken.count[0] or taken.start[place] != address:
+        return False
+    size = taken.size[place]
+    _remove(taken, place)
+    i = _place_of(free, address)
+    joins_left = i > 0 and free.start[i - 1] + free.size[i - 1] == address
+    joins_right = i < free.count[0] and address + size == free.start[i]
+    if joins_left and joins_right:
+        free.size[i - 1] += size + free.size[i]
+        _remove(free, i)
+    elif joins_left:
+        free.size[i - 1] += size
+    elif joins_right:
+        free.start[i] = address
+        free.size[i] += size
+    else:
+        _insert(free, i, address, size)
+    return True
+
+
+@HEAPS.register("first-fit")
+class FirstFitHeap:
+    """`num_slots` slots; a reservation takes exactly what it asks for.
+
+    Example:
+        >>> heap = FirstFitHeap(10)
+        >>> heap.reserve(4), heap.reserve(4), heap.reserve(4)
+        (0, 4, None)
+        >>> heap.release(0); heap.reserve(3)
+        0
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        if num_slots < 1:
+            raise ConfigError(f"a heap of {num_slots} slots: needs 1 or more")
+        self.num_slots = num_slots
+        self._free = _extents(capacity=64)
+        self._taken = _extents(capacity=64)
+        _insert(self._free, 0, 0, num_slots)
+
+    def reserve(self, size: int) -> int | None:
+        """Take `size` slots from the lowest extent that has them; None if none has. O(extents)."""
+        if size < 1:
+            raise ConfigError(f"cannot reserve {size} slots: the number must be 1 or more")
+        self._free, self._taken = _with_room(self._free), _with_room(self._taken)
+        address = _reserve(self._free, self._taken, size)
+        return None if address == NONE else address
+
+    def release(self, address: int) -> None:
+        """Give back the reservation at `address`. O(extents)."""
+        self._free = _with_room(self._free)
+        if not _release(self._free, self._taken, address):
+            raise ConfigError(f"cannot release slot {address}: no reservation starts there")
+
+    def rounded(self, size: int) -> int:
+        """Return `size`: nothing is rounded."""
+        return size
+
+    @property
+    def free_slots(self) -> int:
+        """Slots in free extents."""
+        return int(self._free.size[: self._free.count[0]].sum())
+
+    @property
+    def largest_reservation(self) -> int:
+        """The whole heap."""
+        return self.num_slots
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless free and taken extents tile the heap and no two free ones touch."""
+        free, taken = (
+            {int(s): int(n) for s, n in zip(e.start[: e.count[0]], e.size[: e.count[0]], strict=True)} for e in (self._free, self._taken)
+        )
+        end = 0
+        for address, size in sorted((free | taken).items()):
+            touching = address in free and any(start + length == address for start, length in free.items())
+            if address != end or size < 1 or touching:
+                raise IntegrityError(f"extent of {size} at {address}, expected at {end}: free {free}, taken {taken}")
+            end = address + size
+        if end != self.num_slots or free.keys() & taken.keys():
+            raise IntegrityError(f"free {free} and taken {taken} do not tile {self.num_slots} slots")
+
+
+def _extents(*, capacity: int) -> ExtentArrays:
+    return ExtentArrays(np.zeros(capacity, np.int64), np.zeros(capacity, np.int64), np.zeros(1, np.int64))
+
+
+def _with_room(extents: ExtentArrays) -> ExtentArrays:
+    if extents.count[0] < extents.start.size:
+        return extents
+    pad = np.zeros(extents.start.size, np.int64)
+    return ExtentArrays(np.concatenate((extents.start, pad)), np.concatenate((extents.size, pad)), extents.count)

@@ -1,0 +1,37 @@
+"""How hot functions are compiled."""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def jit(function: F) -> F:
+    """Compile `function` with numba on first use and keep the machine code on disk.
+
+    numba renews a cached function when the file that holds it changes, but not when a function that it calls in another file does:
+    after an upgrade, old code could go on running. So the key here covers every source file of the package.
+    """
+    compiled = numba.njit(cache=True, error_model="numpy")(function)
+    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if cache_file is not None:  # no writable cache folder, or NUMBA_DISABLE_JIT
+        cache_file._source_stamp = (cache_file._source_stamp, _package_digest())
+    return compiled  # type: ignore[no-any-return]
+
+
+@cache
+def _package_digest() -> str:
+    import pagedkv
+
+    digest = hashlib.sha256()
+    for folder in pagedkv.__path__:
+        root = Path(folder)
+        parts = (root,) if root.name == "pagedkv" else (root / "sims", root / "kernels")
+        for file in sorted(file for part in parts for file in part.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

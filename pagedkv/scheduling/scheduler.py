@@ -1,0 +1,217 @@
+"""Continuous batching with vLLM's order of decisions, over any allocator."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from pagedkv.allocation import Allocator, StepBatch
+from pagedkv.arrays import Int64Array
+from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.scheduling.requests import NO_ROW, RequestTable
+from pagedkv.scheduling.state import (
+    NUM_RUNNING,
+    NUM_WAITING,
+    WAITING_HEAD,
+    SchedulerArrays,
+    SchedulerLimits,
+    admit,
+    complete_step,
+    plan_step,
+    preempt_last,
+)
+
+
+class Blocker(Enum):
+    """Why the head of the queue did not start in a step."""
+
+    NONE = "none"
+    """Nobody waits."""
+    KV_MEMORY = "kv_memory"
+    """The allocator had no room for it, or had to preempt for those who run."""
+    MAX_NUM_SEQS = "max_num_seqs"
+    """Every row of the running batch is taken."""
+    TOKEN_BUDGET = "token_budget"
+    """The step's tokens were spent: prefill waits for compute."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """Limits of one step, by vLLM's names."""
+
+    max_num_seqs: int = 256
+    """Most requests in the running batch."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens that a step computes."""
+    max_model_len: int
+    """Longest prompt + output, in tokens."""
+    enable_chunked_prefill: bool = True
+    """Let a prompt be computed in several steps."""
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one request in a step while others are there; 0 means no limit."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which some request could never run.
+
+        Raises:
+            ConfigError: With the values that would work.
+        """
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a prompt of max-model-len {self.max_model_len} must fit into one step: "
+                f"max-num-batched-tokens is {self.max_num_batched_tokens}, needs {self.max_model_len} or more"
+            )
+
+
+@dataclass(slots=True)
+class Step:
+    """What the scheduler decided. The arrays are reused by the next step."""
+
+    batch: StepBatch
+    num_entries: int = 0
+    """Entries of `batch` that run."""
+    num_running_before: int = 0
+    """How many of them ran before; the others are admissions."""
+    num_preempted: int = 0
+    blocker: Blocker = Blocker.NONE
+
+
+class Scheduler:
+    """Decides step by step which requests compute how many tokens, and asks `allocator` for their slots.
+
+    `schedule()` gives the next step, `complete()` says that it was computed. Semantics of vLLM v1 with policy fcfs: running
+    requests first, in order of admission; when one does not fit the last of them is preempted and will recompute; the queue is
+    served only in steps without preemption, and its first request that does not fit ends the step.
+
+    Example:
+        >>> from pagedkv.allocation import KVPoolSettings
+        >>> from pagedkv.allocators import ALLOCATORS
+        >>> allocator = ALLOCATORS.load("paged")(KVPoolSettings(num_blocks=9, block_size=4, max_model_len=32))
+        >>> scheduler = Scheduler(SchedulerSettings(max_model_len=32), allocator)
+        >>> scheduler.add(prompt_tokens=10, output_tokens=2)
+        0
+        >>> scheduler.schedule().num_entries, allocator.free_slots
+        (1, 20)
+        >>> scheduler.complete(); scheduler.sampled.tolist(), scheduler.finished.tolist()
+        ([0], [])
+    """
+
+    def __init__(self, settings: SchedulerSettings, allocator: Allocator) -> None:
+        self.settings = settings
+        self.allocator = allocator
+        self.requests = RequestTable()
+        self.arrays = SchedulerArrays.empty(settings.max_num_seqs, waiting_capacity=256)
+        self._limits = SchedulerLimits(
+            settings.max_num_batched_tokens, settings.long_prefill_token_threshold, settings.enable_chunked_prefill
+        )
+        self._step = Step(StepBatch.empty(settings.max_num_seqs))
+        self._sampled = np.zeros(settings.max_num_seqs, np.int64)
+        self._finished = np.zeros(settings.max_num_seqs, np.int64)
+        self._num_sampled = self._num_finished = 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the running batch."""
+        return int(self.arrays.counts[NUM_RUNNING])
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return int(self.arrays.counts[NUM_WAITING])
+
+    @property
+    def sampled(self) -> Int64Array:
+        """Requests that got an output token in the step completed last, in scheduling order. A view."""
+        return self._sampled[: self._num_sampled]
+
+    @property
+    def finished(self) -> Int64Array:
+        """Those of them that are done. A view."""
+        return self._finished[: self._num_finished]
+
+    def add(self, *, prompt_tokens: int, output_tokens: int) -> int | None:
+        """Put a request at the end of the queue and return its index; None if it could never run here.
+
+        Raises:
+            ConfigError: If a length is below 1.
+        """
+        if prompt_tokens < 1 or output_tokens < 1:
+            raise ConfigError(f"a request needs 1 or more prompt and output tokens, not {prompt_tokens} and {output_tokens}")
+        if prompt_tokens + output_tokens > self.settings.max_model_len:
+            return None
+        admission_slots = self.allocator.admission_slots(prompt_tokens, output_tokens)
+        if admission_slots is None:
+            return None
+        request = self.requests.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, admission_slots=admission_slots)
+        # Preempted requests come back to the queue: there must be room for everyone who runs.
+        if self.num_waiting + self.num_running + 1 >= self.arrays.waiting.size:
+            self._grow_queue()
+        counts = self.arrays.counts
+        self.arrays.waiting[(counts[WAITING_HEAD] + counts[NUM_WAITING]) % self.arrays.waiting.size] = request
+        counts[NUM_WAITING] += 1
+        return request
+
+    def schedule(self) -> Step:
+        """Decide the next step and take its slots. The returned object is overwritten by the next call."""
+        state, requests, batch = self.arrays, self.requests.arrays, self._step.batch
+        num_running, num_entries = plan_step(state, requests, self._limits, batch)
+        granted = self.allocator.allocate_slots(batch, 0, num_entries, num_running)
+        num_preempted = 0
+        while granted < num_running:  # the running ones do not all fit: the last of them makes room, be it the one that asks
+            self.allocator.free(preempt_last(state, requests))
+            num_preempted += 1
+            num_running = min(num_running, self.num_running)
+            granted = self.allocator.allocate_slots(batch, granted, num_running, num_running)
+        if granted > num_running and not num_preempted:
+            admit(state, requests, batch, num_running, granted)
+        step = self._step
+        step.num_running_before, step.num_entries, step.num_preempted = num_running, granted, num_preempted
+        step.blocker = self._blocker(refused=num_preempted > 0 or granted < num_entries)
+        return step
+
+    def _blocker(self, *, refused: bool) -> Blocker:
+        if self.num_waiting == 0:
+            return Blocker.NONE
+        if refused:
+            return Blocker.KV_MEMORY
+        return Blocker.MAX_NUM_SEQS if self.num_running == self.settings.max_num_seqs else Blocker.TOKEN_BUDGET
+
+    def complete(self) -> None:
+        """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
+        requests = self.requests.arrays
+        self._num_sampled, self._num_finished = complete_step(
+            self.arrays, requests, self._step.batch, self._step.num_entries, self._sampled, self._finished
+        )
+        for request in self.finished:
+            self.allocator.free(int(requests.row[request]))
+            requests.row[request] = NO_ROW
+
+    def _grow_queue(self) -> None:
+        waiting, head = self.arrays.waiting, self.arrays.counts[WAITING_HEAD]
+        self.arrays = self.arrays._replace(waiting=np.concatenate((np.roll(waiting, -head), np.zeros_like(waiting))))
+        self.arrays.counts[WAITING_HEAD] = 0
+
+    def waiting(self) -> Int64Array:
+        """Return the queue, its head first. O(waiting)."""
+        ring, head = self.arrays.waiting, self.arrays.counts[WAITING_HEAD]
+        return ring[(head + np.arange(self.num_waiting)) % ring.size]
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless rows, queue and running batch fit together and every running request has its slots."""
+        self.allocator.check_integrity()
+        requests, running, waiting = self.requests.arrays, self.arrays.running[: self.num_running], self.waiting()
+        rows = requests.row[running]
+        free_rows = self.arrays.free_rows[self.num_running :]
+        slots = self.allocator.units_held[rows].astype(np.int64) * self.allocator.unit_slots
+        if (
+            not np.array_equal(np.sort(np.concatenate((rows, free_rows))), np.arange(self.settings.max_num_seqs))
+            or np.unique(np.concatenate((running, waiting))).size != running.size + waiting.size
+            or (requests.row[waiting] != NO_ROW).any()
+            or requests.num_computed_tokens[waiting].any()
+            or (slots < requests.num_computed_tokens[running]).any()
+            or self.allocator.units_held[free_rows].any()
+        ):
+            raise IntegrityError(f"running {running.tolist()} in rows {rows.tolist()} with {slots.tolist()} slots, waiting {waiting.tolist()}")

@@ -1,0 +1,162 @@
+"""The scheduler's state as arrays, and the compiled functions over it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.allocation import StepBatch
+from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.jit import jit
+from pagedkv.scheduling.requests import NO_ROW, RequestArrays
+
+NUM_RUNNING, WAITING_HEAD, NUM_WAITING = 0, 1, 2
+
+
+class SchedulerArrays(NamedTuple):
+    """Who runs, who waits, and which rows are free."""
+
+    running: Int64Array
+    """Request indices in the order of admission; counts[NUM_RUNNING] of them."""
+    free_rows: Int32Array
+    """A stack: free_rows[counts[NUM_RUNNING]:] are the rows that nobody has, the next to be given first."""
+    waiting: Int64Array
+    """A ring of request indices: counts[NUM_WAITING] of them from counts[WAITING_HEAD] on."""
+    counts: Int64Array
+
+    @classmethod
+    def empty(cls, max_num_seqs: int, waiting_capacity: int) -> "SchedulerArrays":
+        """Return the state with nobody in it."""
+        running, waiting = np.zeros(max_num_seqs, np.int64), np.zeros(waiting_capacity, np.int64)
+        return cls(running, np.arange(max_num_seqs, dtype=np.int32), waiting, np.zeros(3, np.int64))
+
+
+class SchedulerLimits(NamedTuple):
+    """The limits of a step, as plain numbers for compiled code."""
+
+    max_num_batched_tokens: int
+    long_prefill_token_threshold: int
+    enable_chunked_prefill: bool
+
+
+@jit
+def _add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
+    batch.request[i] = request
+    batch.row[i] = row
+    batch.num_scheduled_tokens[i] = num_tokens
+    batch.num_slots_needed[i] = requests.num_computed_tokens[request] + num_tokens
+    batch.num_known_tokens[i] = requests.num_known_tokens[request]
+    batch.admission_slots[i] = requests.admission_slots[request]
+
+
+@jit
+def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: SchedulerLimits, batch: StepBatch) -> tuple[int, int]:
+    """Write into `batch` what the token budget allows: running requests in order, then the head of the queue.
+
+    O(entries). Nothing but `batch` changes.
+
+    Returns:
+        (entries of running requests, entries in all).
+    """
+    num_running, num_waiting = state.counts[NUM_RUNNING], state.counts[NUM_WAITING]
+    budget = limits.max_num_batched_tokens
+    threshold = limits.long_prefill_token_threshold if num_running + num_waiting > 1 else 0
+    entries = 0
+    for i in range(num_running):
+        if budget == 0:
+            break
+        request = state.running[i]
+        tokens = requests.num_known_tokens[request] - requests.num_computed_tokens[request]
+        if threshold > 0:
+            tokens = min(tokens, threshold)
+        tokens = min(tokens, budget)
+        _add_entry(batch, entries, requests, request, requests.row[request], tokens)
+        entries += 1
+        budget -= tokens
+    running_entries = entries
+    for k in range(min(num_waiting, state.running.size - num_running)):
+        if budget == 0:
+            break
+        request = state.waiting[(state.counts[WAITING_HEAD] + k) % state.waiting.size]
+        tokens = requests.num_known_tokens[request]
+        if threshold > 0:
+            tokens = min(tokens, threshold)
+        if tokens > budget:
+            if not limits.enable_chunked_prefill:
+                break
+            tokens = budget
+        _add_entry(batch, entries, requests, request, state.free_rows[num_running + k], tokens)
+        entries += 1
+        budget -= tokens
+    return running_entries, entries
+
+
+@jit
+def preempt_last(state: SchedulerArrays, requests: RequestArrays) -> int:
+    """Move the last running request to the front of the queue, its computed tokens forgotten; return the row it leaves."""
+    num_running = state.counts[NUM_RUNNING] - 1
+    request = state.running[num_running]
+    row = requests.row[request]
+    requests.row[request] = NO_ROW
+    requests.num_computed_tokens[request] = 0
+    requests.num_preemptions[request] += 1
+    state.free_rows[num_running] = row
+    head = (state.counts[WAITING_HEAD] - 1) % state.waiting.size
+    state.waiting[head] = request
+    state.counts[NUM_RUNNING] = num_running
+    state.counts[WAITING_HEAD] = head
+    state.counts[NUM_WAITING] += 1
+    return int(row)
+
+
+@jit
+def admit(state: SchedulerArrays, requests: RequestArrays, batch: StepBatch, first: int, last: int) -> None:
+    """Move the requests of entries `first` to `last` from the head of the queue to the running ones. O(last - first)."""
+    for i in range(first, last):
+        request = batch.request[i]
+        requests.row[request] = batch.row[i]
+        state.running[state.counts[NUM_RUNNING]] = request
+        state.counts[NUM_RUNNING] += 1
+    state.counts[WAITING_HEAD] = (state.counts[WAITING_HEAD] + last - first) % state.waiting.size
+    state.counts[NUM_WAITING] -= last - first
+
+
+@jit
+def complete_step(
+    state: SchedulerArrays, requests: RequestArrays, batch: StepBatch, num_entries: int, sampled: Int64Array, finished: Int64Array
+) -> tuple[int, int]:
+    """Count the step's tokens as computed and give one output token to each request whose known tokens all are.
+
+    Args:
+        state: Who runs; finished requests leave it, the others keep their order.
+        requests: Their columns.
+        batch: The step.
+        num_entries: Entries of `batch` that ran.
+        sampled: Receives the requests that got an output token, in scheduling order.
+        finished: Receives those of them that are done, in scheduling order; their rows still hold memory.
+
+    Returns:
+        (number sampled, number finished). O(entries + running).
+    """
+    num_sampled = num_finished = 0
+    for i in range(num_entries):
+        request = batch.request[i]
+        requests.num_computed_tokens[request] += batch.num_scheduled_tokens[i]
+        if requests.num_computed_tokens[request] == requests.num_known_tokens[request]:
+            requests.num_known_tokens[request] += 1
+            sampled[num_sampled] = request
+            num_sampled += 1
+            if requests.num_known_tokens[request] == requests.prompt_tokens[request] + requests.output_tokens[request]:
+                finished[num_finished] = request
+                num_finished += 1
+    if num_finished > 0:
+        kept = 0
+        num_running = state.counts[NUM_RUNNING]
+        for i in range(num_running):
+            request = state.running[i]
+            if requests.num_known_tokens[request] < requests.prompt_tokens[request] + requests.output_tokens[request]:
+                state.running[kept] = request
+                kept += 1
+        state.counts[NUM_RUNNING] = kept
+        for k in range(num_finished):
+            state.free_rows[kept + k] = requests.row[finished[k]]
+    return num_sampled, num_finished
