@@ -189,6 +189,14 @@ class Scheduler:
             self.allocator.free(int(requests.row[request]))
             requests.row[request] = NO_ROW
 
+    def drop_head(self) -> int:
+        """Take the head of the queue out for good and return it: the way out when nothing runs and it still does not fit."""
+        counts = self.arrays.counts
+        request = int(self.arrays.waiting[counts[WAITING_HEAD]])
+        counts[WAITING_HEAD] = (counts[WAITING_HEAD] + 1) % self.arrays.waiting.size
+        counts[NUM_WAITING] -= 1
+        return request
+
     def _grow_queue(self) -> None:
         waiting, head = self.arrays.waiting, self.arrays.counts[WAITING_HEAD]
         self.arrays = self.arrays._replace(waiting=np.concatenate((np.roll(waiting, -head), np.zeros_like(waiting))))

@@ -1,0 +1,153 @@
+"""What a planner must know of a machine. Every number says whether it is a datasheet's, measured or estimated."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.units import GIB
+from pagedkv.weight_format import WeightFormat
+
+Tag = Literal["spec", "measured", "estimated"]
+
+_LARGE_MEMORY_BYTES = 70 * GIB
+_NEXT_WIDER = {"fp4": "fp8", "fp8": "bf16", "fp32": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with its provenance."""
+
+    value: float
+    """In the unit of the field that holds it: bytes, seconds, bytes or operations per second, or a share."""
+    tag: Tag
+    """`spec` (a datasheet or a vendor's default), `measured` (somebody ran it) or `estimated` (reasoned)."""
+    source: str
+    """Where it comes from, or how it was derived."""
+
+    def __post_init__(self) -> None:
+        if self.tag not in get_args(Tag):
+            raise unknown_name("tag", self.tag, get_args(Tag))
+        if not self.source.strip():
+            raise ConfigError(f"the figure {self.value:g} has no source")
+        if self.value < 0:
+            raise ConfigError(f"the figure {self.value:g} must not be negative")
+
+
+_NOTHING = Figure(0.0, "spec", "memory of a discrete GPU: the operating system has its own")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareSpec:
+    """A machine with one accelerator. Figures carry their provenance; properties with a unit in their name do not."""
+
+    name: str
+    """Its name in the catalogue."""
+    title: str
+    """Its name for a reader."""
+    memory_kind: Literal["unified", "discrete"]
+    """`unified`: the operating system and other programs live in the same memory."""
+    visible: Figure = field(metadata={"unit": "bytes"})
+    """Memory that CUDA and the engine see."""
+    memory_bandwidth: Figure = field(metadata={"unit": "bytes/s"})
+    """The datasheet's bandwidth."""
+    read_bandwidth: Figure = field(metadata={"unit": "bytes/s"})
+    """What a kernel that streams weights reaches."""
+    kv_read_bandwidth: Figure = field(metadata={"unit": "bytes/s"})
+    """What decode attention reaches on the KV cache."""
+    spec_flops: Mapping[str, Figure] = field(metadata={"unit": "flop/s"})
+    """The datasheet's dense rate by compute dtype (bf16, fp8, fp4)."""
+    reached_flops: Mapping[str, Figure] = field(metadata={"unit": "flop/s"})
+    """What a prefill reaches by compute dtype, the output head not counted."""
+    os_reserve: Figure = field(default=_NOTHING, metadata={"unit": "bytes"})
+    """What the operating system and its services hold when no engine runs; 0 for a discrete GPU."""
+    memory_floor: Figure = field(default=_NOTHING, metadata={"unit": "bytes"})
+    """Available memory below which the machine may freeze; 0 for a discrete GPU."""
+    engine_overhead: Figure = field(metadata={"unit": "bytes"})
+    """Libraries and buffers of the engine: all but weights, KV, activations and CUDA graphs."""
+    cuda_graphs: Figure = field(metadata={"unit": "bytes"})
+    """Captured CUDA graphs; none with `--enforce-eager`."""
+    step_overhead: Figure = field(metadata={"unit": "s"})
+    """Host and launch time that every step adds, with CUDA graphs."""
+    sequence_overhead: Figure = field(metadata={"unit": "s"})
+    """Time that every sequence adds to a step: input preparation, sampling, detokenization."""
+    default_utilization: Figure = field(metadata={"unit": "share of visible memory"})
+    """`--gpu-memory-utilization` where the user names none."""
+    max_utilization_seen: Figure = field(metadata={"unit": "share of visible memory"})
+    """The highest `--gpu-memory-utilization` known to start; planning above it is refused."""
+    small_compute_device: bool = False
+    """Whether vLLM keeps its small batch defaults in spite of much memory: GB10 (by compute) and A100 (by name)."""
+
+    def __post_init__(self) -> None:
+        if self.memory_kind not in ("unified", "discrete"):
+            raise unknown_name("memory_kind", self.memory_kind, ("unified", "discrete"))
+        if "bf16" not in self.reached_flops:
+            raise ConfigError("reached_flops.bf16 is missing: every other type falls back on it")
+
+    @property
+    def unified(self) -> bool:
+        """Whether the operating system shares the memory."""
+        return self.memory_kind == "unified"
+
+    @property
+    def visible_bytes(self) -> int:
+        """Memory that CUDA and the engine see."""
+        return int(self.visible.value)
+
+    @property
+    def read_bandwidth_bytes_per_s(self) -> float:
+        """What a kernel that streams weights reaches."""
+        return self.read_bandwidth.value
+
+    @property
+    def kv_read_bandwidth_bytes_per_s(self) -> float:
+        """What decode attention reaches on the KV cache."""
+        return self.kv_read_bandwidth.value
+
+    @property
+    def step_overhead_s(self) -> float:
+        """Host and launch time that every step adds, with CUDA graphs."""
+        return self.step_overhead.value
+
+    @property
+    def sequence_overhead_s(self) -> float:
+        """Time that every sequence adds to a step."""
+        return self.sequence_overhead.value
+
+    @property
+    def default_max_num_batched_tokens(self) -> int:
+        """Token budget per step that vLLM gives a server on this device.
+
+        Source: vLLM 0.33, EngineArgs: 8,192 from 70 GiB on, but for the A100 and GB10; 2,048 elsewhere.
+        """
+        return 8192 if self._large else 2048
+
+    @property
+    def default_max_num_seqs(self) -> int:
+        """Limit of running requests that vLLM gives a server on this device. Source: as above, 1,024 or 256."""
+        return 1024 if self._large else 256
+
+    @property
+    def _large(self) -> bool:
+        return self.visible_bytes >= _LARGE_MEMORY_BYTES and not self.small_compute_device
+
+    def effective_flops(self, weight_format: WeightFormat | None) -> float:
+        """Return the operations per second reached with weights in `weight_format`; None is attention, in 16 bits.
+
+        A type that the device does not multiply in falls back on the next wider one; fp32 counts as bf16, too fast.
+        """
+        dtype: str = "bf16" if weight_format is None else weight_format.compute_dtype
+        while dtype not in self.reached_flops:
+            dtype = _NEXT_WIDER[dtype]
+        return self.reached_flops[dtype].value
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """Yield every number with its label and unit, for a table of assumptions."""
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            label, unit = spec.name.replace("_", " "), spec.metadata.get("unit")
+            if isinstance(value, Figure):
+                yield f"{label} ({unit})", value
+            elif isinstance(value, Mapping):
+                for dtype, figure in value.items():
+                    yield f"{label}, {dtype} ({unit})", figure

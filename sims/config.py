@@ -1,0 +1,135 @@
+"""What a user asks for. Every field is a flag of `simulate` (underscores become hyphens) and a key of config.toml.
+
+Sizes are strings such as "16GiB", times such as "20s" or "500ms"; None means that a later stage decides (engine, model or load).
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pagedkv.errors import ConfigError
+
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|min|h|)\s*")
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_seconds(text: str, *, name: str) -> float:
+    """Return the seconds in `text`: a number with us, ms, s, m, h, or none (seconds).
+
+    Raises:
+        ConfigError: If it is not a time of 0 or more.
+    """
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{name} {text!r} is not a time: write a number with a unit, such as 20s, 500ms or 10m")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """Who asks, and for how much. Exactly one of users, request_rate and trace."""
+
+    users: int | None = None
+    """Closed loop: this many people, each sending a request, reading the answer, and pausing before the next."""
+    think_time: str | None = None
+    """Closed loop: mean pause between an answer and the next request, exponential [default: 20s]."""
+    request_rate: float | None = None
+    """Open loop: mean arrivals per second, whether or not earlier ones are answered."""
+    burstiness: float | None = None
+    """Open loop: shape of the gamma-distributed gaps, as in vllm bench; 1 is Poisson, below 1 burstier [default: 1]."""
+    num_prompts: int | None = None
+    """Open loop or trace: stop after this many requests."""
+    trace: str | None = None
+    """Replay arrivals and lengths from a file: Azure CSV, Mooncake JSONL or a CSV with arrival, input and output columns; gzip works."""
+    trace_format: str | None = None
+    """Read the trace as this format instead of detecting it: azure-csv, generic-csv or mooncake-jsonl."""
+    trace_rate: float | None = None
+    """Replay the trace at this multiple of its own request rate, e.g. 0.5 or 2 [default: 1]."""
+    lengths: str | None = None
+    """Prompt and output lengths: azure-conv, sharegpt, or a file whose rows are drawn at random [default: azure-conv]."""
+    random_input_len: int | None = None
+    """Prompt length in tokens, instead of a distribution; needs random_output_len."""
+    random_output_len: int | None = None
+    """Output length in tokens; needs random_input_len."""
+    random_range_ratio: float | None = None
+    """Spread both random lengths evenly over length × (1 ± this); 0 to below 1 [default: 0]."""
+    over_length: Literal["reject", "drop"] = "reject"
+    """Requests longer than max_model_len: reject them at arrival, as an engine does, or drop them from the load."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """The machine, the model, and the engine's settings by vLLM's names."""
+
+    hardware: str = "dgx-spark"
+    """Machine from the hardware catalogue."""
+    model: str = "llama-3.1-8b"
+    """Model from the catalogue, or its Hugging Face id."""
+    engine: str = "vllm"
+    """Engine whose defaults and rules apply."""
+    quantization: str | None = None
+    """Weight format: bf16, fp8, nvfp4, mxfp4, int4, ... [default: the model's own]."""
+    kv_cache_dtype: str = "auto"
+    """KV cache element type: auto (the model's 16 bits), fp8, ..."""
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens [default: 32768, or the model's limit if that is less]."""
+    block_size: int = 16
+    """Tokens per block of the paged allocator."""
+    gpu_memory_utilization: float | None = None
+    """Share of the visible memory that the engine may use [default: the machine's, 0.80 on a DGX Spark]."""
+    max_num_seqs: int | None = None
+    """Most requests in the running batch [default: the engine's, for this machine]."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens computed in one step [default: the engine's, for this machine]."""
+    enable_chunked_prefill: bool = True
+    """Compute long prompts over several steps."""
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one request per step while others are there; 0 is no limit."""
+    watermark: float = 0.0
+    """Share of the blocks that an admission leaves free while something runs."""
+    scheduler_reserve_full_isl: bool = True
+    """Admit a request only if all its known tokens fit."""
+    enforce_eager: bool = False
+    """Run without CUDA graphs: saves their memory, costs launch time."""
+    kv_cache_memory_bytes: str | None = None
+    """Size of the KV cache, e.g. 16GiB, instead of what utilization leaves."""
+    num_gpu_blocks_override: int | None = None
+    """Number of KV blocks, instead of what the memory holds."""
+    free_memory: str | None = None
+    """Memory that is free when the engine starts, e.g. 102.2GiB [default: visible less OS and other programs]."""
+    os_reserve: str | None = None
+    """Memory of the operating system on a unified-memory machine [default: the machine's]."""
+    other_programs: str = "0"
+    """Memory of other programs on the machine, e.g. 8GiB."""
+    contiguous_heap: str = "buddy"
+    """Heap under the contiguous allocators: buddy or first-fit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementConfig:
+    """What is compared, for how long, and against which goal."""
+
+    allocator: tuple[str, ...] = ("paged", "contiguous-max", "contiguous-oracle")
+    """Allocators to compare on the same requests; give the flag once per allocator, or a comma list."""
+    duration: str | None = None
+    """Simulated time that is measured, after the warm-up [default: 600s; a trace runs until all is answered]."""
+    warmup: str | None = None
+    """Simulated time before requests count [default: 60s; 0 for a trace]."""
+    seed: int = 0
+    """Same seed, same requests, same output, byte for byte."""
+    repeats: int = 1
+    """Runs with different seeds; from 2 on every figure gets a 95 % confidence interval."""
+    goodput: tuple[str, ...] = ()
+    """Goals in ms that a request must meet, e.g. ttft:2000 tpot:100 (also e2el)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationConfig:
+    """One simulation, as asked for."""
+
+    load: LoadConfig = field(default_factory=LoadConfig)
+    """Who asks."""
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    """Who answers."""
+    measurement: MeasurementConfig = field(default_factory=MeasurementConfig)
+    """What is measured."""

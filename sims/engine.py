@@ -1,0 +1,66 @@
+"""The serving engine as a simpy process: the only owner of the virtual clock between a step's start and its end."""
+
+from collections.abc import Generator
+from typing import Any
+
+import simpy
+
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.step_time import StepTimeModel
+
+
+class Engine:
+    """Takes requests, runs the scheduler step after step, and lets each step last as long as the step-time model says."""
+
+    def __init__(self, env: simpy.Environment, scheduler: Scheduler, step_time: StepTimeModel, recorder: Recorder) -> None:
+        self._env = env
+        self._scheduler = scheduler
+        self._step_time = step_time
+        self._recorder = recorder
+        self._done: dict[int, simpy.Event] = {}
+        self._arrival = env.event()
+        self._idle_since_s: float | None = None
+        env.process(self._serve())
+
+    def submit(self, prompt_tokens: int, output_tokens: int) -> simpy.Event | None:
+        """Queue a request; return the event of its end, or None if it is rejected because it could never run here."""
+        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        if request is None:
+            self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
+            return None
+        self._recorder.arrival(request, self._env.now)
+        done = self._done[request] = self._env.event()
+        if not self._arrival.triggered:
+            self._arrival.succeed()
+        return done
+
+    def close(self) -> None:
+        """Account for the time since the last step, if the engine has nothing to do when the run ends."""
+        if self._idle_since_s is not None:
+            self._recorder.idle(self._idle_since_s, self._env.now)
+
+    def _serve(self) -> Generator[simpy.Event, Any, None]:
+        env, scheduler, recorder = self._env, self._scheduler, self._recorder
+        while True:
+            if scheduler.num_running == scheduler.num_waiting == 0:
+                self._idle_since_s, self._arrival = env.now, env.event()
+                yield self._arrival
+                recorder.idle(self._idle_since_s, env.now)
+                self._idle_since_s = None
+            step = scheduler.schedule()
+            if step.num_entries == 0:  # nothing runs and the head does not fit: waiting longer cannot help it
+                self._finish(scheduler.drop_head(), failed=True)
+                continue
+            cost = self._step_time.cost(step.batch, step.num_entries)
+            recorder.step(step, env.now, cost)
+            yield env.timeout(cost.total_s)
+            scheduler.complete()
+            recorder.tokens(env.now)
+            for request in scheduler.finished:
+                self._finish(int(request), failed=False)
+
+    def _finish(self, request: int, *, failed: bool) -> None:
+        if failed:
+            self._recorder.failure(request)
+        self._done.pop(request).succeed()

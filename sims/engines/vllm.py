@@ -1,0 +1,67 @@
+"""vLLM v1: one pool of blocks sized by --gpu-memory-utilization, recompute on preemption, defaults by device."""
+
+from pagedkv.errors import ConfigError
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.memory_budget import MemoryBudget, plan_memory
+from pagedkv.model_spec import ModelSpec
+from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.engines import ENGINES
+from pagedkv.units import parse_bytes
+from pagedkv.weight_format import load_weight_format
+
+DEFAULT_MAX_MODEL_LEN = 32_768
+
+
+def _size(text: str | None, name: str) -> int | None:
+    return None if text is None else parse_bytes(text, name=name)
+
+
+class VLLM:
+    """The engine of `vllm serve`. Source: vLLM 0.33, EngineArgs, gpu_worker and the v1 scheduler."""
+
+    def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
+        """Return vLLM's limits of a step: its defaults depend on the device."""
+        longest = serving.max_model_len or min(DEFAULT_MAX_MODEL_LEN, model.max_context)
+        if longest > model.max_context:
+            raise ConfigError(
+                f"max-model-len {longest} is more than {model.title} was made for: at most {model.max_context}"
+            )
+        tokens, seqs = serving.max_num_batched_tokens, serving.max_num_seqs
+        if tokens is None:
+            tokens = hardware.default_max_num_batched_tokens
+            if not serving.enable_chunked_prefill:
+                tokens = max(tokens, longest)  # a prompt must fit into one step
+        return SchedulerSettings(
+            max_num_seqs=hardware.default_max_num_seqs if seqs is None else seqs,
+            max_num_batched_tokens=tokens,
+            max_model_len=longest,
+            enable_chunked_prefill=serving.enable_chunked_prefill,
+            long_prefill_token_threshold=serving.long_prefill_token_threshold,
+        )
+
+    def memory_budget(
+        self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec, settings: SchedulerSettings
+    ) -> MemoryBudget:
+        """Return vLLM's ledger: KV gets what utilization leaves after weights, overhead, activations and graphs."""
+        utilization = serving.gpu_memory_utilization
+        return plan_memory(
+            model,
+            hardware,
+            weight_format=load_weight_format(serving.quantization) if serving.quantization else model.native_format,
+            kv_cache_dtype=serving.kv_cache_dtype,
+            block_size=serving.block_size,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            gpu_memory_utilization=hardware.default_utilization.value if utilization is None else utilization,
+            enforce_eager=serving.enforce_eager,
+            free_memory_bytes=_size(serving.free_memory, "free-memory"),
+            os_reserve_bytes=_size(serving.os_reserve, "os-reserve"),
+            other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
+            kv_cache_memory_bytes=_size(serving.kv_cache_memory_bytes, "kv-cache-memory-bytes"),
+            num_gpu_blocks_override=serving.num_gpu_blocks_override,
+        )
+
+
+ENGINES.register("vllm")(VLLM())

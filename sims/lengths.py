@@ -1,0 +1,307 @@
+"""How long requests are: distributions of prompt and output lengths, drawn in pairs."""
+
+import math
+import os
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.sims.traces import read_lengths
+
+Lengths = npt.NDArray[np.int64]
+
+_PROBE_DRAWS = 1 << 17
+# Below this, rejection sampling becomes slow and what it gives has little to do with the distribution.
+_LEAST_SHARE = 1e-3
+
+
+class LengthDistribution(Protocol):
+    """Pairs of a prompt length and an output length, in tokens, each at least 1."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def max_total(self) -> int:
+        """Upper bound of prompt plus output."""
+        ...
+
+    @property
+    def mean_prompt(self) -> float:
+        """Mean prompt length."""
+        ...
+
+    @property
+    def mean_output(self) -> float:
+        """Mean output length."""
+        ...
+
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[Lengths, Lengths]:
+        """Draw `n` prompt and output lengths."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantileLengths:
+    """Lengths given by the quantiles of each and by how their ranks go together.
+
+    A pair of rank bins is drawn from the joint table, a probability evenly within each bin, and the length by linear
+    interpolation between quantiles (a checkerboard copula). Bins are of equal size, so each length keeps its own
+    distribution. Unlike a Gaussian copula this follows a dependence that is not monotone: in the Azure trace middling
+    prompts have the longest outputs, and the rank correlation is only 0.07.
+    """
+
+    name: str
+    """Name of its table in `lengths.toml`."""
+    source: str
+    """Where the figures come from, and their licence."""
+    probabilities: npt.NDArray[np.float64]
+    """Shape (q,), ascending from 0 to 1."""
+    prompt_quantiles: npt.NDArray[np.float64]
+    """Prompt lengths at `probabilities` (tokens), shape (q,)."""
+    output_quantiles: npt.NDArray[np.float64]
+    """Output lengths at `probabilities` (tokens), shape (q,)."""
+    joint_ranks: Lengths
+    """Weight of each pair of a prompt rank bin and an output rank bin, shape (b, b)."""
+
+    @property
+    def max_total(self) -> int:
+        """Upper bound of prompt plus output: the top corner of a pair of bins that occurs."""
+        bins = len(self.joint_ranks)
+        tops = np.arange(1, bins + 1) / bins
+        totals = self._at(tops, self.prompt_quantiles)[:, None] + self._at(tops, self.output_quantiles)
+        return int(totals[self.joint_ranks > 0].max())
+
+    @property
+    def mean_prompt(self) -> float:
+        """Mean prompt length: the integral of its quantiles (rounding to whole tokens cancels out)."""
+        return float(np.trapezoid(self.prompt_quantiles, self.probabilities))
+
+    @property
+    def mean_output(self) -> float:
+        """Mean output length: the integral of its quantiles."""
+        return float(np.trapezoid(self.output_quantiles, self.probabilities))
+
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[Lengths, Lengths]:
+        """Draw `n` prompt and output lengths."""
+        bins = len(self.joint_ranks)
+        heaped = np.cumsum(self.joint_ranks)
+        pair = np.searchsorted(heaped, rng.integers(heaped[-1], size=n), side="right")
+        prompt_bin, output_bin = np.divmod(pair, bins)
+        return (
+            self._at((prompt_bin + rng.random(n)) / bins, self.prompt_quantiles),
+            self._at((output_bin + rng.random(n)) / bins, self.output_quantiles),
+        )
+
+    def _at(self, probability: npt.NDArray[np.float64], quantiles: npt.NDArray[np.float64]) -> Lengths:
+        return np.rint(np.interp(probability, self.probabilities, quantiles)).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedLengths:
+    """One length each, or whole numbers evenly around it, as `vllm bench serve --dataset-name random` draws them.
+
+    Source: vLLM, benchmarks/datasets, get_sampling_params: floor(length * (1 - ratio)) to ceil(length * (1 + ratio)).
+    """
+
+    input_len: int
+    """Prompt tokens (`--random-input-len`)."""
+    output_len: int
+    """Output tokens (`--random-output-len`)."""
+    range_ratio: float = 0.0
+    """Half width of the range as a share of the length (`--random-range-ratio`), in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        for field, value in (("input_len", self.input_len), ("output_len", self.output_len)):
+            if value < 1:
+                raise ConfigError(f"{field} {value}: a request has at least 1 token")
+        if not 0 <= self.range_ratio < 1:
+            raise ConfigError(f"range_ratio {self.range_ratio} is outside [0, 1); 0 makes all lengths the same")
+
+    @property
+    def name(self) -> str:
+        """E.g. "1024 + 128" or "1024 + 128, ±10%"."""
+        return f"{self.input_len} + {self.output_len}" + (f", ±{self.range_ratio:.0%}" if self.range_ratio else "")
+
+    @property
+    def max_total(self) -> int:
+        """Largest prompt plus output."""
+        return self._range(self.input_len)[1] + self._range(self.output_len)[1]
+
+    @property
+    def mean_prompt(self) -> float:
+        """Mean prompt length."""
+        return sum(self._range(self.input_len)) / 2
+
+    @property
+    def mean_output(self) -> float:
+        """Mean output length."""
+        return sum(self._range(self.output_len)) / 2
+
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[Lengths, Lengths]:
+        """Draw `n` prompt and output lengths, independent of each other."""
+        low, high = zip(self._range(self.input_len), self._range(self.output_len), strict=True)
+        prompt, output = rng.integers(low, high, size=(n, 2), endpoint=True).T
+        return prompt, output
+
+    def _range(self, length: int) -> tuple[int, int]:
+        """Return the least and the largest length drawn."""
+        return max(1, math.floor(length * (1 - self.range_ratio))), math.ceil(length * (1 + self.range_ratio))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FileLengths:
+    """The rows of a file, drawn with replacement: prompt and output of a pair come from the same row."""
+
+    name: str
+    """The file."""
+    prompt_tokens: Lengths
+    """Prompt lengths, shape (rows,)."""
+    output_tokens: Lengths
+    """Output lengths, shape (rows,)."""
+
+    @classmethod
+    def read(cls, path: Path) -> "FileLengths":
+        """Read a file of any trace format, with or without times; raises TraceFormatError."""
+        prompt_tokens, output_tokens = read_lengths(path)
+        return cls(name=str(path), prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+
+    @property
+    def max_total(self) -> int:
+        """Largest prompt plus output."""
+        return int((self.prompt_tokens + self.output_tokens).max())
+
+    @property
+    def mean_prompt(self) -> float:
+        """Mean prompt length."""
+        return float(self.prompt_tokens.mean())
+
+    @property
+    def mean_output(self) -> float:
+        """Mean output length."""
+        return float(self.output_tokens.mean())
+
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[Lengths, Lengths]:
+        """Draw `n` rows."""
+        row = rng.integers(len(self.prompt_tokens), size=n)
+        return self.prompt_tokens[row], self.output_tokens[row]
+
+    def restricted(self, max_total: int) -> "FileLengths":
+        """Return the rows whose prompt plus output is at most `max_total`; raises ConfigError if there are none."""
+        total = self.prompt_tokens + self.output_tokens
+        fits = total <= max_total
+        if not fits.any():
+            raise ConfigError(
+                f"no request of {self.name!r} has at most {max_total} tokens (prompt + output); the shortest has "
+                f"{total.min()}"
+            )
+        return FileLengths(
+            name=f"{self.name}, at most {max_total} tokens",
+            prompt_tokens=self.prompt_tokens[fits],
+            output_tokens=self.output_tokens[fits],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _RejectionLengths:
+    """What remains of `base`; see `restricted`."""
+
+    base: LengthDistribution
+    """The distribution drawn from."""
+    max_total: int
+    """Largest prompt plus output that is kept."""
+    share: float
+    """Share of `base` that is kept, roughly: sets how much is drawn at once."""
+    mean_prompt: float
+    """Mean prompt length of what is kept."""
+    mean_output: float
+    """Mean output length of what is kept."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.base.name}, at most {self.max_total} tokens"
+
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[Lengths, Lengths]:
+        kept: list[tuple[Lengths, Lengths]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        missing = n
+        while missing > 0:
+            prompt, output = self.base.sample(rng, min(math.ceil(1.1 * missing / self.share) + 16, 1 << 20))
+            fits = np.flatnonzero(prompt + output <= self.max_total)[:missing]
+            kept.append((prompt[fits], output[fits]))
+            missing -= len(fits)
+        prompts, outputs = zip(*kept, strict=True)
+        return np.concatenate(prompts), np.concatenate(outputs)
+
+
+def restricted(distribution: LengthDistribution, max_total: int) -> LengthDistribution:
+    """Return `distribution` given that prompt plus output is at most `max_total`.
+
+    A file loses the rows that are longer. From others, pairs are drawn until one fits; their means are then those of
+    131,072 draws.
+
+    Raises:
+        ConfigError: If no row of a file fits, or fewer than one pair in a thousand of another distribution.
+    """
+    if max_total >= distribution.max_total:
+        return distribution
+    if isinstance(distribution, FileLengths):
+        return distribution.restricted(max_total)
+    prompt, output = distribution.sample(np.random.default_rng(0), _PROBE_DRAWS)
+    total = prompt + output
+    fits = total <= max_total
+    share = float(fits.mean())
+    if share < _LEAST_SHARE:
+        raise ConfigError(
+            f"fewer than one request in a thousand of {distribution.name!r} has at most {max_total} tokens "
+            f"(prompt + output); one in a hundred has at most {math.ceil(np.quantile(total, 0.01))}"
+        )
+    return _RejectionLengths(
+        base=distribution,
+        max_total=max_total,
+        share=share,
+        mean_prompt=float(prompt[fits].mean()),
+        mean_output=float(output[fits].mean()),
+    )
+
+
+def length_names() -> tuple[str, ...]:
+    """Return the names of the tables in `lengths.toml`."""
+    return tuple(sorted(_tables()))
+
+
+def load_lengths(name_or_path: str) -> LengthDistribution:
+    """Return the distribution of that name, or the lengths in that file.
+
+    Raises:
+        ConfigError: If it is neither the name of a distribution nor looks like a path.
+        TraceFormatError: If it is a path, and the file cannot be read.
+    """
+    if name_or_path in length_names():
+        table = _tables()[name_or_path]
+        return QuantileLengths(
+            name=name_or_path,
+            source=table["source"],
+            probabilities=np.array(table["probabilities"], dtype=np.float64),
+            prompt_quantiles=np.array(table["prompt_tokens"], dtype=np.float64),
+            output_quantiles=np.array(table["output_tokens"], dtype=np.float64),
+            joint_ranks=np.array(table["joint_ranks"], dtype=np.int64),
+        )
+    path = Path(name_or_path)
+    if os.sep in name_or_path or path.suffix or path.exists():
+        return FileLengths.read(path)
+    hint = "The path of a trace or of a file of lengths works as well."
+    raise unknown_name("length distribution", name_or_path, length_names(), hint=hint)
+
+
+@cache
+def _tables() -> dict[str, dict[str, Any]]:
+    with Path(__file__).with_name("lengths.toml").open("rb") as file:
+        return tomllib.load(file)

@@ -1,0 +1,119 @@
+"""Who sends requests, and when: simpy processes over an engine. Random numbers come from a seed alone."""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import simpy
+
+from pagedkv.sims.engine import Engine
+from pagedkv.sims.lengths import LengthDistribution
+from pagedkv.sims.traces import Trace
+
+Process: TypeAlias = Generator[simpy.Event, Any, None]
+
+_CHUNK = 64
+_PAUSE_AFTER_REJECTION_S = 1.0
+
+
+class Load(Protocol):
+    """A stream of requests."""
+
+    @property
+    def num_requests(self) -> int | None:
+        """How many requests there are in all; None if they never end."""
+
+    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
+        """Start the processes that submit requests to `engine`. The same seed gives the same requests to any engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedLoop:
+    """People who think, ask, wait for the whole answer, and think again. Whoever is rejected waits a second before that."""
+
+    users: int
+    """How many."""
+    think_time_s: float
+    """Mean of the exponential pause before each request."""
+    lengths: LengthDistribution
+    """Of their requests."""
+    num_requests: None = None
+
+    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
+        """Start one process per user. Each has its own random stream: what one experiences does not change the others' requests."""
+        for child in np.random.SeedSequence(seed).spawn(self.users):
+            env.process(self._user(env, engine, np.random.default_rng(child)))
+
+    def _user(self, env: simpy.Environment, engine: Engine, rng: np.random.Generator) -> Process:
+        while True:
+            pauses_s = rng.exponential(self.think_time_s, _CHUNK).tolist()
+            prompts, outputs = self.lengths.sample(rng, _CHUNK)
+            for pause_s, prompt, output in zip(pauses_s, prompts.tolist(), outputs.tolist(), strict=True):
+                yield env.timeout(pause_s)
+                answered = engine.submit(prompt, output)
+                yield env.timeout(_PAUSE_AFTER_REJECTION_S) if answered is None else answered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenLoop:
+    """Requests that arrive whether or not earlier ones are answered, with gamma-distributed gaps as in `vllm bench serve`."""
+
+    request_rate_per_s: float
+    """Mean arrivals per second."""
+    burstiness: float
+    """Shape of the gamma distribution: 1 is a Poisson process, less is burstier, more is steadier."""
+    num_requests: int | None
+    """Stop after so many."""
+    lengths: LengthDistribution
+    """Of the requests."""
+
+    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
+        """Start the one process that submits them all."""
+        env.process(self._arrivals(env, engine, np.random.default_rng(seed)))
+
+    def _arrivals(self, env: simpy.Environment, engine: Engine, rng: np.random.Generator) -> Process:
+        scale_s = 1 / (self.request_rate_per_s * self.burstiness)
+        remaining = self.num_requests
+        while remaining is None or remaining > 0:
+            gaps_s = rng.gamma(self.burstiness, scale_s, _CHUNK).tolist()
+            prompts, outputs = self.lengths.sample(rng, _CHUNK)
+            requests = zip(gaps_s, prompts.tolist(), outputs.tolist(), strict=True)
+            for gap_s, prompt, output in _at_most(requests, remaining):
+                yield env.timeout(gap_s)
+                engine.submit(prompt, output)
+            if remaining is not None:
+                remaining -= _CHUNK
+
+
+def _at_most(requests: Iterator[tuple[float, int, int]], limit: int | None) -> Iterator[tuple[float, int, int]]:
+    for i, request in enumerate(requests):
+        if limit is not None and i >= limit:
+            return
+        yield request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceReplay:
+    """The arrivals and lengths of a trace."""
+
+    trace: Trace
+    """What to replay."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in the trace."""
+        return len(self.trace)
+
+    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
+        """Start the one process that submits them all; nothing is random here."""
+        del seed
+        env.process(self._arrivals(env, engine))
+
+    def _arrivals(self, env: simpy.Environment, engine: Engine) -> Process:
+        trace = self.trace
+        rows = zip(trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
+        for arrival_s, prompt, output in rows:
+            if arrival_s > env.now:
+                yield env.timeout(arrival_s - env.now)
+            engine.submit(prompt, output)

@@ -1,0 +1,91 @@
+"""From what a run recorded to the figures that are reported. docs/metrics.md states each as a formula."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pagedkv.arrays import Float64Array
+from pagedkv.sims.goodput import GOAL_METRICS, Goal
+from pagedkv.sims.recorder import ITL_BIN_RATIO, ITL_SMALLEST_S, KV_KINDS, RUNNING, WAITING
+from pagedkv.sims.records import Outcome, RequestLog
+from pagedkv.sims.simulation import Run
+from pagedkv.sims.statistics import summarize, summarize_bins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """Of the accepted requests, in seconds. For an unfinished one: what it has at least by the end of the run."""
+
+    ttft_s: Float64Array
+    """First token − arrival."""
+    tpot_s: Float64Array
+    """(Last token − first token) / (output tokens − 1); NaN before the first token and for a request of one output token."""
+    e2e_s: Float64Array
+    """Last token − arrival."""
+
+    @classmethod
+    def of(cls, log: RequestLog, end_s: float) -> "Latencies":
+        """Return the latencies of `log`, a run of which ended at `end_s`."""
+        finished = log.outcome == Outcome.FINISHED
+        first_s = np.where(np.isnan(log.first_token_s), end_s, log.first_token_s)
+        last_s = np.where(finished, log.last_token_s, end_s)
+        has_gaps = (log.output_tokens > 1) & ~np.isnan(log.first_token_s)
+        gaps = np.where(has_gaps, log.output_tokens - 1, np.nan)
+        return cls(ttft_s=first_s - log.arrival_s, tpot_s=(last_s - first_s) / gaps, e2e_s=last_s - log.arrival_s)
+
+    def meet(self, goals: tuple[Goal, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return which requests keep every goal (one without a TPOT keeps any TPOT goal)."""
+        kept = np.ones(self.ttft_s.size, bool)
+        for goal in goals:
+            kept &= ~(getattr(self, GOAL_METRICS[goal.metric]) > goal.limit_s)
+        return kept
+
+
+def kv_shares(gauge_integral: Float64Array, observed_s: float, usable_slots: int) -> dict[str, float] | None:
+    """Return the time-weighted shares of the pool by kind, which sum to 1; None if nothing was observed."""
+    if observed_s <= 0:
+        return None
+    shares = gauge_integral[: len(KV_KINDS)] / (observed_s * usable_slots)
+    return {kind: float(share) for kind, share in zip(KV_KINDS, shares, strict=True)}
+
+
+def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
+    """Return the figures of one run, by the names of the result schema."""
+    recorder, sums, log = run.recorder, run.recorder.integrals, run.measured
+    window_s = run.end_s - run.warmup_s
+    accepted = log.where(log.outcome != Outcome.REJECTED)
+    served = accepted.where(accepted.outcome != Outcome.FAILED)
+    latencies = Latencies.of(served, run.end_s)
+    finished = served.outcome == Outcome.FINISHED
+    num_good = int((latencies.meet(goals) & finished).sum())
+    observed_s, waiting_s = sums.observed_s.tolist()
+    usable = run.allocator.usable_slots
+    figures: dict[str, Any] = {
+        "num_injected": len(log),
+        "num_finished": int(finished.sum()),
+        "num_rejected": len(log.of(Outcome.REJECTED)),
+        "num_failed": len(log.of(Outcome.FAILED)),
+        "num_unfinished": int((~finished).sum()),
+        "num_preemptions": recorder.num_preemptions,
+        "running_mean": sums.gauges[RUNNING] / observed_s if observed_s else None,
+        "running_max": recorder.running_max,
+        "waiting_mean": sums.gauges[WAITING] / observed_s if observed_s else None,
+        "waiting_time_share": waiting_s / observed_s if observed_s else None,
+        "kv": kv_shares(sums.gauges, observed_s, usable),
+        "kv_when_waiting": kv_shares(sums.gauges_when_waiting, waiting_s, usable),
+        "ttft_s": summarize(latencies.ttft_s),
+        "tpot_s": summarize(latencies.tpot_s[~np.isnan(latencies.tpot_s)]),
+        "itl_s": summarize_bins(
+            sums.itl_bins, total=float(sums.itl_sum_s[0]), smallest=ITL_SMALLEST_S, ratio=ITL_BIN_RATIO
+        ),
+        "e2e_s": summarize(latencies.e2e_s),
+        "output_tokens_per_s": recorder.num_output_tokens / window_s if window_s else None,
+        "request_throughput_per_s": recorder.num_completed / window_s if window_s else None,
+        "goodput_per_s": num_good / window_s if goals and window_s else None,
+        "goodput_share": num_good / len(log) if goals and len(log) else None,
+        "iterations": recorder.iterations,
+        "request_steps": recorder.request_steps,
+        "simulated_s": run.end_s,
+    }
+    return {name: float(value) if isinstance(value, np.floating) else value for name, value in figures.items()}

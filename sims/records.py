@@ -1,0 +1,66 @@
+"""What happened to each request."""
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.arrays import Float64Array, Int8Array, Int64Array
+
+
+class Outcome(IntEnum):
+    """How a request stands when the run ends."""
+
+    UNFINISHED = 0
+    FINISHED = 1
+    REJECTED = 2
+    """Refused at arrival: it could never run here."""
+    FAILED = 3
+    """Accepted, then given up by the engine."""
+
+
+class TokenTimes(NamedTuple):
+    """By request index: instants on the virtual clock in seconds, NaN as long as they have not come."""
+
+    arrival_s: Float64Array
+    scheduled_s: Float64Array
+    """Start of the first step that computed any of it."""
+    first_token_s: Float64Array
+    """End of the step that gave its first output token."""
+    last_token_s: Float64Array
+    """End of the step that gave its newest output token; of a finished request, when it finished."""
+
+    @classmethod
+    def empty(cls, capacity: int) -> "TokenTimes":
+        """Return times for `capacity` requests."""
+        return cls(*(np.full(capacity, np.nan) for _ in range(4)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLog:
+    """One entry per request of a run, rejected ones included, in order of arrival."""
+
+    arrival_s: Float64Array
+    scheduled_s: Float64Array
+    first_token_s: Float64Array
+    last_token_s: Float64Array
+    prompt_tokens: Int64Array
+    output_tokens: Int64Array
+    """What it asks for."""
+    num_output_tokens: Int64Array
+    """What it has got."""
+    num_preemptions: Int64Array
+    outcome: Int8Array
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return self.arrival_s.size
+
+    def of(self, outcome: Outcome) -> "RequestLog":
+        """Return the requests that ended so."""
+        return self.where(self.outcome == outcome)
+
+    def where(self, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> "RequestLog":
+        """Return the entries that `mask` selects."""
+        return RequestLog(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})

@@ -1,0 +1,62 @@
+"""Runs a scenario: one allocator at a time, every one of them with the same requests."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import simpy
+
+from pagedkv.allocation import Allocator
+from pagedkv.allocators import ALLOCATORS
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.sims.engine import Engine
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.records import RequestLog
+from pagedkv.sims.scenario import Scenario
+
+Progress = Callable[[str, int, float], None]
+"""Told (allocator, repeat, share of its simulated time that has passed)."""
+
+_SLICES = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One allocator's run with one seed."""
+
+    allocator: Allocator
+    """In its final state."""
+    recorder: Recorder
+    """What was measured."""
+    log: RequestLog
+    """What happened to each request, the warm-up's included."""
+    end_s: float
+    """When the virtual clock stopped."""
+    warmup_s: float
+    """When measuring began."""
+
+    @property
+    def measured(self) -> RequestLog:
+        """The requests that count: those that arrived after the warm-up."""
+        return self.log.where(self.log.arrival_s >= self.warmup_s)
+
+
+def run(scenario: Scenario, allocator_name: str, *, seed: int, progress: Callable[[float], None] | None = None) -> Run:
+    """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed."""
+    env = simpy.Environment()
+    allocator = ALLOCATORS.load(allocator_name)(scenario.pool)
+    scheduler = Scheduler(scenario.scheduler, allocator)
+    end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
+    recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)
+    engine = Engine(env, scheduler, scenario.step_time, recorder)
+    scenario.load.start(env, engine, seed=seed)
+    if scenario.duration_s is None:
+        env.run()  # ends when the last request is answered: then no event is left
+    else:
+        for i in range(1, _SLICES + 1):
+            env.run(until=end_s * i / _SLICES)
+            if progress is not None:
+                progress(i / _SLICES)
+    engine.close()
+    recorder.close(env.now)
+    return Run(allocator=allocator, recorder=recorder, log=recorder.log(), end_s=env.now, warmup_s=scenario.warmup_s)

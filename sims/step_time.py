@@ -1,0 +1,142 @@
+"""How long a step takes: a roofline over weights, KV cache and arithmetic, plus fixed costs."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from pagedkv.allocation import StepBatch
+from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.jit import jit
+from pagedkv.kv_spec import KVCacheSpec
+from pagedkv.model_spec import ModelSpec
+from pagedkv.weight_format import WeightFormat
+
+NO_WINDOW = np.iinfo(np.int64).max
+
+EAGER_S_PER_LAYER = 40e-6
+"""What launching one layer's kernels adds to a step without CUDA graphs: about 10 launches of 4 microseconds. Estimated."""
+
+
+class StepCost(NamedTuple):
+    """How long a step takes, in seconds, by what binds it. The parts follow each other: their sum is the step."""
+
+    memory_s: float
+    """Bound by reading weights or KV."""
+    compute_s: float
+    """Bound by arithmetic."""
+    overhead_s: float
+    """Launches and host work."""
+
+    @property
+    def total_s(self) -> float:
+        """Duration of the step."""
+        return self.memory_s + self.compute_s + self.overhead_s
+
+
+class StepTimeModel(Protocol):
+    """Gives each step its duration on the virtual clock."""
+
+    def cost(self, batch: StepBatch, num_entries: int) -> StepCost:
+        """Return what a step over the first `num_entries` of `batch` costs."""
+
+
+class RooflineCoefficients(NamedTuple):
+    """One machine running one model, reduced to what a step costs."""
+
+    dense_weight_s: float
+    """Reading the weights that every step reads."""
+    expert_weight_s: float
+    """Reading all routed experts."""
+    expert_share: float
+    """Share of the routed experts that one token uses: k / E."""
+    linear_s_per_token: float
+    """Multiplying with the active weights, output head excluded."""
+    head_s_per_sequence: float
+    """Multiplying with the output head, once per sequence."""
+    windows: Int64Array
+    """By layer group: how far back its attention looks, or NO_WINDOW."""
+    kv_s_per_token: Float64Array
+    """By layer group: reading or writing the KV of one token in all its layers."""
+    attention_s_per_pair: Float64Array
+    """By layer group: one query against one key in all its layers."""
+    step_overhead_s: float
+    """Launching a step: host work and kernel launches."""
+    sequence_overhead_s: float
+    """Host work per sequence of a step."""
+
+
+@jit
+def _step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+    num_tokens = 0
+    kv_s = attention_s = 0.0
+    for i in range(num_entries):
+        new, context = batch.num_scheduled_tokens[i], batch.num_slots_needed[i]
+        before = context - new
+        num_tokens += new
+        for g in range(c.windows.size):
+            window = c.windows[g]
+            # Query j (1..new) sees min(before + j, window) keys: a triangle, cut at the window.
+            growing = min(max(window - before, 0), new)
+            pairs = growing * before + growing * (growing + 1) / 2.0 + (new - growing) * float(min(window, context))
+            kv_s += c.kv_s_per_token[g] * (min(before, window) + 2.0 * new)  # keys before are read; new ones written, then read
+            attention_s += c.attention_s_per_pair[g] * pairs
+    touched = 1.0 - (1.0 - c.expert_share) ** num_tokens
+    weights_s = c.dense_weight_s + c.expert_weight_s * touched
+    linear_s = c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_entries
+    memory_s = (weights_s if weights_s >= linear_s else 0.0) + (kv_s if kv_s >= attention_s else 0.0)
+    compute_s = (linear_s if linear_s > weights_s else 0.0) + (attention_s if attention_s > kv_s else 0.0)
+    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries
+
+
+class RooflineStepTime:
+    """Each half of the network, matrix products and attention, is bound by memory or by arithmetic; the halves follow each other.
+
+    Weights: all that a step reads, with the share 1 - (1 - k/E)**tokens of a mixture's experts. KV: the context of every
+    sequence, windowed layers only their window. Constants come from the hardware catalogue, with their sources.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        hardware: HardwareSpec,
+        *,
+        weight_format: WeightFormat,
+        kv_spec: KVCacheSpec,
+        enforce_eager: bool = False,
+    ) -> None:
+        read_s_per_byte = 1 / hardware.read_bandwidth_bytes_per_s
+        kv_s_per_byte = 1 / hardware.kv_read_bandwidth_bytes_per_s
+        flop_s = 1 / hardware.effective_flops(weight_format)
+        attention_flop_s = 1 / hardware.effective_flops(None)
+        self.coefficients = RooflineCoefficients(
+            dense_weight_s=model.dense_streamed_bytes(weight_format) * read_s_per_byte,
+            expert_weight_s=model.expert_bytes(weight_format) * read_s_per_byte,
+            expert_share=model.experts_per_token / model.num_experts if model.num_experts else 0.0,
+            linear_s_per_token=(model.flops_per_token - 2 * model.head_params) * flop_s,
+            head_s_per_sequence=2 * model.head_params * flop_s,
+            windows=np.array([g.window or NO_WINDOW for g in model.layer_groups]),
+            kv_s_per_token=np.array(kv_spec.group_bytes_per_token) * kv_s_per_byte,
+            attention_s_per_pair=np.array(model.group_attention_flops_per_pair) * attention_flop_s,
+            step_overhead_s=hardware.step_overhead_s + (EAGER_S_PER_LAYER * model.num_layers if enforce_eager else 0.0),
+            sequence_overhead_s=hardware.sequence_overhead_s,
+        )
+
+    def cost(self, batch: StepBatch, num_entries: int) -> StepCost:
+        """Return what a step over the first `num_entries` of `batch` costs. O(entries × layer groups)."""
+        return StepCost(*_step_cost(self.coefficients, batch, num_entries))
+
+    def unloaded_e2e_s(self, prompt_tokens: int, output_tokens: int, *, max_num_batched_tokens: int) -> float:
+        """Return the time from arrival to the last token of a request that has the machine to itself.
+
+        Exact for the prompt's chunks; decode steps are costed at their mean context, where the roofline is linear in it.
+        """
+        batch = StepBatch.empty(1)
+        total_s, computed = 0.0, 0
+        while computed < prompt_tokens:
+            chunk = min(max_num_batched_tokens, prompt_tokens - computed)
+            computed += chunk
+            batch.num_scheduled_tokens[0], batch.num_slots_needed[0] = chunk, computed
+            total_s += self.cost(batch, 1).total_s
+        batch.num_scheduled_tokens[0], batch.num_slots_needed[0] = 1, prompt_tokens + output_tokens // 2
+        return total_s + (output_tokens - 1) * self.cost(batch, 1).total_s

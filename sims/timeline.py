@@ -1,0 +1,57 @@
+"""Gauges over time in constant memory: a fixed number of bins that double in width as the run grows longer."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.jit import jit
+
+NUM_BINS = 1024
+FIRST_WIDTH_S = 1.0
+
+
+class TimelineArrays(NamedTuple):
+    """Integrals of each gauge within each bin."""
+
+    integral: Float64Array
+    """[NUM_BINS, gauges]: gauge × seconds."""
+    observed_s: Float64Array
+    """[NUM_BINS]: seconds of the bin that were observed."""
+    width_s: Float64Array
+    """Length 1: width of a bin."""
+
+    @classmethod
+    def empty(cls, num_gauges: int) -> "TimelineArrays":
+        """Return a timeline on which nothing has happened."""
+        return cls(np.zeros((NUM_BINS, num_gauges)), np.zeros(NUM_BINS), np.array([FIRST_WIDTH_S]))
+
+    def means(self) -> tuple[Float64Array, Float64Array, Float64Array]:
+        """Return (start of each observed bin in seconds, its observed seconds, time-weighted mean of each gauge in it)."""
+        seen = np.flatnonzero(self.observed_s > 0)
+        return seen * self.width_s[0], self.observed_s[seen], self.integral[seen] / self.observed_s[seen, None]
+
+
+@jit
+def observe(timeline: TimelineArrays, start_s: float, end_s: float, gauges: Int64Array) -> None:
+    """Say that the gauges had these values from `start_s` to `end_s`. Amortised O(gauges × bins touched)."""
+    while end_s > NUM_BINS * timeline.width_s[0]:
+        _merge_pairs(timeline)
+    width_s = timeline.width_s[0]
+    first, last = int(start_s / width_s), min(int(end_s / width_s), NUM_BINS - 1)
+    for i in range(first, last + 1):
+        seconds = min(end_s, (i + 1) * width_s) - max(start_s, i * width_s)
+        if seconds > 0:
+            timeline.observed_s[i] += seconds
+            for g in range(gauges.size):
+                timeline.integral[i, g] += seconds * gauges[g]
+
+
+@jit
+def _merge_pairs(timeline: TimelineArrays) -> None:
+    for i in range(NUM_BINS // 2):
+        timeline.observed_s[i] = timeline.observed_s[2 * i] + timeline.observed_s[2 * i + 1]
+        timeline.integral[i] = timeline.integral[2 * i] + timeline.integral[2 * i + 1]
+    timeline.observed_s[NUM_BINS // 2 :] = 0.0
+    timeline.integral[NUM_BINS // 2 :] = 0.0
+    timeline.width_s[0] *= 2.0

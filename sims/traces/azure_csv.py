@@ -1,0 +1,48 @@
+"""The Azure LLM inference traces: `TIMESTAMP,ContextTokens,GeneratedTokens` with dates.
+
+Source: https://github.com/Azure/AzurePublicDataset (AzureLLMInferenceTrace, 2023 and 2024).
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar
+
+from pagedkv.sims.traces import TRACE_FORMATS, Rows
+from pagedkv.sims.traces._csv_table import CsvTable
+
+# Near the traces, so that a float64 of seconds resolves 0.1 us, the resolution of the files.
+_ORIGIN = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+@TRACE_FORMATS.register("azure-csv")
+class AzureCsv:
+    """Dates in ISO 8601; without an offset (2023) they count as UTC, like those with `+00:00` (2024)."""
+
+    first_line: ClassVar[str] = "TIMESTAMP,ContextTokens,GeneratedTokens"
+
+    @staticmethod
+    def matches(first_line: str) -> bool:
+        """Return whether all three columns are in the header."""
+        return {"timestamp", "contexttokens", "generatedtokens"} <= {n.strip().lower() for n in first_line.split(",")}
+
+    @staticmethod
+    def rows(path: Path, text: str) -> Rows:
+        """Split the file; see `TraceFormat.rows`."""
+        table = CsvTable.parse(path, text)
+        return Rows(
+            line_numbers=table.line_numbers,
+            prompt=table.column(["ContextTokens"]),
+            output=table.column(["GeneratedTokens"]),
+            arrival=table.column(
+                ["TIMESTAMP"], parse=_parse_date, needed="a date and time such as 2023-11-16 18:15:46.68"
+            ),
+        )
+
+
+def _parse_date(cell: object) -> float | None:
+    """Return the seconds from `_ORIGIN` to the date in `cell`; digits beyond microseconds are cut."""
+    try:
+        date = datetime.fromisoformat(str(cell).strip())
+    except ValueError:
+        return None
+    return ((date if date.tzinfo else date.replace(tzinfo=UTC)) - _ORIGIN).total_seconds()
