@@ -81,7 +81,10 @@ class BlockPool:
         ids = np.arange(num_blocks, dtype=np.int32)
         self.num_blocks = num_blocks
         self.arrays = BlockPoolArrays(
-            next_free=np.roll(ids, -1), prev_free=np.roll(ids, 1), ref_cnt=np.zeros(num_blocks, np.int32), num_free=np.array([num_blocks - 1])
+            next_free=np.roll(ids, -1),
+            prev_free=np.roll(ids, 1),
+            ref_cnt=np.zeros(num_blocks, np.int32),
+            num_free=np.array([num_blocks - 1]),
         )
 
     @property

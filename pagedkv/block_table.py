@@ -24,4 +24,5 @@ class BlockTables:
     def slot_mapping(self, row: int, first: int, last: int) -> Int64Array:
         """Return the slots of tokens `first` to `last` (exclusive) of `row`: block * block_size + offset."""
         tokens = np.arange(first, last)
-        return self.blocks[row, tokens // self.block_size].astype(np.int64) * self.block_size + tokens % self.block_size
+        blocks: Int64Array = self.blocks[row, tokens // self.block_size].astype(np.int64)
+        return blocks * self.block_size + tokens % self.block_size

@@ -2,16 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
+from pagedkv.errors import ConfigError
 from pagedkv.kv_spec import kv_element_bytes
-from pagedkv.memory_budget import MemoryBudget, MemoryRequest, Shortage, attempt, highest_utilization_that_starts
+from pagedkv.memory_budget import (
+    MemoryBudget,
+    MemoryRequest,
+    Shortage,
+    attempt,
+    check_values,
+    highest_utilization_that_starts,
+)
 from pagedkv.units import gib
 from pagedkv.weight_format import WEIGHT_FORMATS
 
 NUM_SUGGESTIONS = 3
-SHORTEST_USEFUL_CONTEXT = 1024
+SHORTEST_USEFUL_CONTEXT = 256
 FEWEST_USEFUL_SEQUENCES = 16
 FEWEST_BATCHED_TOKENS = 512
 
@@ -31,34 +39,55 @@ _FLAGS = {
 
 def explain(request: MemoryRequest, shortage: Shortage) -> str:
     """Return what is needed, what there is, and the settings that fit."""
-    hardware, utilization = request.hardware, f"--gpu-memory-utilization {request.gpu_memory_utilization:g}"
     if shortage.refused_by_gate:
-        starts = highest_utilization_that_starts(visible=hardware.visible_bytes, free=shortage.free_at_start)
+        reason = _gate_reason(request, shortage)
+    elif shortage.kv_room >= shortage.kv_cache:
         reason = (
-            f"{utilization} asks for {gib(shortage.available)} of the {gib(hardware.visible_bytes)} of {hardware.title}, "
-            f"but only {gib(shortage.free_at_start)} are free at the start: "
-            + (f"{starts:g} is the highest that starts" if starts else "no utilization starts")
+            f"{_kv_setting(request)} holds {_longest_context(request)} tokens beside the null block, less than one "
+            f"request of --max-model-len {request.max_model_len}, which needs {gib(shortage.kv_cache)} of KV cache"
         )
     else:
-        needed = shortage.weights + shortage.overheads + shortage.kv_cache
-        limit = "are free" if request.sized_by_user else f"are available at {utilization}"
-        longest = _longest_context(request)
-        reason = (
-            f"{request.model.title} needs {gib(needed)} on {hardware.title}, but {gib(shortage.available)} {limit}: "
-            f"{gib(shortage.weights)} of weights in {request.weight_format.name}, {gib(shortage.overheads)} of engine, "
-            f"activations and CUDA graphs, and {gib(shortage.kv_cache)} of KV cache, which must hold one request of "
-            f"--max-model-len {request.max_model_len} "
-            + (f"({longest} would fit)" if longest else "(not one block would fit)")
-        )
+        reason = _room_reason(request, shortage)
     suggestions = settings_that_fit(request)
-    return f"{reason}. " + (f"What fits: {'; or '.join(suggestions)}" if suggestions else "Nothing in the catalogue fits")
+    return f"{reason}. What fits: {'; or '.join(suggestions) or 'nothing in the catalogue'}"
+
+
+def _gate_reason(request: MemoryRequest, shortage: Shortage) -> str:
+    hardware, free = request.hardware, max(shortage.free_at_start, 0)
+    starts = highest_utilization_that_starts(visible=hardware.visible_bytes, free=free)
+    return (
+        f"--gpu-memory-utilization {request.gpu_memory_utilization:g} of {gib(hardware.visible_bytes)} asks for "
+        f"{gib(shortage.available)}, but only {gib(free)} of {hardware.title} are free at the start: "
+        + (f"{starts:g} is the highest that starts" if starts else "no utilization starts")
+    )
+
+
+def _room_reason(request: MemoryRequest, shortage: Shortage) -> str:
+    needed = shortage.weights + shortage.overheads + shortage.kv_cache
+    if request.sized_by_user:
+        where, purpose = "are free", f"by {_kv_setting(request)}"
+    else:
+        longest = _longest_context(request)
+        where = f"are available at --gpu-memory-utilization {request.gpu_memory_utilization:g}"
+        purpose = f"for one request of --max-model-len {request.max_model_len}"
+        purpose += f" ({longest} is the longest that fits)" if longest else " (no length fits)"
+    return (
+        f"{request.model.title} needs {gib(needed)} on {request.hardware.title}, but {gib(shortage.available)} "
+        f"{where}: {gib(shortage.weights)} of weights in {request.weight_format.name}, {gib(shortage.overheads)} of "
+        f"engine, activations and CUDA graphs, {gib(shortage.kv_cache)} of KV cache {purpose}"
+    )
+
+
+def _kv_setting(request: MemoryRequest) -> str:
+    if request.num_gpu_blocks_override is not None:
+        return f"--num-gpu-blocks-override {request.num_gpu_blocks_override}"
+    return f"--kv-cache-memory-bytes {request.kv_cache_memory_bytes}"
 
 
 def settings_that_fit(request: MemoryRequest) -> tuple[str, ...]:
     """Return up to three changes to `request` that fit, as flags, the mildest first.
 
-    One setting is changed, then two of those that do not help alone, then the machine, the model, and these with narrower
-    weights.
+    One setting is changed, then two of those that do not help alone, then the machine or the model.
     """
     suggestions: list[str] = []
     for change in _changes_that_fit(request):
@@ -79,15 +108,22 @@ def _changes_that_fit(request: MemoryRequest) -> Iterator[MemoryRequest]:
         else:
             yield change
     for first, second in combinations(helpless, 2):
-        both = (twice for once in first(request) for twice in second(once))
-        yield from (change for change in (next(filter(_fits, both), None),) if change is not None)
-    for narrower in (request, *_narrower_weights(request)):
-        yield from filter(_fits, _other_hardware(narrower))
-        yield from filter(_fits, _smaller_model(narrower))
+        yield from islice(filter(_fits, (twice for once in first(request) for twice in second(once))), 1)
+    narrower = tuple(_narrower_weights(request))
+    larger_steps = [
+        filter(_fits, _other_hardware(request)),
+        filter(_fits, chain.from_iterable(map(_other_hardware, narrower))),
+        filter(_fits, _smaller_model(request)),
+    ]
+    for changes in larger_steps:
+        yield from islice(changes, 1)
+    yield from chain(*larger_steps, filter(_fits, chain.from_iterable(map(_smaller_model, narrower))))
 
 
 def _fits(request: MemoryRequest) -> bool:
-    if request.gpu_memory_utilization > request.hardware.max_utilization_seen.value and not request.sized_by_user:
+    try:
+        check_values(request)
+    except ConfigError:
         return False
     return isinstance(attempt(request), MemoryBudget)
 
@@ -99,16 +135,16 @@ def _longest_context(request: MemoryRequest) -> int:
 
 
 def _other_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield higher utilizations, and before them the one that passes the start gate if this one does not."""
-    outcome = attempt(request)
-    free = outcome.free_at_start
+    """Yield higher utilizations, or the highest that starts when the start gate refuses this one."""
+    if request.sized_by_user:
+        return
+    free = attempt(request).free_at_start
     starts = highest_utilization_that_starts(visible=request.hardware.visible_bytes, free=free)
     highest = min(starts, request.hardware.max_utilization_seen.value)
-    if highest < request.gpu_memory_utilization:
-        candidates = [highest] if highest else []
-    else:
-        candidates = [h / 100 for h in range(int(request.gpu_memory_utilization * 100) + 1, int(highest * 100 + 0.5) + 1)]
-    yield from (replace(request, gpu_memory_utilization=u) for u in candidates if not request.sized_by_user)
+    if 0 < highest < request.gpu_memory_utilization:
+        yield replace(request, gpu_memory_utilization=highest)
+    for hundredths in range(int(request.gpu_memory_utilization * 100) + 1, round(highest * 100) + 1):
+        yield replace(request, gpu_memory_utilization=hundredths / 100)
 
 
 def _shorter_context(request: MemoryRequest) -> Iterator[MemoryRequest]:
@@ -148,33 +184,41 @@ def _eager(request: MemoryRequest) -> Iterator[MemoryRequest]:
 
 
 def _kv_cache_that_fits(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield the largest KV cache for which there is room, where the user sized it."""
+    """Yield, where the user sized the KV cache, the largest for which there is room or the smallest that is enough."""
     outcome = attempt(request)
-    if request.sized_by_user and isinstance(outcome, Shortage) and outcome.kv_room > 0:
-        blocks = outcome.kv_room // request.kv_block_bytes
-        if request.num_gpu_blocks_override is not None:
-            yield replace(request, num_gpu_blocks_override=blocks)
-        else:
-            yield replace(request, kv_cache_memory_bytes=blocks * request.kv_block_bytes)
+    if not request.sized_by_user or isinstance(outcome, MemoryBudget) or outcome.kv_room <= 0:
+        return
+    blocks = min(outcome.kv_room, outcome.kv_cache) // request.kv_block_bytes
+    if request.num_gpu_blocks_override is not None:
+        yield replace(request, num_gpu_blocks_override=blocks)
+    else:
+        yield replace(request, kv_cache_memory_bytes=blocks * request.kv_block_bytes)
 
 
 def _other_hardware(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield the other machines of the catalogue, the smallest first."""
-    others = [load_hardware(name) for name in hardware_names() if name != request.hardware.name]
+    """Yield the other machines of the catalogue, the smallest first, if their own defaults would fit as well."""
+    others = (load_hardware(name) for name in hardware_names() if name != request.hardware.name)
     for hardware in sorted(others, key=lambda h: h.visible_bytes):
-        yield replace(request, hardware=hardware)
+        change = replace(request, hardware=hardware)
+        heaviest = replace(
+            change,
+            max_num_seqs=max(request.max_num_seqs, hardware.default_max_num_seqs),
+            max_num_batched_tokens=max(request.max_num_batched_tokens, hardware.default_max_num_batched_tokens),
+        )
+        utilizations = (request.gpu_memory_utilization, hardware.default_utilization.value)
+        if all(_fits(replace(heaviest, gpu_memory_utilization=u)) for u in utilizations):
+            yield change
 
 
 def _smaller_model(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield the smaller models of the catalogue, the largest first, in their native format if this one was in its own."""
+    """Yield the smaller models that reach as far, the largest first, each in its native format if this one was."""
     native = request.weight_format == request.model.native_format
     now = request.model.weight_bytes(request.weight_format)
     changes = []
     for model in map(load_model, model_names()):
         weight_format = model.native_format if native else request.weight_format
-        if model.weight_bytes(weight_format) < now:
-            length = min(request.max_model_len, model.max_context)
-            changes.append(replace(request, model=model, weight_format=weight_format, max_model_len=length))
+        if model.weight_bytes(weight_format) < now and model.max_context >= request.max_model_len:
+            changes.append(replace(request, model=model, weight_format=weight_format))
     yield from sorted(changes, key=lambda c: -c.model.weight_bytes(c.weight_format))
 
 
@@ -192,13 +236,14 @@ _SETTINGS: tuple[Callable[[MemoryRequest], Iterator[MemoryRequest]], ...] = (
 
 def _as_flags(request: MemoryRequest, change: MemoryRequest) -> str:
     """Return what to add to the command line to turn `request` into `change`."""
-    native_as_before = (request.weight_format, change.weight_format) == (
-        request.model.native_format,
-        change.model.native_format,
-    )
     flags = ["--enforce-eager"] if change.enforce_eager and not request.enforce_eager else []
     for name, flag in _FLAGS.items():
         value = getattr(change, name)
-        if value != getattr(request, name) and not (name == "weight_format" and native_as_before):
+        changed = value != getattr(request, name)
+        if name == "weight_format" and change.model != request.model:
+            # Whether or not the user named a format, it must be clear which one the other model has.
+            formats = (value, request.weight_format, change.model.native_format)
+            changed = len({change.model.weight_bytes(fmt) for fmt in formats}) > 1
+        if changed:
             flags.append(f"{flag} {getattr(value, 'name', value)}")
     return " ".join(flags)

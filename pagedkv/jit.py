@@ -4,9 +4,11 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
+
+import pagedkv
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,13 +23,11 @@ def jit(function: F) -> F:
     cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache_file is not None:  # no writable cache folder, or NUMBA_DISABLE_JIT
         cache_file._source_stamp = (cache_file._source_stamp, _package_digest())
-    return compiled  # type: ignore[no-any-return]
+    return cast("F", compiled)
 
 
 @cache
 def _package_digest() -> str:
-    import pagedkv
-
     digest = hashlib.sha256()
     for folder in pagedkv.__path__:
         root = Path(folder)

@@ -1,4 +1,4 @@
-"""Where the memory of a machine goes when an engine starts: vLLM's ledger, from the visible bytes to the number of blocks."""
+"""Where the memory goes when an engine starts: vLLM's ledger, from the visible bytes to the number of blocks."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ from pagedkv.model_spec import ModelSpec
 from pagedkv.units import gib
 from pagedkv.weight_format import WeightFormat
 
-# Constants of the profile run's peak, all estimated: vLLM measures it, we fit what it logged.
+# Constants of the profile run's peak: estimated, fitted to what vLLM logged.
 SAMPLER_BYTES_PER_LOGIT = 33
-"""Sampling `max_num_seqs` rows of logits. With 33 the RTX 4090 run of vLLM 0.19 (256 rows, 2,588 blocks) is met within 0.1 %; five models
-on an H100 with 1,024 rows and an older vLLM took 38.2 (llm-d-benchmark: 4.76 GiB for Llama-3.1-8B, 7.38 GiB for gpt-oss-20b)."""
+"""Sampling over `max_num_seqs` rows of logits. Source: vLLM 0.19 on an RTX 4090 (Llama-3.1-8B, 256 rows, 2,588 blocks),
+less 0.13 GiB of libraries. An older vLLM took 38 on an H100 with 1,024 rows (llm-d-benchmark: 4.76 GiB for
+Llama-3.1-8B, 7.38 GiB for gpt-oss-20b)."""
 DENSE_PEAK_WIDTH = 14
-"""Hidden states' worth of 16-bit activations alive at the widest point of a layer: 3 + 3 x intermediate / hidden of Llama-3.1-8B."""
+"""Hidden states' worth of 16-bit activations at the widest point of a layer. Source: Llama-3.1-8B, where 3 of them live
+beside gate, up and their product, 3 * 14,336 / 4,096."""
 EXPERT_PEAK_WIDTH = 83
-"""The same with routed experts. DeepSeek-V4-Flash on a Spark with one sequence: 5.30 - 1.39 GiB for 6,176 tokens of 4,096 elements."""
+"""The same with routed experts. Source: DeepSeek-V4-Flash on a Spark, one sequence, took 1.39 GiB at 2,048 tokens and
+5.30 GiB at 8,224: 3.91 GiB for 6,176 tokens of 4,096 elements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +126,8 @@ class MemoryBudget:
     @property
     def parts(self) -> dict[str, int]:
         """The eight parts by name. They sum to `visible`."""
-        names = ("weights", "engine_overhead", "activations", "cuda_graphs")
-        return {name: getattr(self, name) for name in (*names, "kv_cache", "os_reserve", "other_programs", "unassigned")}
+        engine = ("weights", "engine_overhead", "activations", "cuda_graphs", "kv_cache")
+        return {name: getattr(self, name) for name in (*engine, "os_reserve", "other_programs", "unassigned")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,12 +194,12 @@ def plan_memory(
 ) -> MemoryBudget:
     """Return the budget that vLLM would come to; the arguments are the fields of `MemoryRequest`.
 
-    KV cache = utilization x visible - weights - engine overhead - activations - CUDA graphs. On unified memory the operating
-    system and other programs are checked against what utilization leaves; they are not subtracted from the KV cache.
+    KV cache = utilization x visible - weights - engine overhead - activations - CUDA graphs. On unified memory the
+    operating system and other programs are checked against what utilization leaves, not subtracted from the KV cache.
 
     Raises:
-        ConfigError: If a value is invalid, the start gate refuses, or the KV cache cannot hold one request of `max_model_len`
-            tokens. The message names settings that fit.
+        ConfigError: If a value is invalid, the start gate refuses, or the KV cache cannot hold one request of
+            `max_model_len` tokens. The message names settings that fit.
     """
     request = MemoryRequest(
         model=model,
@@ -233,12 +236,12 @@ def check_values(request: MemoryRequest) -> None:
     kv_element_bytes(request.kv_cache_dtype)
     hardware, utilization = request.hardware, request.gpu_memory_utilization
     if not 0 < utilization <= 1:
-        raise ConfigError(f"--gpu-memory-utilization {utilization} must be above 0 and at most 1: a share of the memory")
+        raise ConfigError(f"--gpu-memory-utilization {utilization} must be above 0 and at most 1")
     highest = hardware.max_utilization_seen
     if utilization > highest.value and not request.sized_by_user:
         raise ConfigError(
-            f"--gpu-memory-utilization {utilization} is above {highest.value:g}, the highest that {hardware.title} is known "
-            f"to start with ({highest.source}): use {highest.value:g} or less"
+            f"--gpu-memory-utilization {utilization} is above {highest.value:g}, the highest that {hardware.title} is "
+            f"known to start with ({highest.source}): use {highest.value:g} or less"
         )
     for name in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         if getattr(request, name) < 1:
@@ -252,13 +255,11 @@ def check_values(request: MemoryRequest) -> None:
         value = getattr(request, name)
         if value is not None and not 0 <= value <= hardware.visible_bytes:
             raise ConfigError(
-                f"{name} {value} must be between 0 and the {hardware.visible_bytes} bytes ({gib(hardware.visible_bytes)}) "
-                f"that {hardware.title} shows"
+                f"{name} {value} must be between 0 and {hardware.visible_bytes}, the {gib(hardware.visible_bytes)} of "
+                f"{hardware.title}"
             )
     if request.num_gpu_blocks_override is not None and request.num_gpu_blocks_override < 2:
-        raise ConfigError(
-            f"--num-gpu-blocks-override {request.num_gpu_blocks_override} must be at least 2: one block is the null block"
-        )
+        raise ConfigError(f"--num-gpu-blocks-override {request.num_gpu_blocks_override} must be at least 2: one is the null block")
 
 
 def attempt(request: MemoryRequest) -> MemoryBudget | Shortage:
@@ -311,15 +312,15 @@ def attempt(request: MemoryRequest) -> MemoryBudget | Shortage:
         block_bytes=block_bytes,
         kv_bytes_per_token=request.model.kv_spec(request.kv_cache_dtype).bytes_per_token,
         num_blocks=num_blocks,
-        warnings=_warnings(request, left_bytes=free - held),
+        warnings=_warnings(request, free=free, held=held),
     )
 
 
 def _taken_by_others(request: MemoryRequest) -> tuple[int, int]:
     """Return the bytes of the operating system and of other programs.
 
-    When the free memory is known, what is taken is known too, and only its split is not: on unified memory the operating
-    system has what `other_programs_bytes` does not explain, on a discrete GPU the other programs have it.
+    When the free memory is known, what is taken is known too, and only its split is not: on unified memory the
+    operating system has what `other_programs_bytes` does not explain, on a discrete GPU other programs have the rest.
     """
     hardware = request.hardware
     os_reserve = int(hardware.os_reserve.value) if request.os_reserve_bytes is None else request.os_reserve_bytes
@@ -331,12 +332,14 @@ def _taken_by_others(request: MemoryRequest) -> tuple[int, int]:
     return os_reserve, other_programs
 
 
-def _warnings(request: MemoryRequest, *, left_bytes: int) -> tuple[str, ...]:
-    """Return the warning that `left_bytes` beside engine, operating system and programs are below the machine's floor."""
+def _warnings(request: MemoryRequest, *, free: int, held: int) -> tuple[str, ...]:
+    """Return a warning if what engine (`held`), operating system and programs leave is below the machine's floor."""
     hardware, floor = request.hardware, int(request.hardware.memory_floor.value)
-    if left_bytes >= floor:
+    if free - held >= floor:
         return ()
+    enough = highest_utilization_that_starts(visible=hardware.visible_bytes, free=free - floor)
+    remedy = "" if request.sized_by_user else f"; --gpu-memory-utilization {enough:g} leaves enough"
     return (
-        f"the engine leaves {gib(left_bytes)} of {hardware.title}'s memory beside the operating system and other programs; "
-        f"below {gib(floor)} the machine may freeze ({hardware.memory_floor.source})",
+        f"engine, operating system and other programs leave {gib(free - held)} of {hardware.title}'s memory; below "
+        f"{gib(floor)} the machine may freeze ({hardware.memory_floor.source}){remedy}",
     )

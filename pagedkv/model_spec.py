@@ -93,8 +93,7 @@ class ModelSpec:
     def group_attention_flops_per_pair(self) -> tuple[float, ...]:
         """The same for each of `layer_groups`, whose windows differ."""
         return tuple(
-            2.0 * group.num_layers * self.num_attention_heads * (group.key_dim + group.value_dim)
-            for group in self.layer_groups
+            2.0 * group.num_layers * self.num_attention_heads * (group.key_dim + group.value_dim) for group in self.layer_groups
         )
 
     def weight_bytes(self, fmt: WeightFormat) -> int:
@@ -133,6 +132,4 @@ class ModelSpec:
         Raises:
             ConfigError: If there is no such element type.
         """
-        return KVCacheSpec(
-            groups=self.layer_groups, dtype_name=kv_cache_dtype, bytes_per_element=kv_element_bytes(kv_cache_dtype)
-        )
+        return KVCacheSpec(groups=self.layer_groups, dtype_name=kv_cache_dtype, bytes_per_element=kv_element_bytes(kv_cache_dtype))

@@ -40,7 +40,7 @@ class LoadConfig:
     num_prompts: int | None = None
     """Open loop or trace: stop after this many requests."""
     trace: str | None = None
-    """Replay arrivals and lengths from a file: Azure CSV, Mooncake JSONL or a CSV with arrival, input and output columns; gzip works."""
+    """Replay arrivals and lengths from a file: Azure CSV, Mooncake JSONL, or a CSV with arrival, input and output; gzip too."""
     trace_format: str | None = None
     """Read the trace as this format instead of detecting it: azure-csv, generic-csv or mooncake-jsonl."""
     trace_rate: float | None = None

@@ -200,8 +200,7 @@ class FileLengths:
         fits = total <= max_total
         if not fits.any():
             raise ConfigError(
-                f"no request of {self.name!r} has at most {max_total} tokens (prompt + output); the shortest has "
-                f"{total.min()}"
+                f"no request of {self.name!r} has at most {max_total} tokens (prompt + output); the shortest has {total.min()}"
             )
         return FileLengths(
             name=f"{self.name}, at most {max_total} tokens",

@@ -24,6 +24,13 @@ class Load(Protocol):
     def num_requests(self) -> int | None:
         """How many requests there are in all; None if they never end."""
 
+    @property
+    def title(self) -> str:
+        """What a sentence calls it, in the plural."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the load's settings by field name of `LoadConfig`, defaults filled in."""
+
     def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
         """Start the processes that submit requests to `engine`. The same seed gives the same requests to any engine."""
 
@@ -38,7 +45,20 @@ class ClosedLoop:
     """Mean of the exponential pause before each request."""
     lengths: LengthDistribution
     """Of their requests."""
-    num_requests: None = None
+
+    @property
+    def num_requests(self) -> None:
+        """None: they never end."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """E.g. "100 users"."""
+        return f"{self.users:,} user{'s' if self.users > 1 else ''}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return users and think time."""
+        return {"users": self.users, "think_time": f"{self.think_time_s:g}s"}
 
     def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
         """Start one process per user. Each has its own random stream: what one experiences does not change the others' requests."""
@@ -67,6 +87,19 @@ class OpenLoop:
     """Stop after so many."""
     lengths: LengthDistribution
     """Of the requests."""
+
+    @property
+    def title(self) -> str:
+        """E.g. "2 requests/s"."""
+        return f"{self.request_rate_per_s:g} requests/s"
+
+    def settings(self) -> dict[str, Any]:
+        """Return rate, burstiness and number of requests."""
+        return {
+            "request_rate": self.request_rate_per_s,
+            "burstiness": self.burstiness,
+            "num_prompts": self.num_requests,
+        }
 
     def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
         """Start the one process that submits them all."""
@@ -104,6 +137,15 @@ class TraceReplay:
     def num_requests(self) -> int:
         """Requests in the trace."""
         return len(self.trace)
+
+    @property
+    def title(self) -> str:
+        """E.g. "the 19,366 requests of azure.csv"."""
+        return f"the {len(self.trace):,} requests of {self.trace.path.name}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the format that was found."""
+        return {"trace_format": self.trace.format}
 
     def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
         """Start the one process that submits them all; nothing is random here."""

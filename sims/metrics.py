@@ -76,9 +76,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "kv_when_waiting": kv_shares(sums.gauges_when_waiting, waiting_s, usable),
         "ttft_s": summarize(latencies.ttft_s),
         "tpot_s": summarize(latencies.tpot_s[~np.isnan(latencies.tpot_s)]),
-        "itl_s": summarize_bins(
-            sums.itl_bins, total=float(sums.itl_sum_s[0]), smallest=ITL_SMALLEST_S, ratio=ITL_BIN_RATIO
-        ),
+        "itl_s": summarize_bins(sums.itl_bins, total=float(sums.itl_sum_s[0]), smallest=ITL_SMALLEST_S, ratio=ITL_BIN_RATIO),
         "e2e_s": summarize(latencies.e2e_s),
         "output_tokens_per_s": recorder.num_output_tokens / window_s if window_s else None,
         "request_throughput_per_s": recorder.num_completed / window_s if window_s else None,

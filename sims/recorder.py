@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.allocation import StepBatch
-from pagedkv.arrays import Float64Array, Int32Array, Int64Array
+from pagedkv.arrays import Float64Array, Int32Array, Int64Array, joined
 from pagedkv.jit import jit
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
@@ -47,8 +47,15 @@ class Integrals(NamedTuple):
     @classmethod
     def empty(cls) -> "Integrals":
         """Return sums of nothing."""
-        gauges = [np.zeros(NUM_GAUGES) for _ in range(2)]
-        return cls(*gauges, np.zeros(2), np.zeros(len(BLOCKERS)), np.zeros(3), np.zeros(ITL_BINS, np.int64), np.zeros(1))
+        return cls(
+            gauges=np.zeros(NUM_GAUGES),
+            gauges_when_waiting=np.zeros(NUM_GAUGES),
+            observed_s=np.zeros(2),
+            blocked_s=np.zeros(len(BLOCKERS)),
+            cost_s=np.zeros(3),
+            itl_bins=np.zeros(ITL_BINS, np.int64),
+            itl_sum_s=np.zeros(1),
+        )
 
 
 @jit
@@ -65,7 +72,8 @@ def _set_gauges(
 
     Batch entries are the head of the running list, in its order. Tokens of this step count from its start: their slots are bound.
     """
-    gauges[:] = 0
+    for g in range(NUM_GAUGES):
+        gauges[g] = 0
     for i in range(state.counts[NUM_RUNNING]):
         request = state.running[i]
         tokens = batch.num_slots_needed[i] if i < num_entries else requests.num_computed_tokens[request]
@@ -87,7 +95,7 @@ def _integrate(
     end_s: float,
     warmup_s: float,
     blocker: int,
-    cost: tuple[float, float, float],
+    cost: StepCost,
 ) -> None:
     observe(timeline, start_s, end_s, gauges)
     seconds = end_s - max(start_s, warmup_s)
@@ -95,14 +103,17 @@ def _integrate(
         return
     integrals.observed_s[0] += seconds
     integrals.blocked_s[blocker] += seconds
-    integrals.gauges[:] += seconds * gauges
+    waits = gauges[WAITING] > 0
+    for g in range(NUM_GAUGES):
+        integrals.gauges[g] += seconds * gauges[g]
+        if waits:
+            integrals.gauges_when_waiting[g] += seconds * gauges[g]
+    if waits:
+        integrals.observed_s[1] += seconds
     total_s = cost[0] + cost[1] + cost[2]
     if total_s > 0.0:
         for part in range(3):
             integrals.cost_s[part] += seconds * cost[part] / total_s
-    if gauges[WAITING] > 0:
-        integrals.observed_s[1] += seconds
-        integrals.gauges_when_waiting[:] += seconds * gauges
 
 
 @jit
@@ -155,8 +166,7 @@ class Recorder:
     def arrival(self, request: int, now_s: float) -> None:
         """Note that `request` joined the queue."""
         if request == self._times.arrival_s.size:
-            more = TokenTimes.empty(request)
-            self._times = TokenTimes(*(np.concatenate(pair) for pair in zip(self._times, more, strict=True)))
+            self._times = joined(self._times, TokenTimes.empty(request))
         self._times.arrival_s[request] = now_s
 
     def rejection(self, prompt_tokens: int, output_tokens: int, now_s: float) -> None:
@@ -187,7 +197,7 @@ class Recorder:
         if step.num_entries > step.num_running_before:
             _stamp_start(self._times, step.batch, step.num_running_before, step.num_entries, start_s)
         end_s = min(start_s + cost.total_s, self.end_s)
-        _integrate(self.integrals, self.timeline, gauges, start_s, end_s, self.warmup_s, BLOCKERS.index(step.blocker), tuple(cost))
+        _integrate(self.integrals, self.timeline, gauges, start_s, end_s, self.warmup_s, BLOCKERS.index(step.blocker), cost)
         self.iterations += 1
         self.request_steps += step.num_entries
         if end_s > self.warmup_s:
@@ -200,7 +210,7 @@ class Recorder:
         self._gauges[FREE] = self._scheduler.allocator.free_slots
         end_s = min(end_s, self.end_s)
         if end_s > start_s:
-            _integrate(self.integrals, self.timeline, self._gauges, start_s, end_s, self.warmup_s, 0, (0.0, 0.0, 0.0))
+            _integrate(self.integrals, self.timeline, self._gauges, start_s, end_s, self.warmup_s, 0, StepCost(0.0, 0.0, 0.0))
 
     def tokens(self, now_s: float) -> None:
         """Note the tokens of the step that has just been completed."""
@@ -210,7 +220,7 @@ class Recorder:
             self.num_completed += self._scheduler.finished.size
 
     def close(self, end_s: float) -> None:
-        """End the run: of measured requests that still generate, the time since their last token bounds their next gap from below."""
+        """End the run: for measured requests that still generate, the time since their last token is a lower bound of a gap."""
         size, requests = self._scheduler.requests.size, self._scheduler.requests.arrays
         generating = np.arange(size)[
             (requests.num_known_tokens > requests.prompt_tokens)[:size]

@@ -12,14 +12,14 @@ from pagedkv.heaps import HEAPS
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig, parse_seconds
+from pagedkv.sims.config import LoadConfig, MeasurementConfig, SimulationConfig, parse_seconds
 from pagedkv.sims.engines import ENGINES
 from pagedkv.sims.goodput import Goal, parse_goals
 from pagedkv.sims.lengths import FixedLengths, LengthDistribution, load_lengths, restricted
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, TraceReplay
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.sims.traces import read_trace
-from pagedkv.weight_format import load_weight_format
+from pagedkv.weight_format import WeightFormat, load_weight_format
 
 DEFAULT_DURATION_S = 600.0
 DEFAULT_WARMUP_S = 60.0
@@ -35,6 +35,7 @@ class Scenario:
     """As asked for."""
     model: ModelSpec
     hardware: HardwareSpec
+    weight_format: WeightFormat
     budget: MemoryBudget
     scheduler: SchedulerSettings
     pool: KVPoolSettings
@@ -65,11 +66,13 @@ def resolve(config: SimulationConfig) -> Scenario:
     goals = parse_goals(measurement.goodput)
     load = _load(config.load, scheduler.max_model_len)
     warmup_s, duration_s = _window(measurement, load)
-    budget = engine.memory_budget(serving, model, hardware, scheduler)
+    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
+    budget = engine.memory_budget(serving, model, weight_format, hardware, scheduler)
     return Scenario(
         config=config,
         model=model,
         hardware=hardware,
+        weight_format=weight_format,
         budget=budget,
         scheduler=scheduler,
         pool=KVPoolSettings(
@@ -84,7 +87,7 @@ def resolve(config: SimulationConfig) -> Scenario:
         step_time=RooflineStepTime(
             model,
             hardware,
-            weight_format=load_weight_format(serving.quantization) if serving.quantization else model.native_format,
+            weight_format=weight_format,
             kv_spec=model.kv_spec(serving.kv_cache_dtype),
             enforce_eager=serving.enforce_eager,
         ),
@@ -127,9 +130,7 @@ def _load(load: LoadConfig, max_model_len: int) -> Load:
     kinds = [name for name in ("users", "request_rate", "trace") if getattr(load, name) is not None]
     if len(kinds) != 1:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in kinds) or "none of them"
-        raise ConfigError(
-            f"the load is one of --users N, --request-rate R and --trace FILE; {given} was given. Try --users 100"
-        )
+        raise ConfigError(f"the load is one of --users N, --request-rate R and --trace FILE; {given} was given. Try --users 100")
     kind = kinds[0]
     belongs = {
         "think_time": ("users",),

@@ -43,7 +43,7 @@ class Run:
 
 def run(scenario: Scenario, allocator_name: str, *, seed: int, progress: Callable[[float], None] | None = None) -> Run:
     """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed."""
-    env = simpy.Environment()
+    env = simpy.Environment(initial_time=0.0)
     allocator = ALLOCATORS.load(allocator_name)(scenario.pool)
     scheduler = Scheduler(scenario.scheduler, allocator)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s

@@ -49,9 +49,11 @@ def observe(timeline: TimelineArrays, start_s: float, end_s: float, gauges: Int6
 
 @jit
 def _merge_pairs(timeline: TimelineArrays) -> None:
-    for i in range(NUM_BINS // 2):
-        timeline.observed_s[i] = timeline.observed_s[2 * i] + timeline.observed_s[2 * i + 1]
-        timeline.integral[i] = timeline.integral[2 * i] + timeline.integral[2 * i + 1]
-    timeline.observed_s[NUM_BINS // 2 :] = 0.0
-    timeline.integral[NUM_BINS // 2 :] = 0.0
+    num_gauges = timeline.integral.shape[1]
+    for i in range(NUM_BINS):  # explicit loops: numba takes seconds to compile expressions over slices
+        a, b = 2 * i, 2 * i + 1
+        merged = b < NUM_BINS
+        timeline.observed_s[i] = timeline.observed_s[a] + timeline.observed_s[b] if merged else 0.0
+        for g in range(num_gauges):
+            timeline.integral[i, g] = timeline.integral[a, g] + timeline.integral[b, g] if merged else 0.0
     timeline.width_s[0] *= 2.0

@@ -17,40 +17,40 @@ class ExtentArrays(NamedTuple):
 
     start: Int64Array
     size: Int64Array
-    count: Int64Array
+    used: Int64Array
     """Length 1: extents in use."""
 
 
 @jit
 def _insert(extents: ExtentArrays, at: int, start: int, size: int) -> None:
-    count = extents.count[0]
-    for i in range(count, at, -1):
+    used = extents.used[0]
+    for i in range(used, at, -1):
         extents.start[i] = extents.start[i - 1]
         extents.size[i] = extents.size[i - 1]
     extents.start[at] = start
     extents.size[at] = size
-    extents.count[0] = count + 1
+    extents.used[0] = used + 1
 
 
 @jit
 def _remove(extents: ExtentArrays, at: int) -> None:
-    count = extents.count[0]
-    for i in range(at, count - 1):
+    used = extents.used[0]
+    for i in range(at, used - 1):
         extents.start[i] = extents.start[i + 1]
         extents.size[i] = extents.size[i + 1]
-    extents.count[0] = count - 1
+    extents.used[0] = used - 1
 
 
 @jit
 def _place_of(extents: ExtentArrays, address: int) -> int:
     """Return the index of the first extent at or beyond `address`."""
-    return int(np.searchsorted(extents.start[: extents.count[0]], address))
+    return int(np.searchsorted(extents.start[: extents.used[0]], address))
 
 
 @jit
 def _reserve(free: ExtentArrays, taken: ExtentArrays, size: int) -> int:
     """Cut `size` slots from the lowest extent that has them. O(extents)."""
-    for i in range(free.count[0]):
+    for i in range(free.used[0]):
         if free.size[i] >= size:
             address = free.start[i]
             free.start[i] += size
@@ -66,13 +66,13 @@ def _reserve(free: ExtentArrays, taken: ExtentArrays, size: int) -> int:
 def _release(free: ExtentArrays, taken: ExtentArrays, address: int) -> bool:
     """Give a reservation back and merge it with free neighbours. O(extents). False if none starts at `address`."""
     place = _place_of(taken, address)
-    if place == taken.count[0] or taken.start[place] != address:
+    if place == taken.used[0] or taken.start[place] != address:
         return False
     size = taken.size[place]
     _remove(taken, place)
     i = _place_of(free, address)
     joins_left = i > 0 and free.start[i - 1] + free.size[i - 1] == address
-    joins_right = i < free.count[0] and address + size == free.start[i]
+    joins_right = i < free.used[0] and address + size == free.start[i]
     if joins_left and joins_right:
         free.size[i - 1] += size + free.size[i]
         _remove(free, i)
@@ -127,7 +127,7 @@ class FirstFitHeap:
     @property
     def free_slots(self) -> int:
         """Slots in free extents."""
-        return int(self._free.size[: self._free.count[0]].sum())
+        return int(self._free.size[: self._free.used[0]].sum())
 
     @property
     def largest_reservation(self) -> int:
@@ -137,7 +137,8 @@ class FirstFitHeap:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless free and taken extents tile the heap and no two free ones touch."""
         free, taken = (
-            {int(s): int(n) for s, n in zip(e.start[: e.count[0]], e.size[: e.count[0]], strict=True)} for e in (self._free, self._taken)
+            {int(s): int(n) for s, n in zip(e.start[: e.used[0]], e.size[: e.used[0]], strict=True)}
+            for e in (self._free, self._taken)
         )
         end = 0
         for address, size in sorted((free | taken).items()):
@@ -154,7 +155,7 @@ def _extents(*, capacity: int) -> ExtentArrays:
 
 
 def _with_room(extents: ExtentArrays) -> ExtentArrays:
-    if extents.count[0] < extents.start.size:
+    if extents.used[0] < extents.start.size:
         return extents
     pad = np.zeros(extents.start.size, np.int64)
-    return ExtentArrays(np.concatenate((extents.start, pad)), np.concatenate((extents.size, pad)), extents.count)
+    return ExtentArrays(np.concatenate((extents.start, pad)), np.concatenate((extents.size, pad)), extents.used)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import Int32Array, Int64Array, joined
 
 NO_ROW = -1
 
@@ -12,6 +12,8 @@ NO_ROW = -1
 class RequestArrays(NamedTuple):
     """One entry per request, by request index, in order of arrival."""
 
+    row: Int32Array
+    """Its row in the running batch, or NO_ROW."""
     prompt_tokens: Int64Array
     output_tokens: Int64Array
     """Tokens it will generate. A simulator knows them; schedulers use them only to see that a request is done."""
@@ -22,18 +24,16 @@ class RequestArrays(NamedTuple):
     admission_slots: Int64Array
     """Slots to take in one piece at admission: see `Allocator.admission_slots`."""
     num_preemptions: Int64Array
-    row: Int32Array
-    """Its row in the running batch, or NO_ROW."""
 
     @classmethod
     def empty(cls, capacity: int) -> "RequestArrays":
         """Return columns for `capacity` requests."""
         columns = [np.zeros(capacity, np.int64) for _ in range(6)]
-        return cls(*columns, row=np.full(capacity, NO_ROW, np.int32))
+        return cls(np.full(capacity, NO_ROW, np.int32), *columns)
 
 
 class RequestTable:
-    """All requests since the start. Adding one is O(1) on average; rows are never reused, so an index names one request for good."""
+    """All requests since the start. Adding one is O(1) on average; an index names one request for good."""
 
     def __init__(self, *, capacity: int = 1024) -> None:
         self.arrays = RequestArrays.empty(capacity)
@@ -43,8 +43,7 @@ class RequestTable:
         """Append a request and return its index."""
         index = self.size
         if index == self.arrays.row.size:
-            more = RequestArrays.empty(index)
-            self.arrays = RequestArrays(*(np.concatenate(pair) for pair in zip(self.arrays, more, strict=True)))
+            self.arrays = joined(self.arrays, RequestArrays.empty(index))
         self.arrays.prompt_tokens[index] = self.arrays.num_known_tokens[index] = prompt_tokens
         self.arrays.output_tokens[index] = output_tokens
         self.arrays.admission_slots[index] = admission_slots

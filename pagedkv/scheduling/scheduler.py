@@ -204,8 +204,9 @@ class Scheduler:
 
     def waiting(self) -> Int64Array:
         """Return the queue, its head first. O(waiting)."""
-        ring, head = self.arrays.waiting, self.arrays.counts[WAITING_HEAD]
-        return ring[(head + np.arange(self.num_waiting)) % ring.size]
+        ring, places = self.arrays.waiting, self.arrays.counts[WAITING_HEAD] + np.arange(self.num_waiting)
+        queue: Int64Array = ring[places % ring.size]
+        return queue
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows, queue and running batch fit together and every running request has its slots."""
@@ -222,4 +223,6 @@ class Scheduler:
             or (slots < requests.num_computed_tokens[running]).any()
             or self.allocator.units_held[free_rows].any()
         ):
-            raise IntegrityError(f"running {running.tolist()} in rows {rows.tolist()} with {slots.tolist()} slots, waiting {waiting.tolist()}")
+            raise IntegrityError(
+                f"running {running.tolist()} in rows {rows.tolist()} with {slots.tolist()} slots, waiting {waiting.tolist()}"
+            )

@@ -8,6 +8,7 @@ from pagedkv.model_spec import ModelSpec
 from pagedkv.registry import Registry
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import ServingConfig
+from pagedkv.weight_format import WeightFormat
 
 
 class EnginePreset(Protocol):
@@ -17,7 +18,12 @@ class EnginePreset(Protocol):
         """Return the limits of a step, with the engine's defaults for this machine where the user set none."""
 
     def memory_budget(
-        self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec, settings: SchedulerSettings
+        self,
+        serving: ServingConfig,
+        model: ModelSpec,
+        weight_format: WeightFormat,
+        hardware: HardwareSpec,
+        settings: SchedulerSettings,
     ) -> MemoryBudget:
         """Return how the engine divides the machine's memory.
 

@@ -8,7 +8,7 @@ from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES
 from pagedkv.units import parse_bytes
-from pagedkv.weight_format import load_weight_format
+from pagedkv.weight_format import WeightFormat
 
 DEFAULT_MAX_MODEL_LEN = 32_768
 
@@ -24,9 +24,7 @@ class VLLM:
         """Return vLLM's limits of a step: its defaults depend on the device."""
         longest = serving.max_model_len or min(DEFAULT_MAX_MODEL_LEN, model.max_context)
         if longest > model.max_context:
-            raise ConfigError(
-                f"max-model-len {longest} is more than {model.title} was made for: at most {model.max_context}"
-            )
+            raise ConfigError(f"max-model-len {longest} is more than {model.title} was made for: at most {model.max_context}")
         tokens, seqs = serving.max_num_batched_tokens, serving.max_num_seqs
         if tokens is None:
             tokens = hardware.default_max_num_batched_tokens
@@ -41,14 +39,19 @@ class VLLM:
         )
 
     def memory_budget(
-        self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec, settings: SchedulerSettings
+        self,
+        serving: ServingConfig,
+        model: ModelSpec,
+        weight_format: WeightFormat,
+        hardware: HardwareSpec,
+        settings: SchedulerSettings,
     ) -> MemoryBudget:
         """Return vLLM's ledger: KV gets what utilization leaves after weights, overhead, activations and graphs."""
         utilization = serving.gpu_memory_utilization
         return plan_memory(
             model,
             hardware,
-            weight_format=load_weight_format(serving.quantization) if serving.quantization else model.native_format,
+            weight_format=weight_format,
             kv_cache_dtype=serving.kv_cache_dtype,
             block_size=serving.block_size,
             max_model_len=settings.max_model_len,

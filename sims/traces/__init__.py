@@ -55,12 +55,16 @@ class Trace:
         """Return the first `n` requests, or all where there are fewer."""
         if n < 1:
             raise ConfigError(f"cannot take {n} requests of {self.path}: take 1 or more")
+        return self.where(np.arange(len(self)) < n)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Trace":
+        """Return the requests that `mask`, shape (requests,), selects; their times stay as they are."""
         return replace(
             self,
-            arrival_s=self.arrival_s[:n],
-            prompt_tokens=self.prompt_tokens[:n],
-            output_tokens=self.output_tokens[:n],
-            line_numbers=self.line_numbers[:n],
+            arrival_s=self.arrival_s[mask],
+            prompt_tokens=self.prompt_tokens[mask],
+            output_tokens=self.output_tokens[mask],
+            line_numbers=self.line_numbers[mask],
         )
 
     def scaled(self, rate: float) -> "Trace":

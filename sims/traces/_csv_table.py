@@ -59,7 +59,5 @@ class CsvTable:
         index = self.find(names)
         if index is None:
             header = shown(",".join(self.header))
-            raise TraceFormatError(
-                f"{self.path}, line {self.header_line}: no column {' or '.join(names)} in the header {header}"
-            )
+            raise TraceFormatError(f"{self.path}, line {self.header_line}: no column {' or '.join(names)} in the header {header}")
         return Column(name=self.header[index], cells=[row[index] for row in self.cells], parse=parse, needed=needed)

@@ -33,9 +33,7 @@ class AzureCsv:
             line_numbers=table.line_numbers,
             prompt=table.column(["ContextTokens"]),
             output=table.column(["GeneratedTokens"]),
-            arrival=table.column(
-                ["TIMESTAMP"], parse=_parse_date, needed="a date and time such as 2023-11-16 18:15:46.68"
-            ),
+            arrival=table.column(["TIMESTAMP"], parse=_parse_date, needed="a date and time such as 2023-11-16 18:15:46.68"),
         )
 
 

@@ -38,6 +38,4 @@ class GenericCsv:
         elif table.find(_ARRIVAL_MS) is not None:
             parse_ms = partial(parse_seconds, unit_s=1e-3)
             arrival = table.column(_ARRIVAL_MS, parse=parse_ms, needed="a finite number of milliseconds")
-        return Rows(
-            line_numbers=table.line_numbers, prompt=table.column(_PROMPT), output=table.column(_OUTPUT), arrival=arrival
-        )
+        return Rows(line_numbers=table.line_numbers, prompt=table.column(_PROMPT), output=table.column(_OUTPUT), arrival=arrival)

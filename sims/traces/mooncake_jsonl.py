@@ -18,9 +18,7 @@ _LENGTHS = ("input_length", "output_length")
 class MooncakeJsonl:
     """Objects with timestamp, input_length and output_length; other keys, such as hash_ids, are not read."""
 
-    first_line: ClassVar[str] = (
-        '{"timestamp": 0, "input_length": 6755, "output_length": 500, "hash_ids": [0, 1, 2]} (milliseconds)'
-    )
+    first_line: ClassVar[str] = '{"timestamp": 0, "input_length": 6755, "output_length": 500, "hash_ids": [0, 1, 2]} (milliseconds)'
 
     @staticmethod
     def matches(first_line: str) -> bool:

@@ -1,4 +1,4 @@
-"""Step by step the decisions that vLLM 0.33.0's own scheduler took on recorded workloads: those without prefix caching under fcfs."""
+"""Step by step the decisions that vLLM 0.33.0's own scheduler took: recorded workloads without prefix caching, under fcfs."""
 
 import gzip
 import json
@@ -23,7 +23,9 @@ def workloads(shared_data: Path) -> list[Workload]:
 
 
 def supported(config: dict[str, Any]) -> bool:
-    return config["policy"] == "fcfs" and not config["enable_prefix_caching"] and not config["long_prefill_token_threshold_adaptive"]
+    return (
+        config["policy"] == "fcfs" and not config["enable_prefix_caching"] and not config["long_prefill_token_threshold_adaptive"]
+    )
 
 
 def replay(workload: Workload) -> int:

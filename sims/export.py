@@ -1,0 +1,127 @@
+"""The result folder: config.toml, summary.json, requests.csv and timeline.csv, each written whole or not at all."""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pagedkv.errors import ConfigError
+from pagedkv.sims.command import to_toml
+from pagedkv.sims.recorder import KV_KINDS, RUNNING, WAITING
+from pagedkv.sims.records import Outcome
+from pagedkv.sims.results import Results
+
+REQUEST_COLUMNS = [
+    *("allocator", "repeat", "request", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens"),
+    *("output_tokens", "num_output_tokens", "num_preemptions", "outcome", "measured"),
+]
+TIMELINE_COLUMNS = ["allocator", "repeat", "start_s", "observed_s", "running", "waiting", *(f"kv_{kind}" for kind in KV_KINDS)]
+
+
+def to_json(document: dict[str, Any]) -> str:
+    """Return the result document as JSON text. Floats keep all their digits; no NaN or infinity can be in it."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make sure that results can be written to `folder`, before anything is computed.
+
+    Raises:
+        ConfigError: If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write results to {str(folder)!r}: {error.strerror}. Give --out a folder that you may write to"
+        ) from error
+
+
+def write(results: Results, folder: Path) -> None:
+    """Write all four files to `folder`; a file of an earlier run is replaced only once its successor is complete."""
+    document = results.document()
+    files = {
+        "config.toml": to_toml(document["config"]),
+        "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(results)),
+        "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(results)),
+        "summary.json": to_json(document),
+    }
+    prepare_folder(folder)
+    for name, text in files.items():
+        write_atomically(folder / name, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader, or an interruption, finds the old file or the new one, never a part.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=path.parent, delete=False) as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).chmod(0o666 & ~_umask())
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _csv(header: list[str], rows: Iterator[list[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _request_rows(results: Results) -> Iterator[list[Any]]:
+    for name, result in results.by_allocator.items():
+        for repeat, run in enumerate(result.runs):
+            log = run.log
+            columns = (
+                _times(log.arrival_s),
+                _times(log.scheduled_s),
+                _times(log.first_token_s),
+                _times(log.last_token_s),
+                log.prompt_tokens.tolist(),
+                log.output_tokens.tolist(),
+                log.num_output_tokens.tolist(),
+                log.num_preemptions.tolist(),
+                [Outcome(outcome).name.lower() for outcome in log.outcome],
+                (log.arrival_s >= run.warmup_s).astype(int).tolist(),
+            )
+            for request, row in enumerate(zip(*columns, strict=True)):
+                yield [name, repeat, request, *row]
+
+
+def _timeline_rows(results: Results) -> Iterator[list[Any]]:
+    for name, result in results.by_allocator.items():
+        for repeat, run in enumerate(result.runs):
+            starts_s, seconds, means = run.recorder.timeline.means()
+            shares = means[:, : len(KV_KINDS)] / run.allocator.usable_slots
+            rows = np.column_stack((starts_s, seconds, means[:, RUNNING], means[:, WAITING], shares))
+            for row in rows.tolist():
+                yield [name, repeat, *(format(value, ".9g") for value in row)]
+
+
+def _times(times_s: np.ndarray[Any, np.dtype[np.float64]]) -> list[str]:
+    return ["" if np.isnan(t) else f"{t:.6f}" for t in times_s.tolist()]

@@ -1,0 +1,150 @@
+"""The result document: the one schema of --json, summary.json and everything that shows results. docs/metrics.md explains it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pagedkv.sims.command import flat
+from pagedkv.sims.metrics import measure
+from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
+from pagedkv.sims.simulation import Progress, Run, run
+from pagedkv.sims.statistics import ci95
+from pagedkv.sims.verdict import Verdict, judge
+
+SCHEMA_VERSION = 1
+
+_SUMMED = ("num_", "iterations", "request_steps", "simulated_s")
+_LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorResult:
+    """What one allocator did with the load."""
+
+    runs: list[Run]
+    """One per repeat."""
+    figures: dict[str, Any]
+    """Figures over all repeats, by schema name."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """A simulation, done."""
+
+    scenario: Scenario
+    by_allocator: dict[str, AllocatorResult]
+
+    def document(self) -> dict[str, Any]:
+        """Return the result document: JSON types only, no data is None."""
+        scenario = self.scenario
+        serving = scenario.config.serving
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "config": resolved_config(scenario),
+            "budget": budget_document(scenario),
+            "results": [
+                {
+                    "allocator": name,
+                    "placement": result.runs[0].allocator.placement,
+                    "engine": serving.engine,
+                    "model": scenario.model.name,
+                    "hardware": scenario.hardware.name,
+                    **result.figures,
+                    "verdict": {
+                        "status": result.verdict.status,
+                        "fits": result.verdict.fits,
+                        "binding": result.verdict.binding,
+                        "text": result.verdict.text,
+                        "next_command": result.verdict.next_command,
+                    },
+                }
+                for name, result in self.by_allocator.items()
+            ],
+        }
+
+
+def simulate(scenario: Scenario, *, progress: Progress | None = None) -> Results:
+    """Run every allocator of `scenario`, each `repeats` times, on the same requests; seeds count up from the given one."""
+    measurement = scenario.config.measurement
+    by_allocator = {}
+    for name in scenario.allocators:
+        runs = []
+        for repeat in range(measurement.repeats):
+            tell = None if progress is None else _telling(progress, name, repeat)
+            runs.append(run(scenario, name, seed=measurement.seed + repeat, progress=tell))
+        figures = combine([measure(each, scenario.goals) for each in runs])
+        by_allocator[name] = AllocatorResult(runs=runs, figures=figures, verdict=judge(scenario, figures, runs))
+    return Results(scenario=scenario, by_allocator=by_allocator)
+
+
+def _telling(progress: Progress, name: str, repeat: int) -> Any:
+    return lambda share: progress(name, repeat, share)
+
+
+def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures over all repeats: counts and steps summed, everything else the mean over the repeats that have it.
+
+    Latencies get `ci95`, the 95 % confidence interval of their mean; the top-level `ci95` has the intervals of the other rates
+    and of the percentiles ("ttft_s.p99"). Both are None for a single run.
+    """
+    combined: dict[str, Any] = {}
+    intervals: dict[str, list[float]] = {}
+
+    def merge(name: str, values: list[Any]) -> Any:
+        present = [value for value in values if value is not None]
+        if not present:
+            return None
+        if isinstance(present[0], dict):
+            return {key: merge(f"{name}.{key}", [value[key] for value in present]) for key in present[0]}
+        if name.startswith(_SUMMED):
+            return sum(present)
+        if (interval := ci95(present)) is not None:
+            intervals[name] = list(interval)
+        return max(present) if name == "running_max" else sum(present) / len(present)
+
+    for name in repeats[0]:
+        combined[name] = merge(name, [figures[name] for figures in repeats])
+    for name in _LATENCIES:
+        if combined[name] is not None:
+            combined[name]["ci95"] = intervals.pop(f"{name}.mean", None)
+    combined["ci95"] = intervals or None
+    return combined
+
+
+def resolved_config(scenario: Scenario) -> dict[str, Any]:
+    """Return every setting by field name, with the defaults that model, machine, engine and load decided filled in.
+
+    None is left where a setting does not apply. `to_toml` of it runs again to the same results.
+    """
+    settings = flat(scenario.config)
+    settings |= {
+        "model": scenario.model.name,
+        "allocator": list(scenario.allocators),
+        "goodput": list(scenario.config.measurement.goodput),
+        "max_model_len": scenario.scheduler.max_model_len,
+        "max_num_seqs": scenario.scheduler.max_num_seqs,
+        "max_num_batched_tokens": scenario.scheduler.max_num_batched_tokens,
+        "gpu_memory_utilization": scenario.budget.utilization,
+        "warmup": f"{scenario.warmup_s:g}s",
+        "duration": None if scenario.duration_s is None else f"{scenario.duration_s:g}s",
+    }
+    if settings["trace"] is None and settings["random_input_len"] is None:
+        settings["lengths"] = settings["lengths"] or DEFAULT_LENGTHS
+    return settings | scenario.load.settings()
+
+
+def budget_document(scenario: Scenario) -> dict[str, Any]:
+    """Return the memory ledger in bytes; the eight parts sum to `visible`."""
+    budget = scenario.budget
+    parts = ("weights", "engine_overhead", "activations", "cuda_graphs", "kv_cache", "os_reserve", "other_programs", "unassigned")
+    return {
+        "visible": budget.visible,
+        **{part: getattr(budget, part) for part in parts},
+        "num_blocks": budget.num_blocks,
+        "block_size": budget.block_size,
+        "kv_bytes_per_token": budget.kv_bytes_per_token,
+        "gpu_memory_utilization": budget.utilization,
+        "requested": budget.requested,
+        "free_at_start": budget.free_at_start,
+    }
