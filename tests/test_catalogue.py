@@ -1,5 +1,6 @@
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from pagedkv.catalogue import (
 from pagedkv.errors import ConfigError
 
 FIGURE = {"value": 1, "tag": "spec", "source": "a datasheet"}
-HARDWARE_TABLE = {
+HARDWARE_TABLE: dict[str, Any] = {
     "title": "A machine",
     "memory_kind": "discrete",
     **dict.fromkeys(
@@ -35,7 +36,7 @@ HARDWARE_TABLE = {
     "spec_flops": {"bf16": FIGURE},
     "reached_flops": {"bf16": FIGURE},
 }
-MODEL_TABLE = {
+MODEL_TABLE: dict[str, Any] = {
     "title": "A model",
     "hf_id": "some/Model",
     "source": "its config.json",

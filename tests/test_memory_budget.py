@@ -76,6 +76,11 @@ def test_start_gate_of_a_spark_with_102_gib_free(utilization: float, asked_gib: 
     assert suggestions(caught.value)[0] == {"gpu_memory_utilization": 0.83}
 
 
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_the_gate_rounds_what_it_asks_up_and_lets_the_exact_amount_pass(spare: int) -> None:
+    assert start_gate(visible=1001, free=501 + spare, utilization=0.5) is (spare >= 0)
+
+
 @given(visible=st.integers(1, 2**40), free=st.integers(0, 2**40))
 def test_the_named_utilization_is_the_highest_hundredth_that_starts(visible: int, free: int) -> None:
     highest = highest_utilization_that_starts(visible=visible, free=free)
@@ -205,6 +210,8 @@ def test_known_free_memory_shows_what_the_operating_system_really_holds() -> Non
     budget = plan(gpu_memory_utilization=0.8, free_memory_bytes=free, other_programs_bytes=5 * GIB)
     assert budget.other_programs == 5 * GIB
     assert budget.os_reserve == budget.visible - free - 5 * GIB
+    explained = plan(free_memory_bytes=free, other_programs_bytes=40 * GIB)
+    assert (explained.other_programs, explained.os_reserve) == (explained.visible - free, 0)
     discrete = plan("llama-3.1-8b", "rtx-4090", free_memory_bytes=23 * GIB)
     assert (discrete.os_reserve, discrete.other_programs) == (0, discrete.visible - 23 * GIB)
 
