@@ -47,6 +47,8 @@ class LoadConfig:
     """Replay the trace at this multiple of its own request rate, e.g. 0.5 or 2 [default: 1]."""
     lengths: str | None = None
     """Prompt and output lengths: azure-conv, sharegpt, or a file whose rows are drawn at random [default: azure-conv]."""
+    lengths_in_order: bool = False
+    """Open loop: take the rows of a lengths file in its order instead of at random."""
     random_input_len: int | None = None
     """Prompt length in tokens, instead of a distribution; needs random_output_len."""
     random_output_len: int | None = None

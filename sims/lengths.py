@@ -3,7 +3,8 @@
 import math
 import os
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from pagedkv.sims.traces import read_lengths
 Lengths = npt.NDArray[np.int64]
 
 _PROBE_DRAWS = 1 << 17
+_DRAWS_AT_ONCE = 64
 # Below this, rejection sampling becomes slow and what it gives has little to do with the distribution.
 _LEAST_SHARE = 1e-3
 
@@ -167,6 +169,8 @@ class FileLengths:
     """Prompt lengths, shape (rows,)."""
     output_tokens: Lengths
     """Output lengths, shape (rows,)."""
+    in_order: bool = False
+    """Whether `draws` takes the rows in the file's order instead of at random."""
 
     @classmethod
     def read(cls, path: Path) -> "FileLengths":
@@ -202,7 +206,8 @@ class FileLengths:
             raise ConfigError(
                 f"no request of {self.name!r} has at most {max_total} tokens (prompt + output); the shortest has {total.min()}"
             )
-        return FileLengths(
+        return replace(
+            self,
             name=f"{self.name}, at most {max_total} tokens",
             prompt_tokens=self.prompt_tokens[fits],
             output_tokens=self.output_tokens[fits],
@@ -269,6 +274,16 @@ def restricted(distribution: LengthDistribution, max_total: int) -> LengthDistri
         mean_prompt=float(prompt[fits].mean()),
         mean_output=float(output[fits].mean()),
     )
+
+
+def draws(lengths: LengthDistribution, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """Yield prompt and output lengths without end: from a file in order its rows, again from the top after the last; else draws."""
+    while True:
+        if isinstance(lengths, FileLengths) and lengths.in_order:
+            chunk = lengths.prompt_tokens, lengths.output_tokens
+        else:
+            chunk = lengths.sample(rng, _DRAWS_AT_ONCE)
+        yield from zip(chunk[0].tolist(), chunk[1].tolist(), strict=True)
 
 
 def length_names() -> tuple[str, ...]:

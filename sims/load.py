@@ -1,19 +1,19 @@
 """Who sends requests, and when: simpy processes over an engine. Random numbers come from a seed alone."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import simpy
 
 from pagedkv.sims.engine import Engine
-from pagedkv.sims.lengths import LengthDistribution
+from pagedkv.sims.lengths import LengthDistribution, draws
 from pagedkv.sims.traces import Trace
 
 Process: TypeAlias = Generator[simpy.Event, Any, None]
 
-_CHUNK = 64
 _PAUSE_AFTER_REJECTION_S = 1.0
 
 
@@ -66,13 +66,10 @@ class ClosedLoop:
             env.process(self._user(env, engine, np.random.default_rng(child)))
 
     def _user(self, env: simpy.Environment, engine: Engine, rng: np.random.Generator) -> Process:
-        while True:
-            pauses_s = rng.exponential(self.think_time_s, _CHUNK).tolist()
-            prompts, outputs = self.lengths.sample(rng, _CHUNK)
-            for pause_s, prompt, output in zip(pauses_s, prompts.tolist(), outputs.tolist(), strict=True):
-                yield env.timeout(pause_s)
-                answered = engine.submit(prompt, output)
-                yield env.timeout(_PAUSE_AFTER_REJECTION_S) if answered is None else answered
+        for prompt, output in draws(self.lengths, rng):
+            yield env.timeout(rng.exponential(self.think_time_s))
+            answered = engine.submit(prompt, output)
+            yield env.timeout(_PAUSE_AFTER_REJECTION_S) if answered is None else answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,23 +104,9 @@ class OpenLoop:
 
     def _arrivals(self, env: simpy.Environment, engine: Engine, rng: np.random.Generator) -> Process:
         scale_s = 1 / (self.request_rate_per_s * self.burstiness)
-        remaining = self.num_requests
-        while remaining is None or remaining > 0:
-            gaps_s = rng.gamma(self.burstiness, scale_s, _CHUNK).tolist()
-            prompts, outputs = self.lengths.sample(rng, _CHUNK)
-            requests = zip(gaps_s, prompts.tolist(), outputs.tolist(), strict=True)
-            for gap_s, prompt, output in _at_most(requests, remaining):
-                yield env.timeout(gap_s)
-                engine.submit(prompt, output)
-            if remaining is not None:
-                remaining -= _CHUNK
-
-
-def _at_most(requests: Iterator[tuple[float, int, int]], limit: int | None) -> Iterator[tuple[float, int, int]]:
-    for i, request in enumerate(requests):
-        if limit is not None and i >= limit:
-            return
-        yield request
+        for prompt, output in islice(draws(self.lengths, rng), self.num_requests):
+            yield env.timeout(rng.gamma(self.burstiness, scale_s))
+            engine.submit(prompt, output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A configuration with every question answered: model, machine, memory, limits, load. Built once, run many times."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pagedkv.allocation import KVPoolSettings
@@ -15,7 +15,7 @@ from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, SimulationConfig, parse_seconds
 from pagedkv.sims.engines import ENGINES
 from pagedkv.sims.goodput import Goal, parse_goals
-from pagedkv.sims.lengths import FixedLengths, LengthDistribution, load_lengths, restricted
+from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, TraceReplay
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.sims.traces import read_trace
@@ -172,6 +172,10 @@ def _lengths(load: LoadConfig, max_model_len: int) -> LengthDistribution:
         if load.random_range_ratio is not None:
             raise ConfigError("--random-range-ratio goes with --random-input-len and --random-output-len")
         lengths = load_lengths(load.lengths or DEFAULT_LENGTHS)
+        if load.lengths_in_order:
+            if not isinstance(lengths, FileLengths) or load.request_rate is None:
+                raise ConfigError("--lengths-in-order goes with --request-rate and --lengths FILE: only a file has an order")
+            lengths = replace(lengths, in_order=True)
         return restricted(lengths, max_model_len) if load.over_length == "drop" else lengths
     if load.lengths is not None:
         raise ConfigError("--lengths and --random-input-len/--random-output-len contradict each other: give one")
