@@ -49,8 +49,8 @@ def _setting(results: Results) -> RenderableType:
     facts = (
         f"{load} · lengths {lengths} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
         + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
-        + f" · weights {scenario.weight_format.name}, KV {config['kv_cache_dtype']} · max-model-len {config['max_model_len']:,} · block-size "
-        f"{config['block_size']} · gpu-memory-utilization {config['gpu_memory_utilization']:g} · max-num-seqs "
+        + f" · weights {scenario.weight_format.name}, KV {config['kv_cache_dtype']} · max-model-len {config['max_model_len']:,} · "
+        f"block-size {config['block_size']} · gpu-memory-utilization {config['gpu_memory_utilization']:g} · max-num-seqs "
         f"{config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,}"
     )
     return Group(title, Text(facts, "dim"))
