@@ -28,10 +28,9 @@ def jit(function: F) -> F:
 
 @cache
 def _package_digest() -> str:
+    package, *checkout = (Path(folder) for folder in pagedkv.__path__)
     digest = hashlib.sha256()
-    for folder in pagedkv.__path__:
-        root = Path(folder)
-        parts = (root,) if root.name == "pagedkv" else (root / "sims", root / "kernels")
-        for file in sorted(file for part in parts for file in part.rglob("*.py")):
+    for folder in (package, *(root / part for root in checkout for part in ("sims", "kernels"))):
+        for file in sorted(folder.rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
