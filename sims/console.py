@@ -1,7 +1,5 @@
 """The answer in the terminal: where the memory goes, one column per allocator, and the verdict. 80 columns are enough."""
 
-from typing import Any
-
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -9,20 +7,11 @@ from rich.text import Text
 
 from pagedkv.heaps import HEAPS
 from pagedkv.sims.command import command_line
-from pagedkv.sims.recorder import KV_KINDS
+from pagedkv.sims.comparison import advantages, comparison
 from pagedkv.sims.results import Results
 from pagedkv.units import GIB
 
 _BAR_WIDTH = 30
-_KV_LABELS = {
-    "tokens": "tokens",
-    "reserved": "reserved",
-    "internal": "internal",
-    "external": "external",
-    "cached": "cached",
-    "state": "state",
-    "free": "free",
-}
 _STATUS_STYLE = {"stable": "green", "saturated": "yellow", "rejecting": "red", "failed": "red"}
 
 
@@ -115,43 +104,13 @@ def _contiguous_max_holds(results: Results) -> str | None:
 
 def _comparison(results: Results) -> RenderableType:
     document = results.document()
-    columns = document["results"]
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     table.add_column("")
-    for column in columns:
+    for column in document["results"]:
         table.add_column(column["allocator"], justify="right")
-
-    def row(label: str, *values: str, style: str = "") -> None:
-        table.add_row(label, *values, style=style)
-
-    row("status", *(f"[{_STATUS_STYLE[c['verdict']['status']]}]{c['verdict']['status']}[/]" for c in columns))
-    row("running, mean (max)", *(f"{_number(c['running_mean'])} ({c['running_max']})" for c in columns))
-    row("waiting, mean", *(_number(c["waiting_mean"]) for c in columns))
-    row("output tokens/s", *(_interval(c, "output_tokens_per_s", ".0f") for c in columns))
-    row("requests/s", *(_interval(c, "request_throughput_per_s", ".2f") for c in columns))
-    if document["config"]["goodput"]:
-        row("goodput, requests/s", *(_number(c["goodput_per_s"], ".2f") for c in columns))
-        row("goodput, share", *(_percent(c["goodput_share"]) for c in columns))
-    row("requests", *(f"{c['num_injected']:,}" for c in columns))
-    row("  finished", *(f"{c['num_finished']:,}" for c in columns))
-    row("  unfinished", *(f"{c['num_unfinished']:,}" for c in columns))
-    row("  rejected", *(f"{c['num_rejected']:,}" for c in columns))
-    row("  failed", *(f"{c['num_failed']:,}" for c in columns))
-    row("preemptions", *(f"{c['num_preemptions']:,}" for c in columns))
-    for key, title in (("kv", "share of KV memory"), ("kv_when_waiting", "while requests wait")):
-        if any(c[key] for c in columns):
-            row(title, style="bold")
-            for kind in KV_KINDS:
-                if kind not in ("cached", "state") or any(c[key] and c[key][kind] for c in columns):
-                    row(f"  {_KV_LABELS[kind]}", *(_percent(c[key] and c[key][kind]) for c in columns))
-    for key, title, scale, unit in (
-        ("ttft_s", "TTFT", 1e3, "ms"),
-        ("tpot_s", "TPOT", 1e3, "ms"),
-        ("itl_s", "ITL", 1e3, "ms"),
-        ("e2e_s", "E2E", 1.0, "s"),
-    ):
-        for p in ("p50", "p90", "p99"):
-            row(f"{title} {p.upper()}, {unit}", *(_latency(c[key], p, scale) for c in columns))
+    for row in comparison(document):
+        values = [Text(value, _STATUS_STYLE.get(value, "")) for value in row.values]
+        table.add_row(Text("  " * row.depth + row.label, "" if values else "bold"), *values)
     return table
 
 
@@ -160,45 +119,12 @@ def _verdict(results: Results) -> RenderableType:
     for name, result in results.by_allocator.items():
         style = _STATUS_STYLE[result.verdict.status]
         lines.append(Padding(Text.assemble((f"{name}: ", "bold"), (result.verdict.text, style)), (0, 0, 0, 2)))
-    lines += [Padding(Text(advantage), (0, 0, 0, 2)) for advantage in _advantages(results)]
+    lines += [Padding(Text(advantage), (0, 0, 0, 2)) for advantage in advantages(results.document())]
     first = next(iter(results.by_allocator.values()))
     lines.append(Text(f"Try next:  {first.verdict.next_command}", no_wrap=True, overflow="fold"))
     lines.append(Text(f"This run:  {command_line(results.scenario.config)}", "dim", no_wrap=True, overflow="fold"))
     return Group(*lines)
 
 
-def _advantages(results: Results) -> list[str]:
-    """Say what paging gains against each other allocator, on the same requests."""
-    if "paged" not in results.by_allocator:
-        return []
-    paged = results.by_allocator["paged"].figures
-    lines = []
-    for name, result in results.by_allocator.items():
-        rate, running = result.figures["output_tokens_per_s"], result.figures["running_mean"]
-        if name != "paged" and rate and running:
-            lines.append(
-                f"paged against {name}: {paged['output_tokens_per_s'] / rate:.2f} × the output tokens/s, "
-                f"{paged['running_mean'] / running:.2f} × the requests at once."
-            )
-    return lines
-
-
 def _gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:,.2f} GiB"
-
-
-def _number(value: float | None, spec: str = ".1f") -> str:
-    return "–" if value is None else format(value, f",{spec}")
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _interval(column: dict[str, Any], key: str, spec: str) -> str:
-    interval = (column["ci95"] or {}).get(key)
-    return _number(column[key], spec) + ("" if interval is None else f" ± {_number((interval[1] - interval[0]) / 2, spec)}")
-
-
-def _latency(summary: dict[str, Any] | None, percentile: str, scale: float) -> str:
-    return "–" if summary is None else _number(scale * summary[percentile], ".0f" if scale > 1 else ".1f")

@@ -22,6 +22,7 @@ WAITING_SHARE_LIMIT = 0.05
 """Closed loop: with requests waiting for more of the time than this, the load is saturating."""
 THROUGHPUT_SHARE_LIMIT = 0.9
 """Closed loop: below this share of the throughput of an unloaded machine, the load is saturating."""
+_SAMPLED_REQUESTS = 500
 NEARLY_FULL = 0.1
 """With less than this share of the KV pool or of the running batch free, it is the nearest limit."""
 ATTAIN = 0.99
@@ -63,8 +64,7 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
     ideal_share = None
     if isinstance(scenario.load, ClosedLoop):
         queueing = waiting_share > WAITING_SHARE_LIMIT
-        ideal_per_s = scenario.load.users / (scenario.load.think_time_s + waits.unloaded_s)
-        ideal_share = figures["request_throughput_per_s"] / ideal_per_s
+        ideal_share = waits.throughput_share(scenario.load.think_time_s)
     else:
         queueing = any(_queue_rises(run) for run in runs)
     slow = ideal_share is not None and ideal_share < THROUGHPUT_SHARE_LIMIT
@@ -103,28 +103,38 @@ class MeanWaits:
     """From arrival to the first step that computes any of it."""
     unloaded_s: float
     """What it would take with the machine to itself."""
-    slowed_s: float
-    """The rest: steps shared with others, preemptions."""
+    e2e_s: float
+    """All of it. The rest is what sharing steps and being preempted cost."""
 
     @classmethod
     def of(cls, scenario: Scenario, runs: list[Run]) -> "MeanWaits":
-        """Return the means over the accepted requests of all runs; the unloaded time over at most 500 of them, evenly spaced."""
-        queued_s, e2e_s, unloaded_s = [], [], []
+        """Return the means over the accepted requests, at most `_SAMPLED_REQUESTS` of each run, evenly spaced."""
+        budget = scenario.scheduler.max_num_batched_tokens
+        sums, number = np.zeros(3), 0
         for run in runs:
             log = run.measured
             log = log.where((log.outcome == Outcome.FINISHED) | (log.outcome == Outcome.UNFINISHED))
+            log = log.where(np.isin(np.arange(len(log)), np.linspace(0, len(log) - 1, _SAMPLED_REQUESTS).astype(int)))
             scheduled_s = np.where(np.isnan(log.scheduled_s), run.end_s, log.scheduled_s)
-            queued_s += (scheduled_s - log.arrival_s).tolist()
-            e2e_s += Latencies.of(log, run.end_s).e2e_s.tolist()
-            sample: Any = np.unique(np.linspace(0, len(log) - 1, 500).astype(int)) if len(log) else []
-            for prompt, output in zip(log.prompt_tokens[sample].tolist(), log.output_tokens[sample].tolist(), strict=True):
-                unloaded_s.append(
-                    scenario.step_time.unloaded_e2e_s(
-                        prompt, output, max_num_batched_tokens=scenario.scheduler.max_num_batched_tokens
-                    )
-                )
-        queued, unloaded, e2e = (sum(times) / len(times) if times else 0.0 for times in (queued_s, unloaded_s, e2e_s))
-        return cls(queued_s=queued, unloaded_s=unloaded, slowed_s=max(e2e - queued - unloaded, 0.0))
+            lengths = zip(log.prompt_tokens.tolist(), log.output_tokens.tolist(), strict=True)
+            unloaded_s = [scenario.step_time.unloaded_e2e_s(p, o, max_num_batched_tokens=budget) for p, o in lengths]
+            sums += ((scheduled_s - log.arrival_s).sum(), sum(unloaded_s), Latencies.of(log, run.end_s).e2e_s.sum())
+            number += len(log)
+        queued_s, unloaded_s, e2e_s = (sums / max(number, 1)).tolist()
+        return cls(queued_s=queued_s, unloaded_s=unloaded_s, e2e_s=e2e_s)
+
+    @property
+    def slowed_s(self) -> float:
+        """What sharing steps and being preempted cost."""
+        return max(self.e2e_s - self.queued_s - self.unloaded_s, 0.0)
+
+    def throughput_share(self, think_time_s: float) -> float:
+        """Return a closed loop's throughput as a share of what its users would get from an unloaded machine.
+
+        By Little's law the throughput of N users is N / (think time + E2E). Counting completions says the same with more noise.
+        """
+        cycle_s = think_time_s + self.e2e_s
+        return (think_time_s + self.unloaded_s) / cycle_s if cycle_s > 0 else 1.0
 
 
 def _queue_rises(run: Run) -> bool:

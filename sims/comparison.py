@@ -1,0 +1,87 @@
+"""The comparison table: the same rows in the terminal and in the report."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pagedkv.sims.recorder import KV_KINDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line: a label and a value per allocator, or a heading without values."""
+
+    label: str
+    values: tuple[str, ...] = ()
+    depth: int = 0
+    """1 for a line under a heading."""
+
+
+def comparison(document: dict[str, Any]) -> list[Row]:
+    """Return the rows for a result document, one value per entry of `results`."""
+    columns = document["results"]
+
+    def row(label: str, *values: str, depth: int = 0) -> Row:
+        return Row(label=label, values=values, depth=depth)
+
+    rows = [
+        row("status", *(c["verdict"]["status"] for c in columns)),
+        row("running, mean (max)", *(f"{_number(c['running_mean'])} ({c['running_max']})" for c in columns)),
+        row("waiting, mean", *(_number(c["waiting_mean"]) for c in columns)),
+        row("output tokens/s", *(_interval(c, "output_tokens_per_s", ".0f") for c in columns)),
+        row("requests/s", *(_interval(c, "request_throughput_per_s", ".2f") for c in columns)),
+    ]
+    if document["config"]["goodput"]:
+        rows += [
+            row("goodput, requests/s", *(_number(c["goodput_per_s"], ".2f") for c in columns)),
+            row("goodput, share", *(_percent(c["goodput_share"]) for c in columns)),
+        ]
+    rows.append(row("requests", *(f"{c['num_injected']:,}" for c in columns)))
+    for outcome in ("finished", "unfinished", "rejected", "failed"):
+        rows.append(row(outcome, *(f"{c[f'num_{outcome}']:,}" for c in columns), depth=1))
+    rows.append(row("preemptions", *(f"{c['num_preemptions']:,}" for c in columns)))
+    for key, title in (("kv", "share of KV memory"), ("kv_when_waiting", "while requests wait")):
+        if any(c[key] for c in columns):
+            rows.append(row(title))
+            for kind in KV_KINDS:
+                if kind not in ("cached", "state") or any(c[key] and c[key][kind] for c in columns):
+                    rows.append(row(kind, *(_percent(c[key] and c[key][kind]) for c in columns), depth=1))
+    for key, title, scale, unit in (
+        ("ttft_s", "TTFT", 1e3, "ms"),
+        ("tpot_s", "TPOT", 1e3, "ms"),
+        ("itl_s", "ITL", 1e3, "ms"),
+        ("e2e_s", "E2E", 1.0, "s"),
+    ):
+        for p in ("p50", "p90", "p99"):
+            rows.append(row(f"{title} {p.upper()}, {unit}", *(_latency(c[key], p, scale) for c in columns)))
+    return rows
+
+
+def advantages(document: dict[str, Any]) -> list[str]:
+    """Say what paging gains against each other allocator, on the same requests."""
+    by_name = {column["allocator"]: column for column in document["results"]}
+    paged = by_name.pop("paged", None)
+    if paged is None:
+        return []
+    return [
+        f"paged against {name}: {paged['output_tokens_per_s'] / other['output_tokens_per_s']:.2f} × the output tokens/s, "
+        f"{paged['running_mean'] / other['running_mean']:.2f} × the requests at once."
+        for name, other in by_name.items()
+        if other["output_tokens_per_s"] and other["running_mean"]
+    ]
+
+
+def _number(value: float | None, spec: str = ".1f") -> str:
+    return "–" if value is None else format(value, f",{spec}")
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _interval(column: dict[str, Any], key: str, spec: str) -> str:
+    interval = (column["ci95"] or {}).get(key)
+    return _number(column[key], spec) + ("" if interval is None else f" ± {_number((interval[1] - interval[0]) / 2, spec)}")
+
+
+def _latency(summary: dict[str, Any] | None, percentile: str, scale: float) -> str:
+    return "–" if summary is None else _number(scale * summary[percentile], ".0f" if scale > 1 else ".1f")

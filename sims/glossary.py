@@ -1,0 +1,130 @@
+"""The words of an answer, each with its formula: what `simulate explain` prints and the report's glossary shows.
+
+docs/metrics.md says the same at length; a test holds that every field of the result schema is explained here.
+"""
+
+from dataclasses import dataclass
+
+from pagedkv.errors import unknown_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One word."""
+
+    name: str
+    """Field of the result schema, or the word itself."""
+    title: str
+    """What tables call it."""
+    formula: str
+    """How it is computed; E is the end of the run, W the end of the warm-up."""
+    meaning: str
+    """What it tells."""
+
+
+def _entry(name: str, title: str, formula: str, meaning: str) -> Entry:
+    return Entry(name=name, title=title, formula=formula, meaning=meaning)
+
+
+_ENTRIES = (
+    _entry("ttft_s", "TTFT", "first token − arrival", "Time to first token: how long a person stares at an empty answer."),
+    _entry(
+        "tpot_s", "TPOT", "(last token − first token) / (output tokens − 1)", "Time per output token of one request, on average."
+    ),
+    _entry(
+        "itl_s", "ITL", "token i+1 − token i, over all tokens", "Inter-token latency: every single pause, so its P99 shows stalls."
+    ),
+    _entry("e2e_s", "E2E", "last token − arrival", "End-to-end latency of a request."),
+    _entry("goodput_per_s", "goodput", "requests that finish within every goal / (E − W)", "Throughput that counts."),
+    _entry(
+        "goodput_share",
+        "goodput, share",
+        "requests that finish within every goal / requests",
+        "Unfinished requests count as misses.",
+    ),
+    _entry(
+        "output_tokens_per_s",
+        "output tokens/s",
+        "output tokens in the window / (E − W)",
+        "What the machine generates for all together.",
+    ),
+    _entry("request_throughput_per_s", "requests/s", "requests finished in the window / (E − W)", "How fast requests leave."),
+    _entry("num_injected", "requests", "requests that arrive after the warm-up", "Finished + unfinished + rejected + failed."),
+    _entry(
+        "num_finished", "finished", "measured requests with all their tokens by E", "The others are unfinished, rejected or failed."
+    ),
+    _entry(
+        "num_unfinished",
+        "unfinished",
+        "measured requests without all their tokens at E",
+        "In percentiles: lower bounds. For goals: misses.",
+    ),
+    _entry(
+        "num_rejected", "rejected", "refused at arrival", "They could never run here: too long for max-model-len or for the pool."
+    ),
+    _entry("num_failed", "failed", "accepted, then given up", "What the engine could not keep its promise to."),
+    _entry(
+        "num_preemptions",
+        "preemptions",
+        "running requests put back into the queue",
+        "Their KV memory is given up and computed again.",
+    ),
+    _entry("running_mean", "running, mean", "∫ running dt / (E − W)", "Requests in the running batch, weighted by time."),
+    _entry("running_max", "running, max", "max of running", "The fullest batch."),
+    _entry(
+        "waiting_mean",
+        "waiting, mean",
+        "∫ waiting dt / (E − W)",
+        "Requests that the scheduler left in the queue, weighted by time.",
+    ),
+    _entry("waiting_time_share", "time with requests waiting", "time with waiting > 0 / (E − W)", "Above 5 % the load saturates."),
+    _entry("kv", "share of KV memory", "∫ slots of a kind dt / (slots × (E − W))", "Where the KV memory goes; the kinds sum to 1."),
+    _entry(
+        "kv_when_waiting", "while requests wait", "the same over the time with waiting > 0", "Waste matters when somebody waits."
+    ),
+    _entry("tokens", "tokens", "slots that hold a token's keys and values", "Memory at work."),
+    _entry("reserved", "reserved", "slots held that the request will still fill", "Taken early."),
+    _entry("internal", "internal", "slots held that will never be filled", "The unused tail of a reservation or of a last block."),
+    _entry(
+        "external",
+        "external",
+        "heap rounding, and free extents too small for the waiting head",
+        "Free, and yet of no use. Zero with paging.",
+    ),
+    _entry("cached", "cached", "free blocks kept for prefix reuse", "Given up as soon as somebody needs them."),
+    _entry("state", "state", "per-sequence state of linear or Mamba layers", "Does not grow with the context."),
+    _entry("free", "free", "the rest", "Room for more."),
+    _entry("iterations", "steps", "scheduler steps in the whole run", "One forward pass each."),
+    _entry("request_steps", "request-steps", "Σ over steps of the requests in it", "The size of the simulation."),
+    _entry("simulated_s", "simulated time", "E", "The virtual clock at the end, warm-up included."),
+    _entry("verdict", "verdict", "failed > rejecting > saturated > stable", "Whether the load fits, and which limit binds."),
+    _entry(
+        "block",
+        "block",
+        "block_size tokens' keys and values in all layers",
+        "The unit of paged allocation; a block table lists a request's blocks.",
+    ),
+    _entry(
+        "preemption",
+        "preemption",
+        "by recompute",
+        "Without room for its next block, the last running request gives all up and starts over.",
+    ),
+    _entry("watermark", "watermark", "share of blocks an admission leaves free", "Fewer preemptions for a little queueing."),
+)
+
+GLOSSARY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+"""By name."""
+
+
+def explain(word: str) -> Entry:
+    """Return the entry for a field name or a title, in any case, with or without its unit.
+
+    Raises:
+        ConfigError: If there is none; near ones are named.
+    """
+    wanted = word.lower().replace("-", "_").strip()
+    for entry in _ENTRIES:
+        if wanted in (entry.name, entry.title.lower(), entry.name.removesuffix("_s"), entry.name.removeprefix("num_")):
+            return entry
+    raise unknown_name("word", word, GLOSSARY)
