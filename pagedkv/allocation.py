@@ -71,6 +71,8 @@ class Allocator(Protocol):
     """How it finds room: "block", or the name of the heap."""
     usable_slots: int
     """Slots that requests can get: the denominator of every share."""
+    max_model_len: int
+    """Longest request, in tokens, that its tables have room for."""
     unit_slots: int
     """Slots in one unit of `units_held`: the block size, or 1."""
     units_held: Int32Array

@@ -1,20 +1,21 @@
 """The models and machines that pagedkv knows by name. The only module that reads files."""
 
+import json
+import reprlib
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.hardware_spec import Figure, HardwareSpec
-from pagedkv.kv_spec import LayerGroup
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.hardware_toml import MODEL_MACHINES, hardware_from_table
+from pagedkv.hf_config import model_from_config
 from pagedkv.model_spec import ModelSpec
-from pagedkv.weight_format import load_weight_format
+from pagedkv.model_toml import model_from_table
 
-Table = Mapping[str, Any]
-Spec = TypeVar("Spec")
+MAX_JSON_BYTES = 2**24
+"""No config.json is larger."""
 
 _FOLDER = Path(__file__).parent
 
@@ -29,104 +30,108 @@ def hardware_names() -> tuple[str, ...]:
     return tuple(_read("hardware.toml"))
 
 
-@cache
 def load_model(name: str) -> ModelSpec:
-    """Return a model by its catalogue name or Hugging Face id, in any case.
+    """Return a model by its catalogue name or Hugging Face id, in any case, or from a config.json or the folder it is in.
 
     Raises:
-        ConfigError: If there is no such model, with the nearest names.
+        ConfigError: If there is no such model, with the nearest names, or if the file describes none that is understood.
     """
-    key = name.lower()
-    for entry, table in _read("models.toml").items():
-        if key in (entry, str(table.get("hf_id")).lower(), *(alias.lower() for alias in table.get("aliases", ()))):
-            return model_from_table(entry, table)
-    raise unknown_name("model", name, model_names())
+    entry = _model_index().get(name.lower())
+    if entry is not None:
+        return _model(entry)
+    path = Path(name)
+    if name.endswith(".json") or (name and _exists(path)):
+        return _model_file(path, name)
+    raise unknown_name("model", name, model_names(), hint="Or name a config.json, or the folder it is in.")
 
 
 @cache
+def _model(entry: str) -> ModelSpec:
+    return model_from_table(entry, _read("models.toml")[entry])
+
+
+@cache
+def _model_index() -> dict[str, str]:
+    """Return the catalogue name for every name that a model goes by, in lower case."""
+    index: dict[str, str] = {}
+    for entry, table in _read("models.toml").items():
+        index |= {name.lower(): entry for name in (entry, table["hf_id"], *table.get("aliases", ()))}
+    return index
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _model_file(path: Path, name: str) -> ModelSpec:
+    """Return the model of a config.json; a hf_quant_config.json beside it says how its weights are stored."""
+    if path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise ConfigError(f"the folder {name!r} has no config.json: name the file, or a model of the catalogue")
+    config = _read_json(path)
+    beside = path.with_name("hf_quant_config.json")
+    if "quantization_config" not in config and beside.is_file():
+        config["quantization_config"] = _read_json(beside).get("quantization")
+    title = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+    return model_from_config(config, name=name, title=title, source=str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ConfigError(f"{str(path)!r} is larger than {MAX_JSON_BYTES:,} bytes: is it a config.json?")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config.json {str(path)!r}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{str(path)!r} holds {reprlib.repr(value)}: needs an object, as a config.json does")
+    return value
+
+
 def load_hardware(name: str) -> HardwareSpec:
-    """Return a machine by its catalogue name, in any case.
+    """Return a machine by its catalogue name or an alias, in any case, or from a file that ends in .toml.
+
+    The file holds the fields of one table of hardware.toml, with or without its `[name]`; docs/hardware.md says how to write them.
 
     Raises:
-        ConfigError: If there is no such machine, with the nearest names.
+        ConfigError: If there is no such machine, with the nearest names, or if the file is not well-formed.
     """
-    table = _read("hardware.toml").get(name.lower())
-    if table is None:
-        raise unknown_name("hardware", name, hardware_names())
-    return hardware_from_table(name.lower(), table)
+    return _hardware_file(Path(name)) if name.endswith(".toml") else _hardware(name.lower())
 
 
-def model_from_table(name: str, table: Table) -> ModelSpec:
-    """Return the model that a table of models.toml describes.
-
-    Raises:
-        ConfigError: If a field is missing, unknown or of the wrong type; the message names it.
-    """
-    converted: dict[str, Any] = {"name": name}
-    for key, value in table.items():
-        if key == "layer_groups":
-            where = f"{name}.layer_groups"
-            converted[key] = tuple(_build(LayerGroup, _as_table(group, where), where) for group in value)
-        elif key == "native_format":
-            converted[key] = load_weight_format(value)
-        elif key == "aliases":
-            converted[key] = tuple(value)
-        else:
-            converted[key] = value
-    return _build(ModelSpec, converted, name)
+@cache
+def _hardware(name: str) -> HardwareSpec:
+    for entry, table in _read("hardware.toml").items():
+        if name in (entry, *table.get("aliases", ())):
+            model_machine = MODEL_MACHINES.get(table["memory_kind"], entry)
+            return hardware_from_table(entry, table, model_machine=None if model_machine == entry else _hardware(model_machine))
+    raise unknown_name("hardware", name, hardware_names(), hint="Or name a file that ends in .toml.")
 
 
-def hardware_from_table(name: str, table: Table) -> HardwareSpec:
-    """Return the machine that a table of hardware.toml describes.
-
-    Raises:
-        ConfigError: If a field is missing, unknown or of the wrong type; the message names it.
-    """
-    converted: dict[str, Any] = {"name": name}
-    for key, value in table.items():
-        where = f"{name}.{key}"
-        if not isinstance(value, Mapping):
-            converted[key] = value
-        elif "value" in value:
-            converted[key] = _figure(value, where)
-        else:
-            converted[key] = {dtype: _figure(_as_table(row, where), f"{where}.{dtype}") for dtype, row in value.items()}
-    return _build(HardwareSpec, converted, name)
+def _hardware_file(path: Path) -> HardwareSpec:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the hardware file {str(path)!r}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the hardware file {str(path)!r} is not TOML: {error}") from error
+    if len(table) == 1 and isinstance(inner := next(iter(table.values())), dict) and "memory_kind" in inner:
+        table = inner  # under its [name], as in hardware.toml
+    model_machine = MODEL_MACHINES.get(str(table.get("memory_kind")))
+    return hardware_from_table(
+        path.name, table, model_machine=_hardware(model_machine) if model_machine else None, unsourced=path.name
+    )
 
 
 @cache
 def _read(filename: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads((_FOLDER / filename).read_text(encoding="utf-8"))
-
-
-def _as_table(value: object, where: str) -> Table:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} must be a table, not {value!r}")
-    return value
-
-
-def _figure(table: Table, where: str) -> Figure:
-    value = table.get("value")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{where}.value must be a number, not {value!r}")
-    return _build(Figure, {**table, "value": float(value)}, where)
-
-
-def _build(spec_type: type[Spec], values: Table, where: str) -> Spec:
-    """Return `spec_type(**values)` after a check of the names and of the types that TOML can get wrong."""
-    known = {spec.name: spec for spec in fields(spec_type)}  # type: ignore[arg-type]
-    required = {name for name, spec in known.items() if spec.default is MISSING and spec.default_factory is MISSING}
-    if missing := sorted(required - values.keys()):
-        raise ConfigError(f"{where}.{missing[0]} is missing")
-    for key, value in values.items():
-        if key not in known:
-            raise unknown_name("field", f"{where}.{key}", (f"{where}.{name}" for name in known))
-        expected = known[key].type
-        if expected == Mapping[str, Figure]:
-            expected = dict
-        if expected in (str, int, float, bool, dict, Figure) and type(value) is not expected:
-            raise ConfigError(f"{where}.{key} must be of type {expected.__name__}, not {value!r}")
-    try:
-        return spec_type(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error

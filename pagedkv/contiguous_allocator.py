@@ -22,6 +22,7 @@ class ContiguousAllocator:
         self.placement = settings.contiguous_heap
         self.heap = HEAPS.load(settings.contiguous_heap)(settings.num_slots)
         self.usable_slots = settings.num_slots
+        self.max_model_len = settings.max_model_len
         self.address: Int64Array = np.full(settings.max_num_seqs, NOT_HELD, np.int64)
         """By row: first slot of its reservation. Token t of the row lies in slot address + t."""
         self.units_held: Int32Array = np.zeros(settings.max_num_seqs, np.int32)
@@ -59,13 +60,14 @@ class ContiguousAllocator:
         return self.heap.free_slots
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless the rows' intervals are disjoint and are what the heap has given out."""
+        """Raise IntegrityError unless the rows' reservations are exactly what the heap has given out."""
         self.heap.check_integrity()
-        rows = np.flatnonzero(self.units_held)
-        intervals = sorted((int(self.address[r]), self.heap.rounded(int(self.units_held[r])), int(r)) for r in rows)
-        overlap = any(a + size > b for (a, size, _), (b, _, _) in zip(intervals, intervals[1:], strict=False))
-        taken = sum(size for _, size, _ in intervals)
-        rounding = taken - int(self.units_held.sum())
-        named = np.array_equal(np.flatnonzero(self.address != NOT_HELD), rows)
-        if overlap or not named or taken + self.heap.free_slots != self.usable_slots or rounding != self.rounding_slots:
-            raise IntegrityError(f"(address, size, row) {intervals} with {self.heap.free_slots} of {self.usable_slots} slots free")
+        rows = np.flatnonzero(self.address != NOT_HELD)
+        held = {int(self.address[row]): self.heap.rounded(max(int(self.units_held[row]), 1)) for row in rows}
+        rounding = sum(held.values()) - int(self.units_held.sum())
+        one_each = len(held) == rows.size and np.array_equal(rows, np.flatnonzero(self.units_held))
+        if not one_each or held != self.heap.reserved() or rounding != self.rounding_slots:
+            raise IntegrityError(
+                f"addresses {self.address.tolist()} of {self.units_held.tolist()} slots, {self.rounding_slots} lost to rounding; "
+                f"the heap has given out {self.heap.reserved()}"
+            )

@@ -1,7 +1,7 @@
 """What a planner must know of a machine. Every number says whether it is a datasheet's, measured or estimated."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from pagedkv.errors import ConfigError, unknown_name
@@ -30,7 +30,7 @@ class Figure:
             raise unknown_name("tag", self.tag, get_args(Tag))
         if not self.source.strip():
             raise ConfigError(f"the figure {self.value:g} has no source")
-        if self.value < 0:
+        if not self.value >= 0:
             raise ConfigError(f"the figure {self.value:g} must not be negative")
 
 
@@ -45,6 +45,8 @@ class HardwareSpec:
     """Its name in the catalogue."""
     title: str
     """Its name for a reader."""
+    aliases: tuple[str, ...] = ()
+    """Other names in the catalogue."""
     memory_kind: Literal["unified", "discrete"]
     """`unified`: the operating system and other programs live in the same memory."""
     visible: Figure = field(metadata={"unit": "bytes"})
@@ -83,6 +85,34 @@ class HardwareSpec:
             raise unknown_name("memory_kind", self.memory_kind, ("unified", "discrete"))
         if "bf16" not in self.reached_flops:
             raise ConfigError("reached_flops.bf16 is missing: every other type falls back on it")
+        for label, figure in self.figures():
+            if figure.value == 0 and any(unit in label for unit in ("bytes/s", "flop/s", "share")):
+                raise ConfigError(f"{label} is 0: it must be above 0")
+            if figure.value > 1 and "share" in label:
+                raise ConfigError(f"{label} is {figure.value:g}: a share is at most 1")
+        if self.visible.value < 1:
+            raise ConfigError("visible is 0: a machine without memory serves nobody")
+
+    def derated(self, share: float) -> "HardwareSpec":
+        """Return this machine with its compute clock at `share` of what it was, as when it throttles.
+
+        Compute rates fall with the clock. Memory bandwidth does not, for memory has a clock of its own, and even a quarter of the
+        compute clock asks for data faster than memory delivers it. Host time per step does not either: it is the processor's.
+
+        Raises:
+            ConfigError: If the share is not above 0 and at most 1.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(
+                f"--clock-derate {share:g} is the share of the clock that is left: needs more than 0, at most 1, e.g. 0.5"
+            )
+        if share == 1:
+            return self
+        slower = {
+            dtype: Figure(figure.value * share, "estimated", f"--clock-derate {share:g} of {figure.value:g}: {figure.source}")
+            for dtype, figure in self.reached_flops.items()
+        }
+        return replace(self, title=f"{self.title} at {share:.0%} of its clock", reached_flops=slower)
 
     @property
     def unified(self) -> bool:

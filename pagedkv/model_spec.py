@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from pagedkv.errors import ConfigError
-from pagedkv.kv_spec import KVCacheSpec, LayerGroup, kv_element_bytes
+from pagedkv.kv_spec import KVCacheSpec, LayerGroup, kv_element_pair_bytes
 from pagedkv.weight_format import WeightFormat
 
 
@@ -17,11 +17,11 @@ class ModelSpec:
     """
 
     name: str
-    """Its name in the catalogue."""
+    """Its name in the catalogue, or the path of its config.json: what `--model` takes."""
     title: str
     """Its name for a reader."""
     hf_id: str
-    """The Hugging Face repository whose config.json describes it."""
+    """The Hugging Face repository whose config.json describes it; empty if unknown."""
     source: str
     """Where the numbers come from."""
     aliases: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class ModelSpec:
     hidden_size: int
     """Elements of a hidden state."""
     num_layers: int
-    """Decoder layers."""
+    """Decoder layers, or blocks where each has one mixer or one feed-forward part."""
     num_attention_heads: int
     """Query heads per layer."""
     vocab_size: int
@@ -38,10 +38,10 @@ class ModelSpec:
     max_context: int
     """The longest sequence the model was made for, in tokens."""
     layer_groups: tuple[LayerGroup, ...]
-    """All attention layers."""
+    """All layers by what they cache."""
 
     params_total: int
-    """All parameters; a tied head counts once."""
+    """All parameters of the language model; a tied head counts once, layers for drafting (MTP) and vision towers not."""
     params_active: int
     """Parameters that one token passes through, the input tables included."""
     embedding_params: int
@@ -64,7 +64,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.linear_params < 0:
             raise ConfigError(f"params_total {self.params_total:,} of {self.name} is less than the sum of its parts")
-        if sum(group.num_layers for group in self.layer_groups) > self.num_layers:
+        if any(group.num_layers + group.num_sharing_layers > self.num_layers for group in self.layer_groups):
             raise ConfigError(f"layer_groups of {self.name} have more than its {self.num_layers} layers")
         if not 0 <= self.experts_per_token <= self.num_experts or bool(self.num_experts) != bool(self.expert_params):
             raise ConfigError(f"num_experts, experts_per_token and expert_params of {self.name} contradict each other")
@@ -93,7 +93,8 @@ class ModelSpec:
     def group_attention_flops_per_pair(self) -> tuple[float, ...]:
         """The same for each of `layer_groups`, whose windows differ."""
         return tuple(
-            2.0 * group.num_layers * self.num_attention_heads * (group.key_dim + group.value_dim) for group in self.layer_groups
+            2.0 * (g.num_layers + g.num_sharing_layers) * self.num_attention_heads * g.query_dim / g.compression
+            for g in self.layer_groups
         )
 
     def weight_bytes(self, fmt: WeightFormat) -> int:
@@ -103,13 +104,13 @@ class ModelSpec:
     def embedding_bytes(self, fmt: WeightFormat) -> float:
         """Return the bytes that are in memory but not read by a step: input tables that are not the head too."""
         tied_head = self.head_params if self.tied_embeddings else 0
-        return (self.embedding_params - tied_head) * fmt.wide_bits / 8
+        return (self.embedding_params - tied_head) * _bits(fmt.embedding_bits, fmt.wide_bits) / 8
 
     def dense_streamed_bytes(self, fmt: WeightFormat) -> float:
         """Return the bytes of weights that every step reads: all but the input tables and the routed experts."""
-        experts_only = fmt.scope == "experts" and self.num_experts > 0
-        linear_bits = fmt.wide_bits if experts_only else fmt.bits_per_weight
-        return (self.linear_params * linear_bits + (self.head_params + self.wide_params) * fmt.wide_bits) / 8
+        linear_bits = _bits(fmt.dense_bits if self.num_experts else None, fmt.bits_per_weight)
+        head_bits = _bits(fmt.head_bits, fmt.wide_bits)
+        return (self.linear_params * linear_bits + self.head_params * head_bits + self.wide_params * fmt.wide_bits) / 8
 
     def expert_bytes(self, fmt: WeightFormat) -> float:
         """Return the bytes of all routed experts."""
@@ -127,9 +128,14 @@ class ModelSpec:
         return self.dense_streamed_bytes(fmt) + self.expert_bytes(fmt) * self.expert_share(num_tokens)
 
     def kv_spec(self, kv_cache_dtype: str) -> KVCacheSpec:
-        """Return the KV cache in vLLM's `kv_cache_dtype`.
+        """Return the KV cache in `kv_cache_dtype`, a name or two of `KV_CACHE_DTYPES`.
 
         Raises:
             ConfigError: If there is no such element type.
         """
-        return KVCacheSpec(groups=self.layer_groups, dtype_name=kv_cache_dtype, bytes_per_element=kv_element_bytes(kv_cache_dtype))
+        kv_element_pair_bytes(kv_cache_dtype)
+        return KVCacheSpec(groups=self.layer_groups, dtype_name=kv_cache_dtype)
+
+
+def _bits(special: float | None, usual: float) -> float:
+    return usual if special is None else special

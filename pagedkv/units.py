@@ -8,6 +8,8 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 GB = 10**9
+MAX_BYTES = 1 << 60
+"""A larger number is a mistake."""
 
 _SUFFIXES = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": GB}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
@@ -21,10 +23,10 @@ def parse_bytes(text: str, *, name: str) -> int:
         name: The setting it was given for, for the message.
 
     Raises:
-        ConfigError: If it is not a size.
+        ConfigError: If it is not a size, or more than `MAX_BYTES` of its unit.
     """
     match = _SIZE.fullmatch(text)
-    if match is None or match[2].lower() not in _SUFFIXES:
+    if match is None or match[2].lower() not in _SUFFIXES or float(match[1]) > MAX_BYTES:
         raise ConfigError(f"{name} {text!r} is not a size: write a number with a unit, such as 8GiB, 512MiB or 16GB")
     return round(float(match[1]) * _SUFFIXES[match[2].lower()])
 

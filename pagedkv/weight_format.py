@@ -7,6 +7,8 @@ from typing import Literal
 
 from pagedkv.errors import unknown_name
 
+ComputeDtype = Literal["fp32", "bf16", "fp8", "fp4"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFormat:
@@ -17,19 +19,44 @@ class WeightFormat:
     bits_per_weight: float
     """Bits of a quantized weight, its share of the scales included."""
     wide_bits: int
-    """Bits of what stays unquantized: embeddings, output head, norms, biases, routers."""
-    compute_dtype: Literal["fp32", "bf16", "fp8", "fp4"]
+    """Bits of what stays unquantized: norms, biases, routers, and by default embeddings and output head."""
+    dense_bits: float | None = None
+    """Bits of the linear layers beside routed experts, in a model that has experts; None: `bits_per_weight`."""
+    head_bits: float | None = None
+    """Bits of the output head; None: `wide_bits`."""
+    embedding_bits: float | None = None
+    """Bits of input tables; None: `wide_bits`."""
+    compute_dtype: ComputeDtype
     """What the matrix units multiply in; weight-only formats are widened to bf16 first."""
-    scope: Literal["linear", "experts"] = "linear"
-    """What is quantized: every linear layer, or only the routed experts where a model has any."""
     source: str
     """Where the bits come from."""
+
+
+def _gguf(name: str, bits: float, source: str) -> WeightFormat:
+    """Return a format of llama.cpp, whose embeddings and head are quantized too and whose norms are 32 bits wide."""
+    return WeightFormat(
+        name=name,
+        bits_per_weight=bits,
+        wide_bits=32,
+        head_bits=bits,
+        embedding_bits=bits,
+        compute_dtype="bf16",
+        source=f"llama.cpp: {source}",
+    )
 
 
 _FORMATS = (
     WeightFormat(name="fp32", bits_per_weight=32, wide_bits=32, compute_dtype="fp32", source="IEEE 754 binary32"),
     WeightFormat(name="bf16", bits_per_weight=16, wide_bits=16, compute_dtype="bf16", source="bfloat16, no scales"),
     WeightFormat(name="fp16", bits_per_weight=16, wide_bits=16, compute_dtype="bf16", source="IEEE 754 binary16"),
+    _gguf("q8_0", 8.5, "8 bits and a 16-bit scale per 32 weights"),
+    WeightFormat(
+        name="mxfp8",
+        bits_per_weight=8.25,
+        wide_bits=16,
+        compute_dtype="fp8",
+        source="OCP Microscaling 1.0: FP8 with an 8-bit scale per 32 weights, 8 + 8/32",
+    ),
     WeightFormat(
         name="fp8",
         bits_per_weight=8,
@@ -44,6 +71,9 @@ _FORMATS = (
         compute_dtype="bf16",
         source="8-bit integers with a scale per output channel, weight-only",
     ),
+    _gguf("q6_k", 6.5625, "210 bytes per 256 weights"),
+    _gguf("q5_k_m", 5.7, "5.70 bits per weight for Llama-3.1-8B (tools/quantize/README.md): q5_k, some layers q6_k"),
+    _gguf("q4_k_m", 4.85, "4.8 to 4.9 bits per weight (tools/quantize/README.md): q4_k, some layers and the head q6_k"),
     WeightFormat(
         name="nvfp4",
         bits_per_weight=4.5,
@@ -52,12 +82,37 @@ _FORMATS = (
         source="NVIDIA NVFP4: E2M1 with an FP8 scale per 16 weights, 4 + 8/16",
     ),
     WeightFormat(
+        name="nvfp4+fp8",
+        bits_per_weight=4.5,
+        wide_bits=16,
+        dense_bits=8,
+        compute_dtype="fp4",
+        source="routed experts as nvfp4, other linear layers as fp8",
+    ),
+    WeightFormat(
+        name="int4+bf16",
+        bits_per_weight=4.5,
+        wide_bits=16,
+        dense_bits=16,
+        compute_dtype="bf16",
+        source="routed experts as 4-bit integers in groups of 32 with a 16-bit scale, 4 + 16/32, the rest bf16: Kimi-K2.5",
+    ),
+    _gguf("q4_0", 4.5, "4 bits and a 16-bit scale per 32 weights"),
+    WeightFormat(
         name="mxfp4",
         bits_per_weight=4.25,
         wide_bits=16,
+        dense_bits=16,
         compute_dtype="bf16",
-        scope="experts",
         source="OCP Microscaling 1.0: E2M1 with an 8-bit scale per 32 weights, 4 + 8/32; in vLLM for routed experts",
+    ),
+    WeightFormat(
+        name="mxfp4+fp8",
+        bits_per_weight=4.25,
+        wide_bits=16,
+        dense_bits=8,
+        compute_dtype="fp8",
+        source="routed experts as mxfp4, other linear layers as fp8: DeepSeek-V4",
     ),
     WeightFormat(
         name="int4",

@@ -4,27 +4,101 @@
 """
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.memory_budget import DENSE_PEAK_WIDTH, EXPERT_PEAK_WIDTH, SAMPLER_BYTES_PER_LOGIT
+from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
+from pagedkv.sims.step_time import EAGER_S_PER_LAYER
+from pagedkv.sims.verdict import ATTAIN, THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
 from pagedkv.weight_format import WEIGHT_FORMATS
+
+Row: TypeAlias = tuple[str, str, str, str]
+"""What, value with unit, tag, source."""
 
 _UNITS = (("bytes/s)", 1e9, "GB/s"), ("(bytes)", 2**30, "GiB"), ("flop/s)", 1e12, "TFLOPS"), ("(s)", 1e-3, "ms"))
 
 
-def machine_rows(name: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (what, value with unit, tag, source) for every figure of a machine."""
-    for label, figure in load_hardware(name).figures():
+def machine_rows(hardware: HardwareSpec) -> Iterator[Row]:
+    """Yield the rows of every figure of a machine."""
+    for label, figure in hardware.figures():
         what, _, _ = label.partition(" (")
         scale, unit = next(((s, u) for mark, s, u in _UNITS if mark in label), (1.0, ""))
         yield what, f"{figure.value / scale:,.4g} {unit}".strip(), figure.tag, figure.source
 
 
+def code_rows() -> tuple[Row, ...]:
+    """Return the rows of the constants that the code itself holds."""
+    return (
+        (
+            "activations: sampler",
+            f"{SAMPLER_BYTES_PER_LOGIT} bytes per logit × max-num-seqs × vocabulary",
+            "estimated",
+            "fitted to a vLLM 0.19 run on an RTX 4090",
+        ),
+        (
+            "activations: widest layer, dense",
+            f"{DENSE_PEAK_WIDTH} hidden states of 16 bits per token",
+            "estimated",
+            "Llama-3.1-8B's layer: 3 + 3 × 14,336 / 4,096",
+        ),
+        (
+            "activations: widest layer, experts",
+            f"{EXPERT_PEAK_WIDTH} hidden states of 16 bits per token",
+            "estimated",
+            "DeepSeek-V4-Flash on a Spark: 5.30 − 1.39 GiB for 6,176 tokens",
+        ),
+        (
+            "launches without CUDA graphs",
+            f"{EAGER_S_PER_LAYER * 1e6:g} µs per layer and step",
+            "estimated",
+            "about 10 launches of 4 µs per layer",
+        ),
+        ("experts touched by a step over n tokens", "1 − (1 − k/E)^n of them", "estimated", "uniform routing"),
+        (
+            "a step's time",
+            "max(weights, linear) + max(KV, attention) + overheads",
+            "estimated",
+            "roofline, the halves in sequence",
+        ),
+        (
+            "vLLM's defaults by device",
+            "2,048 tokens and 256 sequences; 8,192 and 1,024 from 70 GiB on, but for A100 and GB10",
+            "spec",
+            "vLLM 0.33 EngineArgs",
+        ),
+        ("think time", f"{DEFAULT_THINK_TIME_S:g} s, exponential", "estimated", "a person reads and types"),
+        (
+            "lengths azure-conv",
+            "quantiles, and a 20 × 20 table of ranks",
+            "measured",
+            "19,366 requests of Azure's conversation trace, 2023 (Azure Public Dataset, CC-BY-4.0)",
+        ),
+        (
+            "lengths sharegpt",
+            "quantiles, and a 20 × 20 table of ranks",
+            "measured",
+            "58,787 first turns of ShareGPT (NanoFlow repository, Apache-2.0)",
+        ),
+        (
+            "saturated",
+            f"waiting over {WAITING_SHARE_LIMIT:.0%} of the time, or under {THROUGHPUT_SHARE_LIMIT:.0%} of the unloaded throughput",
+            "estimated",
+            "a definition: docs/metrics.md",
+        ),
+        ("goals attained", f"{ATTAIN:.0%} of requests", "estimated", "a definition: docs/metrics.md"),
+    )
+
+
 def markdown() -> str:
     """Return the generated part of docs/assumptions.md."""
-    lines = []
+    lines = ["## In the code", "", "| what | value | tag | source |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in code_rows()]
+    lines += ["", "## In the catalogues", ""]
     for name in hardware_names():
         lines += [f"### {load_hardware(name).title} (`{name}`)", "", "| what | value | tag | source |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in machine_rows(name)]
+        lines += [f"| {' | '.join(row)} |" for row in machine_rows(load_hardware(name))]
         lines.append("")
     lines += ["### Weight formats", "", "| format | bits per weight | the rest | source |", "|---|---|---|---|"]
     lines += [f"| {f.name} | {f.bits_per_weight:g} | {f.wide_bits} bits | {f.source} |" for f in WEIGHT_FORMATS.values()]

@@ -16,7 +16,13 @@ def flat(config: SimulationConfig) -> dict[str, Any]:
 
 
 def changed(config: SimulationConfig, **changes: Any) -> SimulationConfig:
-    """Return `config` with the settings in `changes`, given by field name."""
+    """Return `config` with the settings in `changes`, given by field name.
+
+    Raises:
+        KeyError: If there is no such setting.
+    """
+    if unknown := changes.keys() - flat(config).keys():
+        raise KeyError(f"no such setting: {', '.join(sorted(unknown))}")
     for section, kind in _SECTIONS:
         mine = {name: value for name, value in changes.items() if name in {f.name for f in fields(kind)}}
         config = replace(config, **{section: replace(getattr(config, section), **mine)})

@@ -7,9 +7,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from pagedkv.errors import ConfigError
 
 _TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|min|h|)\s*")
+MAX_S = 3.6e9
+"""A longer time is a mistake."""
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
@@ -22,7 +26,15 @@ def parse_seconds(text: str, *, name: str) -> float:
     match = _TIME.fullmatch(text)
     if match is None:
         raise ConfigError(f"{name} {text!r} is not a time: write a number with a unit, such as 20s, 500ms or 10m")
-    return float(match[1]) * _SECONDS[match[2]]
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > MAX_S:
+        raise ConfigError(f"{name} {text!r} is longer than {MAX_S / 3600:,.0f} hours: write a shorter time, such as 10m")
+    return seconds
+
+
+def time_text(seconds: float) -> str:
+    """Return the shortest text that `parse_seconds` reads as exactly `seconds`."""
+    return f"{np.format_float_positional(seconds, trim='-')}s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

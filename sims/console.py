@@ -20,25 +20,30 @@ def show(results: Results, console: Console) -> None:
     for part in (_setting(results), _waterfall(results), _comparison(results), _verdict(results)):
         console.print(part)
         console.print()
+    first = next(iter(results.by_allocator.values()))
+    console.print(f"Try next:  {first.verdict.next_command}", soft_wrap=True, markup=False)  # whole, to be copied
+    console.print(f"This run:  {command_line(results.scenario.config)}", soft_wrap=True, markup=False, style="dim")
 
 
 def _setting(results: Results) -> RenderableType:
     config = results.document()["config"]
     scenario = results.scenario
-    title = Text(f"{scenario.load.title} on {scenario.hardware.title}, {scenario.model.title}, {config['engine']}", "bold")
+    title = Text(
+        f"{scenario.load.title} on {scenario.deployment.hardware.title}, {scenario.deployment.model.title}, {config['engine']}",
+        "bold",
+    )
     if config["users"] is not None:
         load = f"think time {config['think_time']}"
     elif config["request_rate"] is not None:
         load = f"burstiness {config['burstiness']:g}"
     else:
         load = f"trace format {config['trace_format']}, rate × {config['trace_rate'] or 1:g}"
-    fixed = f"{config['random_input_len']} + {config['random_output_len']}"
-    lengths = config["lengths"] or ("of the trace" if config["trace"] else fixed)
     measured = config["duration"] or "until all are answered"
+    serving = f"weights {scenario.deployment.weight_format.name}, KV {config['kv_cache_dtype']}"
     facts = (
-        f"{load} · lengths {lengths} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
+        f"{load} · lengths {scenario.load.lengths_name} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
         + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
-        + f" · weights {scenario.weight_format.name}, KV {config['kv_cache_dtype']} · max-model-len {config['max_model_len']:,} · "
+        + f" · {serving} · max-model-len {config['max_model_len']:,} · "
         f"block-size {config['block_size']} · gpu-memory-utilization {config['gpu_memory_utilization']:g} · max-num-seqs "
         f"{config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,}"
     )
@@ -71,7 +76,7 @@ def _waterfall(results: Results) -> RenderableType:
     lines: list[RenderableType] = [Text("Memory", "bold"), table, Text(_kv_equation(results))]
     if (holds := _contiguous_max_holds(results)) is not None:
         lines.append(Text(holds))
-    lines += [Text(f"warning: {warning}", "yellow") for warning in scenario.budget.warnings]
+    lines += [Text(f"warning: {warning}", "yellow") for warning in scenario.deployment.budget.warnings]
     return Group(*lines)
 
 
@@ -96,7 +101,7 @@ def _contiguous_max_holds(results: Results) -> str | None:
     """Say how many requests contiguous-max would hold: it depends on nothing but max-model-len."""
     if "contiguous-max" not in results.by_allocator:
         return None
-    pool = results.scenario.pool
+    pool = results.scenario.deployment.pool
     heap = HEAPS.load(pool.contiguous_heap)(1)
     holds = ", ".join(f"{pool.num_slots // heap.rounded(k << 10)} at {k}k" for k in (8, 32, 128))
     return f"contiguous-max would hold {holds} of max-model-len (here {pool.max_model_len:,})."
@@ -120,9 +125,6 @@ def _verdict(results: Results) -> RenderableType:
         style = _STATUS_STYLE[result.verdict.status]
         lines.append(Padding(Text.assemble((f"{name}: ", "bold"), (result.verdict.text, style)), (0, 0, 0, 2)))
     lines += [Padding(Text(advantage), (0, 0, 0, 2)) for advantage in advantages(results.document())]
-    first = next(iter(results.by_allocator.values()))
-    lines.append(Text(f"Try next:  {first.verdict.next_command}", no_wrap=True, overflow="fold"))
-    lines.append(Text(f"This run:  {command_line(results.scenario.config)}", "dim", no_wrap=True, overflow="fold"))
     return Group(*lines)
 
 

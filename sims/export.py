@@ -1,4 +1,4 @@
-"""The result folder: config.toml, summary.json, requests.csv and timeline.csv, each written whole or not at all."""
+"""The result folder: config.toml, summary.json, requests.csv, timeline.csv and report.html, each written whole or not at all."""
 
 import csv
 import io
@@ -29,8 +29,8 @@ def to_json(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make sure that results can be written to `folder`, before anything is computed.
+def prepare_folder(folder: Path, *, flag: str = "--out") -> None:
+    """Make sure that results can be written to `folder`, which `flag` names, before anything is computed.
 
     Raises:
         ConfigError: If it cannot be made or written to.
@@ -40,18 +40,35 @@ def prepare_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(
-            f"cannot write results to {str(folder)!r}: {error.strerror}. Give --out a folder that you may write to"
+            f"cannot write results to {str(folder)!r}: {error.strerror}. Give {flag} a folder that you may write to"
         ) from error
 
 
+def prepare_file(path: Path, *, flag: str) -> None:
+    """Make sure that the file `path`, which `flag` names, can be written, before anything is computed.
+
+    Raises:
+        ConfigError: If it is a folder, or its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise ConfigError(f"cannot write {flag} {str(path)!r}: it is a directory. Give {flag} the name of a file")
+    try:
+        prepare_folder(path.absolute().parent)
+    except ConfigError as error:
+        raise ConfigError(f"cannot write {flag} {str(path)!r}: {error.__cause__}. Give {flag} a file that you may write") from error
+
+
 def write(results: Results, folder: Path) -> None:
-    """Write all four files to `folder`; a file of an earlier run is replaced only once its successor is complete."""
+    """Write all files to `folder`; a file of an earlier run is replaced only once its successor is complete."""
+    from pagedkv.sims.report import html  # noqa: PLC0415 (plotly takes a while to import)
+
     document = results.document()
     files = {
         "config.toml": to_toml(document["config"]),
         "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(results)),
         "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(results)),
         "summary.json": to_json(document),
+        "report.html": html(results),
     }
     prepare_folder(folder)
     for name, text in files.items():
@@ -61,10 +78,15 @@ def write(results: Results, folder: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader, or an interruption, finds the old file or the new one, never a part.
 
+    A pipe or a device is written to, not replaced.
+
     Raises:
         ConfigError: If it cannot be written.
     """
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=path.parent, delete=False) as file:
             try:
                 file.write(text)

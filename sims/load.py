@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import simpy
 
+from pagedkv.sims.config import time_text
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.lengths import LengthDistribution, draws
 from pagedkv.sims.traces import Trace
@@ -27,6 +28,10 @@ class Load(Protocol):
     @property
     def title(self) -> str:
         """What a sentence calls it, in the plural."""
+
+    @property
+    def lengths_name(self) -> str:
+        """Where the lengths come from."""
 
     def settings(self) -> dict[str, Any]:
         """Return the load's settings by field name of `LoadConfig`, defaults filled in."""
@@ -56,9 +61,14 @@ class ClosedLoop:
         """E.g. "100 users"."""
         return f"{self.users:,} user{'s' if self.users > 1 else ''}"
 
+    @property
+    def lengths_name(self) -> str:
+        """The name of the distribution."""
+        return self.lengths.name
+
     def settings(self) -> dict[str, Any]:
         """Return users and think time."""
-        return {"users": self.users, "think_time": f"{self.think_time_s:g}s"}
+        return {"users": self.users, "think_time": time_text(self.think_time_s)}
 
     def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
         """Start one process per user. Each has its own random stream: what one experiences does not change the others' requests."""
@@ -89,6 +99,11 @@ class OpenLoop:
     def title(self) -> str:
         """E.g. "2 requests/s"."""
         return f"{self.request_rate_per_s:g} requests/s"
+
+    @property
+    def lengths_name(self) -> str:
+        """The name of the distribution."""
+        return self.lengths.name
 
     def settings(self) -> dict[str, Any]:
         """Return rate, burstiness and number of requests."""
@@ -125,6 +140,11 @@ class TraceReplay:
     def title(self) -> str:
         """E.g. "the 19,366 requests of azure.csv"."""
         return f"the {len(self.trace):,} requests of {self.trace.path.name}"
+
+    @property
+    def lengths_name(self) -> str:
+        """The trace itself."""
+        return "of the trace"
 
     def settings(self) -> dict[str, Any]:
         """Return the format that was found."""

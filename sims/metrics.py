@@ -53,7 +53,7 @@ def kv_shares(gauge_integral: Float64Array, observed_s: float, usable_slots: int
 def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
     """Return the figures of one run, by the names of the result schema."""
     recorder, sums, log = run.recorder, run.recorder.integrals, run.measured
-    window_s = run.end_s - run.warmup_s
+    window_s = max(run.end_s - run.warmup_s, 0.0)
     accepted = log.where(log.outcome != Outcome.REJECTED)
     served = accepted.where(accepted.outcome != Outcome.FAILED)
     latencies = Latencies.of(served, run.end_s)

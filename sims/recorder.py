@@ -12,7 +12,7 @@ from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
 from pagedkv.scheduling.state import NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.sims.records import Outcome, RequestLog, TokenTimes
 from pagedkv.sims.step_time import StepCost
-from pagedkv.sims.timeline import TimelineArrays, observe
+from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe
 
 KV_KINDS = ("tokens", "reserved", "internal", "external", "cached", "state", "free")
 """What a slot of the pool can be: docs/metrics.md. `cached` and `state` stay 0 until prefixes and state layers are modelled."""
@@ -198,6 +198,8 @@ class Recorder:
             _stamp_start(self._times, step.batch, step.num_running_before, step.num_entries, start_s)
         end_s = min(start_s + cost.total_s, self.end_s)
         _integrate(self.integrals, self.timeline, gauges, start_s, end_s, self.warmup_s, BLOCKERS.index(step.blocker), cost)
+        if step.num_preempted:
+            count_preemptions(self.timeline, start_s, step.num_preempted)
         self.iterations += 1
         self.request_steps += step.num_entries
         if end_s > self.warmup_s:

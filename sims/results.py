@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagedkv.sims.command import flat
+from pagedkv.sims.config import time_text
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
 from pagedkv.sims.simulation import Progress, Run, run
@@ -48,8 +49,8 @@ class Results:
                     "allocator": name,
                     "placement": result.runs[0].allocator.placement,
                     "engine": serving.engine,
-                    "model": scenario.model.name,
-                    "hardware": scenario.hardware.name,
+                    "model": scenario.deployment.model.name,
+                    "hardware": scenario.deployment.hardware.name,
                     **result.figures,
                     "verdict": {
                         "status": result.verdict.status,
@@ -99,9 +100,11 @@ def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
             return {key: merge(f"{name}.{key}", [value[key] for value in present]) for key in present[0]}
         if name.startswith(_SUMMED):
             return sum(present)
+        if name == "running_max":
+            return max(present)
         if (interval := ci95(present)) is not None:
             intervals[name] = list(interval)
-        return max(present) if name == "running_max" else sum(present) / len(present)
+        return sum(present) / len(present)
 
     for name in repeats[0]:
         combined[name] = merge(name, [figures[name] for figures in repeats])
@@ -119,15 +122,15 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
     """
     settings = flat(scenario.config)
     settings |= {
-        "model": scenario.model.name,
+        "model": scenario.deployment.model.name,
         "allocator": list(scenario.allocators),
         "goodput": list(scenario.config.measurement.goodput),
-        "max_model_len": scenario.scheduler.max_model_len,
-        "max_num_seqs": scenario.scheduler.max_num_seqs,
-        "max_num_batched_tokens": scenario.scheduler.max_num_batched_tokens,
-        "gpu_memory_utilization": scenario.budget.utilization,
-        "warmup": f"{scenario.warmup_s:g}s",
-        "duration": None if scenario.duration_s is None else f"{scenario.duration_s:g}s",
+        "max_model_len": scenario.deployment.scheduler.max_model_len,
+        "max_num_seqs": scenario.deployment.scheduler.max_num_seqs,
+        "max_num_batched_tokens": scenario.deployment.scheduler.max_num_batched_tokens,
+        "gpu_memory_utilization": scenario.deployment.budget.utilization,
+        "warmup": time_text(scenario.warmup_s),
+        "duration": None if scenario.duration_s is None else time_text(scenario.duration_s),
     }
     if settings["trace"] is None and settings["random_input_len"] is None:
         settings["lengths"] = settings["lengths"] or DEFAULT_LENGTHS
@@ -136,7 +139,7 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
 
 def budget_document(scenario: Scenario) -> dict[str, Any]:
     """Return the memory ledger in bytes; the eight parts sum to `visible`."""
-    budget = scenario.budget
+    budget = scenario.deployment.budget
     parts = ("weights", "engine_overhead", "activations", "cuda_graphs", "kv_cache", "os_reserve", "other_programs", "unassigned")
     return {
         "visible": budget.visible,

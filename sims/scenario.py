@@ -1,30 +1,25 @@
-"""A configuration with every question answered: model, machine, memory, limits, load. Built once, run many times."""
+"""A configuration with every question answered: who serves, who asks, what is measured. Built once, run many times."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.catalogue import load_hardware, load_model
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.heaps import HEAPS
-from pagedkv.memory_budget import MemoryBudget
-from pagedkv.model_spec import ModelSpec
-from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, SimulationConfig, parse_seconds
-from pagedkv.sims.engines import ENGINES
+from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.goodput import Goal, parse_goals
 from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, TraceReplay
-from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.sims.traces import read_trace
-from pagedkv.weight_format import WeightFormat, load_weight_format
 
 DEFAULT_DURATION_S = 600.0
 DEFAULT_WARMUP_S = 60.0
 DEFAULT_THINK_TIME_S = 20.0
 DEFAULT_LENGTHS = "azure-conv"
+
+_LARGEST = {"users": 1_000_000, "request_rate": 1e6, "num_prompts": 10**9, "burstiness": 1e6, "trace_rate": 1e6}
+_SMALLEST = {"burstiness": 1e-3, "request_rate": 1e-6, "trace_rate": 1e-6}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +27,8 @@ class Scenario:
     """What a simulation runs on."""
 
     config: SimulationConfig
-    """As asked for."""
-    model: ModelSpec
-    hardware: HardwareSpec
-    weight_format: WeightFormat
-    budget: MemoryBudget
-    scheduler: SchedulerSettings
-    pool: KVPoolSettings
-    step_time: RooflineStepTime
+    """As asked for; a setting that says what would be so anyway is left out, so that equal scenarios have equal ones."""
+    deployment: Deployment
     load: Load
     allocators: tuple[str, ...]
     goals: tuple[Goal, ...]
@@ -54,49 +43,42 @@ def resolve(config: SimulationConfig) -> Scenario:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
-    serving, measurement = config.serving, config.measurement
-    model, hardware = load_model(serving.model), load_hardware(serving.hardware)
-    engine = ENGINES.load(serving.engine)
-    scheduler = engine.scheduler_settings(serving, model, hardware)
-    allocators = _allocators(measurement)
-    if serving.contiguous_heap not in HEAPS.names():
-        raise unknown_name("contiguous-heap", serving.contiguous_heap, HEAPS.names())
-    if not 0 <= serving.watermark < 1:
-        raise ConfigError(f"watermark {serving.watermark} is a share of the blocks: needs 0 or more, below 1")
-    goals = parse_goals(measurement.goodput)
-    load = _load(config.load, scheduler.max_model_len)
-    warmup_s, duration_s = _window(measurement, load)
-    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
-    budget = engine.memory_budget(serving, model, weight_format, hardware, scheduler)
+    allocators = _allocators(config.measurement)
+    goals = parse_goals(config.measurement.goodput)
+    _check_load_flags(config.load)
+    deployment = deploy(config.serving)
+    load = _load(config.load, deployment.scheduler.max_model_len)
+    warmup_s, duration_s = _window(config.measurement, load)
+    usual = _usual_window(load)
     return Scenario(
-        config=config,
-        model=model,
-        hardware=hardware,
-        weight_format=weight_format,
-        budget=budget,
-        scheduler=scheduler,
-        pool=KVPoolSettings(
-            num_blocks=budget.num_blocks,
-            block_size=serving.block_size,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=scheduler.max_model_len,
-            contiguous_heap=serving.contiguous_heap,
-            watermark=serving.watermark,
-            reserve_full_isl=serving.scheduler_reserve_full_isl,
+        config=SimulationConfig(
+            load=_without_defaults(config.load, load),
+            serving=deployment.config,
+            measurement=replace(
+                config.measurement,
+                allocator=allocators,
+                warmup=None if warmup_s == usual[0] else config.measurement.warmup,
+                duration=None if duration_s == usual[1] else config.measurement.duration,
+            ),
         ),
-        step_time=RooflineStepTime(
-            model,
-            hardware,
-            weight_format=weight_format,
-            kv_spec=model.kv_spec(serving.kv_cache_dtype),
-            enforce_eager=serving.enforce_eager,
-        ),
+        deployment=deployment,
         load=load,
         allocators=allocators,
         goals=goals,
         warmup_s=warmup_s,
         duration_s=duration_s,
     )
+
+
+def _without_defaults(load: LoadConfig, resolved: Load) -> LoadConfig:
+    """Return `load` without the settings that say what would be so anyway."""
+    usual = {"burstiness": 1.0, "trace_rate": 1.0, "random_range_ratio": 0.0, "lengths": DEFAULT_LENGTHS}
+    changes: dict[str, Any] = {name: None for name, value in usual.items() if getattr(load, name) == value}
+    if isinstance(resolved, ClosedLoop) and resolved.think_time_s == DEFAULT_THINK_TIME_S:
+        changes["think_time"] = None
+    if isinstance(resolved, TraceReplay):
+        changes["trace_format"] = None  # a trace that was read is read again
+    return replace(load, **changes)
 
 
 def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:
@@ -109,13 +91,16 @@ def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _usual_window(load: Load) -> tuple[float, float | None]:
+    return (0.0, None) if load.num_requests is not None else (DEFAULT_WARMUP_S, DEFAULT_DURATION_S)
+
+
 def _window(measurement: MeasurementConfig, load: Load) -> tuple[float, float | None]:
     if measurement.repeats < 1:
         raise ConfigError(f"repeats is {measurement.repeats}: needs 1 or more")
     if measurement.seed < 0:
         raise ConfigError(f"seed is {measurement.seed}: needs 0 or more")
-    drains = load.num_requests is not None
-    warmup_s, duration_s = (0.0, None) if drains else (DEFAULT_WARMUP_S, DEFAULT_DURATION_S)
+    warmup_s, duration_s = _usual_window(load)
     if measurement.warmup is not None:
         warmup_s = parse_seconds(measurement.warmup, name="warmup")
     if measurement.duration is not None:
@@ -125,8 +110,8 @@ def _window(measurement: MeasurementConfig, load: Load) -> tuple[float, float | 
     return warmup_s, duration_s
 
 
-def _load(load: LoadConfig, max_model_len: int) -> Load:
-    """Return who asks; every flag that the kind of load does not use must be unset."""
+def _check_load_flags(load: LoadConfig) -> None:
+    """Refuse contradictions: there is one kind of load, and every flag that it does not use is unset."""
     kinds = [name for name in ("users", "request_rate", "trace") if getattr(load, name) is not None]
     if len(kinds) != 1:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in kinds) or "none of them"
@@ -139,19 +124,24 @@ def _load(load: LoadConfig, max_model_len: int) -> Load:
         "trace_format": ("trace",),
         "trace_rate": ("trace",),
         "lengths": ("users", "request_rate"),
+        "lengths_in_order": ("request_rate",),
         "random_input_len": ("users", "request_rate"),
         "random_output_len": ("users", "request_rate"),
         "random_range_ratio": ("users", "request_rate"),
     }
     for name, loads in belongs.items():
-        if getattr(load, name) is not None and kind not in loads:
+        if getattr(load, name) not in (None, False) and kind not in loads:
             goes_with = " or ".join(f"--{each.replace('_', '-')}" for each in loads)
             raise ConfigError(f"--{name.replace('_', '-')} goes with {goes_with}, not with --{kind.replace('_', '-')}")
-    for name in ("users", "request_rate", "burstiness", "num_prompts", "trace_rate"):
-        value = getattr(load, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}: needs a number above 0")
-    if kind == "trace":
+    for name, largest in _LARGEST.items():
+        value, smallest = getattr(load, name), _SMALLEST.get(name, 1)
+        if value is not None and not smallest <= value <= largest:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: needs {smallest:g} to {largest:,.0f}")
+
+
+def _load(load: LoadConfig, max_model_len: int) -> Load:
+    """Return who asks."""
+    if load.trace is not None:
         return _trace(load, max_model_len)
     lengths = _lengths(load, max_model_len)
     if load.users is not None:
@@ -181,6 +171,8 @@ def _lengths(load: LoadConfig, max_model_len: int) -> LengthDistribution:
         raise ConfigError("--lengths and --random-input-len/--random-output-len contradict each other: give one")
     if None in fixed:
         raise ConfigError("--random-input-len and --random-output-len go together: give both")
+    if load.lengths_in_order:
+        raise ConfigError("--lengths-in-order goes with --lengths FILE: only a file has an order")
     lengths = FixedLengths(
         input_len=load.random_input_len or 0, output_len=load.random_output_len or 0, range_ratio=load.random_range_ratio or 0.0
     )

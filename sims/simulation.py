@@ -18,6 +18,7 @@ Progress = Callable[[str, int, float], None]
 """Told (allocator, repeat, share of its simulated time that has passed)."""
 
 _SLICES = 50
+_EVENTS_BETWEEN_REPORTS = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class Run:
     """When the virtual clock stopped."""
     warmup_s: float
     """When measuring began."""
+    drained: bool
+    """Whether it ended because every request was answered, and not at a given time."""
 
     @property
     def measured(self) -> RequestLog:
@@ -44,14 +47,14 @@ class Run:
 def run(scenario: Scenario, allocator_name: str, *, seed: int, progress: Callable[[float], None] | None = None) -> Run:
     """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed."""
     env = simpy.Environment(initial_time=0.0)
-    allocator = ALLOCATORS.load(allocator_name)(scenario.pool)
-    scheduler = Scheduler(scenario.scheduler, allocator)
+    allocator = ALLOCATORS.load(allocator_name)(scenario.deployment.pool)
+    scheduler = Scheduler(scenario.deployment.scheduler, allocator)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
     recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)
-    engine = Engine(env, scheduler, scenario.step_time, recorder)
+    engine = Engine(env, scheduler, scenario.deployment.step_time, recorder)
     scenario.load.start(env, engine, seed=seed)
     if scenario.duration_s is None:
-        env.run()  # ends when the last request is answered: then no event is left
+        _drain(env, recorder, scenario.load.num_requests or 1, progress)
     else:
         for i in range(1, _SLICES + 1):
             env.run(until=end_s * i / _SLICES)
@@ -59,4 +62,21 @@ def run(scenario: Scenario, allocator_name: str, *, seed: int, progress: Callabl
                 progress(i / _SLICES)
     engine.close()
     recorder.close(env.now)
-    return Run(allocator=allocator, recorder=recorder, log=recorder.log(), end_s=env.now, warmup_s=scenario.warmup_s)
+    return Run(
+        allocator=allocator,
+        recorder=recorder,
+        log=recorder.log(),
+        end_s=env.now,
+        warmup_s=scenario.warmup_s,
+        drained=math.isinf(end_s),
+    )
+
+
+def _drain(env: simpy.Environment, recorder: Recorder, num_requests: int, progress: Callable[[float], None] | None) -> None:
+    """Run until the last request is answered: then no event is left."""
+    events = 0
+    while env.peek() < math.inf:
+        env.step()
+        events += 1
+        if progress is not None and events % _EVENTS_BETWEEN_REPORTS == 0:
+            progress(min(recorder.num_completed / num_requests, 1.0))

@@ -18,18 +18,30 @@ class TimelineArrays(NamedTuple):
     """[NUM_BINS, gauges]: gauge × seconds."""
     observed_s: Float64Array
     """[NUM_BINS]: seconds of the bin that were observed."""
+    preemptions: Int64Array
+    """[NUM_BINS]: preemptions at moments within the bin."""
     width_s: Float64Array
     """Length 1: width of a bin."""
 
     @classmethod
     def empty(cls, num_gauges: int) -> "TimelineArrays":
         """Return a timeline on which nothing has happened."""
-        return cls(np.zeros((NUM_BINS, num_gauges)), np.zeros(NUM_BINS), np.array([FIRST_WIDTH_S]))
+        return cls(np.zeros((NUM_BINS, num_gauges)), np.zeros(NUM_BINS), np.zeros(NUM_BINS, np.int64), np.array([FIRST_WIDTH_S]))
 
     def means(self) -> tuple[Float64Array, Float64Array, Float64Array]:
         """Return (start of each observed bin in seconds, its observed seconds, time-weighted mean of each gauge in it)."""
         seen = np.flatnonzero(self.observed_s > 0)
         return seen * self.width_s[0], self.observed_s[seen], self.integral[seen] / self.observed_s[seen, None]
+
+    def preemptions_over_time(self) -> tuple[Float64Array, Int64Array]:
+        """Return (middle of each bin with preemptions in seconds, their number)."""
+        seen = np.flatnonzero(self.preemptions)
+        return (seen + 0.5) * self.width_s[0], self.preemptions[seen]
+
+
+def count_preemptions(timeline: TimelineArrays, at_s: float, number: int) -> None:
+    """Say that `number` requests were preempted at `at_s`, a moment that `observe` has reached."""
+    timeline.preemptions[min(int(at_s / timeline.width_s[0]), NUM_BINS - 1)] += number
 
 
 @jit
@@ -54,6 +66,7 @@ def _merge_pairs(timeline: TimelineArrays) -> None:
         a, b = 2 * i, 2 * i + 1
         merged = b < NUM_BINS
         timeline.observed_s[i] = timeline.observed_s[a] + timeline.observed_s[b] if merged else 0.0
+        timeline.preemptions[i] = timeline.preemptions[a] + timeline.preemptions[b] if merged else 0
         for g in range(num_gauges):
             timeline.integral[i, g] = timeline.integral[a, g] + timeline.integral[b, g] if merged else 0.0
     timeline.width_s[0] *= 2.0

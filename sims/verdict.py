@@ -1,18 +1,22 @@
 """What the figures mean: does the load fit, what binds first, and what to try next."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from pagedkv.arrays import Float64Array
+from pagedkv.errors import ConfigError
 from pagedkv.scheduling.scheduler import Blocker
-from pagedkv.sims.command import command_line
+from pagedkv.sims.command import changed, command_line
+from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.goodput import Goal
 from pagedkv.sims.load import ClosedLoop
 from pagedkv.sims.metrics import Latencies
-from pagedkv.sims.recorder import BLOCKERS, WAITING
-from pagedkv.sims.records import Outcome
-from pagedkv.sims.scenario import Scenario
+from pagedkv.sims.recorder import BLOCKERS
+from pagedkv.sims.records import Outcome, RequestLog
+from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run
 
 Status = Literal["stable", "saturated", "rejecting", "failed"]
@@ -62,11 +66,12 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
     waits = MeanWaits.of(scenario, runs)
     waiting_share = figures["waiting_time_share"] or 0.0
     ideal_share = None
+    closed = isinstance(scenario.load, ClosedLoop)
     if isinstance(scenario.load, ClosedLoop):
         queueing = waiting_share > WAITING_SHARE_LIMIT
         ideal_share = waits.throughput_share(scenario.load.think_time_s)
     else:
-        queueing = any(_queue_rises(run) for run in runs)
+        queueing = any(_load_rises(run) for run in runs)
     slow = ideal_share is not None and ideal_share < THROUGHPUT_SHARE_LIMIT
     status: Status = "stable"
     if figures["num_failed"]:
@@ -77,51 +82,69 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
         status = "saturated"
     binding = _binding(scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing)
     attained = _attained(runs, scenario.goals)
-    fits = status == "stable" and (attained is None or attained >= ATTAIN)
+    fits = status == "stable" and figures["num_injected"] > 0 and (attained is None or attained >= ATTAIN)
     reasons = []
+    if figures["num_injected"] == 0:
+        reasons.append("no request arrived after the warm-up")
     if status == "rejecting":
         reasons.append(f"{figures['num_rejected']:,} of {figures['num_injected']:,} requests can never run here")
     if status == "failed":
         reasons.append(f"{figures['num_failed']:,} of {figures['num_injected']:,} requests were given up")
     if queueing:
-        reasons.append(f"requests wait {waiting_share:.0%} of the time")
+        reasons.append(f"requests wait {waiting_share:.0%} of the time" if closed else "more and more requests are there")
     if slow:
         reasons.append(f"{ideal_share:.0%} of the throughput that these users would get from an unloaded machine")
     if attained is not None:
         reasons.append(f"{attained:.1%} of requests meet the goals")
-    text = f"{scenario.load.title} {'fit' if fits else 'do not fit'}: {status}"
+    fit, do_not_fit = ("fits", "does not fit") if scenario.load.title == "1 user" else ("fit", "do not fit")
+    text = f"{scenario.load.title} {fit if fits else do_not_fit}: {status}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
     text += f". {'Next limit' if fits else 'Limit'}: {_LIMIT_NAMES[binding]}."
-    return Verdict(status=status, fits=fits, binding=binding, text=text, next_command=_next_command(scenario, binding, fits=fits))
+    return Verdict(
+        status=status, fits=fits, binding=binding, text=text, next_command=_next_command(scenario, binding, runs, fits=fits)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanWaits:
-    """Where the mean request's time goes, in seconds. Unfinished requests count with what they have by the end."""
+    """Where the mean request's time goes, in seconds."""
 
     queued_s: float
-    """From arrival to the first step that computes any of it."""
+    """From arrival to the first step that computes any of it; to the end of the run if none did."""
     unloaded_s: float
-    """What it would take with the machine to itself."""
+    """What the whole request would take with the machine to itself."""
     e2e_s: float
-    """All of it. The rest is what sharing steps and being preempted cost."""
+    """What it takes. The rest is what sharing steps and being preempted cost."""
 
     @classmethod
     def of(cls, scenario: Scenario, runs: list[Run]) -> "MeanWaits":
-        """Return the means over the accepted requests, at most `_SAMPLED_REQUESTS` of each run, evenly spaced."""
-        budget = scenario.scheduler.max_num_batched_tokens
-        sums, number = np.zeros(3), 0
+        """Return the means over the accepted requests, at most `_SAMPLED_REQUESTS` of each run, evenly spaced.
+
+        E2E is unloaded_s × (time that requests have spent) / (unloaded time of what they have got so far), so that requests which
+        the end of the run cuts off count as slow as they are.
+        """
+        budget = scenario.deployment.scheduler.max_num_batched_tokens
+        queued_s = spent_s = earned_s = unloaded_s = 0.0
+        number = 0
         for run in runs:
             log = run.measured
             log = log.where((log.outcome == Outcome.FINISHED) | (log.outcome == Outcome.UNFINISHED))
             log = log.where(np.isin(np.arange(len(log)), np.linspace(0, len(log) - 1, _SAMPLED_REQUESTS).astype(int)))
-            scheduled_s = np.where(np.isnan(log.scheduled_s), run.end_s, log.scheduled_s)
-            lengths = zip(log.prompt_tokens.tolist(), log.output_tokens.tolist(), strict=True)
-            unloaded_s = [scenario.step_time.unloaded_e2e_s(p, o, max_num_batched_tokens=budget) for p, o in lengths]
-            sums += ((scheduled_s - log.arrival_s).sum(), sum(unloaded_s), Latencies.of(log, run.end_s).e2e_s.sum())
+            queued_s += float((np.where(np.isnan(log.scheduled_s), run.end_s, log.scheduled_s) - log.arrival_s).sum())
+            spent_s += float(Latencies.of(log, run.end_s).e2e_s.sum())
             number += len(log)
-        queued_s, unloaded_s, e2e_s = (sums / max(number, 1)).tolist()
-        return cls(queued_s=queued_s, unloaded_s=unloaded_s, e2e_s=e2e_s)
+            lengths = zip(log.prompt_tokens.tolist(), log.output_tokens.tolist(), log.num_output_tokens.tolist(), strict=True)
+            for prompt, output, got in lengths:
+                unloaded = scenario.deployment.step_time.unloaded_e2e_s(prompt, output, max_num_batched_tokens=budget)
+                unloaded_s += unloaded
+                if got == output:
+                    earned_s += unloaded
+                elif got > 0:
+                    earned_s += scenario.deployment.step_time.unloaded_e2e_s(prompt, got, max_num_batched_tokens=budget)
+        if number == 0:
+            return cls(queued_s=0.0, unloaded_s=0.0, e2e_s=0.0)
+        mean_s = unloaded_s / number
+        return cls(queued_s=queued_s / number, unloaded_s=mean_s, e2e_s=mean_s * spent_s / earned_s if earned_s else math.inf)
 
     @property
     def slowed_s(self) -> float:
@@ -137,20 +160,28 @@ class MeanWaits:
         return (think_time_s + self.unloaded_s) / cycle_s if cycle_s > 0 else 1.0
 
 
-def _queue_rises(run: Run) -> bool:
-    """Return whether the queue of the last third of the arrivals is more than twice that of the first third, plus one."""
-    arrivals_s = run.measured.arrival_s
-    starts_s, seconds, gauges = run.recorder.timeline.means()
-    if arrivals_s.size == 0:
+def _load_rises(run: Run) -> bool:
+    """Return whether more and more requests are there: waiting ones, or measured ones that are not done.
+
+    That is: over the last third of the time in which measured requests arrive, more than twice as many as over the first, plus one.
+    """
+    log, measured = run.log, run.measured
+    if len(measured) == 0:
         return False
-    first_s, last_s = float(arrivals_s[0]), float(arrivals_s[-1])
-    third_s = (last_s - first_s) / 3
+    last_s = float(measured.arrival_s[-1]) if run.drained else run.end_s
 
-    def mean_waiting(from_s: float, to_s: float) -> float:
-        inside = (starts_s >= from_s) & (starts_s < to_s)
-        return float(np.average(gauges[inside, WAITING], weights=seconds[inside])) if inside.any() else 0.0
+    def rises(log: RequestLog, until_s: Float64Array) -> bool:
+        third_s = (last_s - run.warmup_s) / 3
+        thirds = []
+        for from_s in (run.warmup_s, last_s - third_s):
+            inside_s = np.minimum(until_s, from_s + third_s) - np.maximum(log.arrival_s, from_s)
+            thirds.append(float(np.maximum(inside_s, 0.0).sum()) / third_s if third_s > 0 else 0.0)
+        return thirds[1] > 2 * thirds[0] + 1
 
-    return mean_waiting(last_s - third_s, last_s) > 2 * mean_waiting(first_s, first_s + third_s) + 1
+    waiting = log.where((log.outcome != Outcome.REJECTED) & (log.outcome != Outcome.FAILED))
+    accepted = measured.where((measured.outcome != Outcome.REJECTED) & (measured.outcome != Outcome.FAILED))
+    done_s = np.where(accepted.outcome == Outcome.FINISHED, accepted.last_token_s, run.end_s)
+    return rises(waiting, np.where(np.isnan(waiting.scheduled_s), run.end_s, waiting.scheduled_s)) or rises(accepted, done_s)
 
 
 def _attained(runs: list[Run], goals: tuple[Goal, ...]) -> float | None:
@@ -180,7 +211,7 @@ def _binding(
     if rejecting:
         log = runs[0].log.of(Outcome.REJECTED)
         longest = (log.prompt_tokens + log.output_tokens).max(initial=0)
-        return "max_model_len" if longest > scenario.scheduler.max_model_len else "kv_memory"
+        return "max_model_len" if longest > scenario.deployment.scheduler.max_model_len else "kv_memory"
     if queueing and waits.queued_s > waits.slowed_s:
         blocked_s = {_OF_BLOCKER[blocker]: 0.0 for blocker in _OF_BLOCKER}
         for run in runs:
@@ -190,32 +221,51 @@ def _binding(
         return max(blocked_s, key=blocked_s.__getitem__)
     if figures["kv"] and figures["kv"]["free"] < NEARLY_FULL:
         return "kv_memory"
-    if figures["running_max"] > (1 - NEARLY_FULL) * scenario.scheduler.max_num_seqs:
+    if figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
         return "max_num_seqs"
     memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0)
     return "bandwidth" if memory_s >= compute_s else "prefill_compute"
 
 
-def _next_command(scenario: Scenario, binding: Binding, *, fits: bool) -> str:
+def _next_command(scenario: Scenario, binding: Binding, runs: list[Run], *, fits: bool) -> str:
+    """Return the command to try next: more load if this one fits, else the nearest remedy that would start, else less load."""
     config, load = scenario.config, scenario.config.load
+    remedies: list[dict[str, Any]] = []
+    if not fits:
+        if binding == "max_model_len":
+            needed = max(int((run.log.prompt_tokens + run.log.output_tokens).max(initial=1)) for run in runs)
+            remedies = [{"max_model_len": needed}, {"over_length": "drop"}]
+        elif binding == "kv_memory":
+            remedies = [_more_kv(scenario)]
+        elif binding == "bandwidth" and (narrower := _narrower_format(scenario)):
+            remedies = [{"quantization": narrower}]
+        elif binding == "max_num_seqs":
+            remedies = [{"max_num_seqs": 2 * scenario.deployment.scheduler.max_num_seqs}]
     more = 2.0 if fits else 0.5
-    if fits:
-        pass
-    elif binding == "max_model_len":
-        return command_line(config, max_model_len=scenario.model.max_context)
-    elif binding == "kv_memory" and scenario.model.kv_spec(config.serving.kv_cache_dtype).bytes_per_element > 1:
-        return command_line(config, kv_cache_dtype="fp8")
-    elif binding == "bandwidth" and (narrower := _narrower_format(scenario)):
-        return command_line(config, quantization=narrower)
-    elif binding == "max_num_seqs":
-        return command_line(config, max_num_seqs=2 * scenario.scheduler.max_num_seqs)
     if load.users is not None:
-        return command_line(config, users=max(1, round(load.users * more)))
-    if load.request_rate is not None:
-        return command_line(config, request_rate=load.request_rate * more)
-    return command_line(config, trace_rate=(load.trace_rate or 1.0) * more)
+        remedies.append({"users": max(1, round(load.users * more))})
+    elif load.request_rate is not None:
+        remedies.append({"request_rate": load.request_rate * more})
+    else:
+        remedies.append({"trace_rate": (load.trace_rate or 1.0) * more})
+    return command_line(config, **next(remedy for remedy in remedies if _starts(config, remedy) or remedy is remedies[-1]))
+
+
+def _starts(config: SimulationConfig, remedy: dict[str, Any]) -> bool:
+    try:
+        resolve(changed(config, **remedy))
+    except ConfigError:
+        return False
+    return changed(config, **remedy) != config
+
+
+def _more_kv(scenario: Scenario) -> dict[str, Any]:
+    serving = scenario.config.serving
+    if serving.num_gpu_blocks_override is not None:
+        return {"num_gpu_blocks_override": 2 * serving.num_gpu_blocks_override}
+    return {"kv_cache_dtype": "fp8"}
 
 
 def _narrower_format(scenario: Scenario) -> str | None:
-    bits = scenario.weight_format.bits_per_weight
-    return "fp8" if bits > 8 else "nvfp4" if bits > 4.5 and "fp4" in scenario.hardware.reached_flops else None
+    bits = scenario.deployment.weight_format.bits_per_weight
+    return "fp8" if bits > 8 else "nvfp4" if bits > 4.5 and "fp4" in scenario.deployment.hardware.reached_flops else None

@@ -9,16 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagedkv.activation_peak import activation_bytes
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.errors import ConfigError
-from pagedkv.memory_budget import (
-    MemoryBudget,
-    activation_bytes,
-    highest_utilization_that_starts,
-    plan_memory,
-    start_gate,
-)
-from pagedkv.weight_format import WEIGHT_FORMATS, load_weight_format
+from pagedkv.kv_spec import LayerGroup
+from pagedkv.ledgers.vllm import highest_utilization_that_starts, start_gate
+from pagedkv.memory_budget import MemoryBudget, plan_memory
+from pagedkv.model_spec import ModelSpec
+from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat, load_weight_format
 
 GIB = 2**30
 SPARK_VISIBLE = load_hardware("dgx-spark").visible_bytes
@@ -109,14 +107,63 @@ def test_a_real_run_on_an_rtx_4090(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "hardware", "utilization", "kv_gib"),
     [
-        ("llama-3.1-8b", "h100-80gb", 0.90, 51.38),  # llm-d-benchmark, empirical-vllm-memory-results.md
-        ("gpt-oss-20b", "h100-80gb", 0.90, 50.28),  # the same
+        ("llama-3.1-8b", "h100", 0.90, 51.38),  # llm-d-benchmark, empirical-vllm-memory-results.md
+        ("gpt-oss-20b", "h100", 0.90, 50.28),  # the same
         ("gpt-oss-20b", "a100-80gb", 0.65, 36.56),  # myoceane.fr, vLLM 0.19.0
     ],
 )
 def test_published_sizes_of_the_kv_cache(model: str, hardware: str, utilization: float, kv_gib: float) -> None:
     budget = plan(model, hardware, gpu_memory_utilization=utilization)
     assert budget.kv_cache / GIB == pytest.approx(kv_gib, rel=0.03)
+
+
+NEMOTRON_3_5_LIGHTNING = ModelSpec(
+    name="nemotron-3.5-lightning",
+    title="Nemotron 3.5 Lightning 30B-A3B",
+    hf_id="",
+    source="the published shape of Nemotron-3-Nano-30B-A3B: 6 attention layers, the others keep states",
+    hidden_size=2688,
+    num_layers=52,
+    num_attention_heads=32,
+    vocab_size=131_072,
+    max_context=262_144,
+    layer_groups=(LayerGroup(kind="full", num_layers=6, num_kv_heads=2, key_dim=128, value_dim=128),),
+    params_total=31_580_000_000,
+    params_active=3_500_000_000,
+    embedding_params=131_072 * 2688,
+    head_params=131_072 * 2688,
+    tied_embeddings=False,
+    wide_params=0,
+    num_experts=128,
+    experts_per_token=6,
+    expert_params=29_000_000_000,
+    native_format=load_weight_format("nvfp4"),
+)
+
+
+@pytest.mark.parametrize(("utilization", "kv_gb"), [(0.80, 75), (0.91, 88)])
+def test_kv_left_by_nemotron_on_a_spark(utilization: float, kv_gb: int) -> None:
+    # Its weights take 21.5 GB, so the stand-in's bits are those that make them so: 5.45 each, wide layers included.
+    bits = 21.5e9 * 8 / NEMOTRON_3_5_LIGHTNING.params_total
+    weights = WeightFormat(
+        name="nvfp4", bits_per_weight=bits, wide_bits=16, head_bits=bits, embedding_bits=bits, compute_dtype="fp4", source="21.5 GB"
+    )
+    spark = load_hardware("dgx-spark")
+    budget = plan_memory(
+        NEMOTRON_3_5_LIGHTNING,
+        spark,
+        weight_format=weights,
+        kv_cache_dtype="auto",
+        block_size=16,
+        max_model_len=32_768,
+        max_num_seqs=spark.default_max_num_seqs,
+        max_num_batched_tokens=spark.default_max_num_batched_tokens,
+        gpu_memory_utilization=utilization,
+    )
+    assert budget.weights == pytest.approx(21.5e9, rel=1e-6)
+    assert budget.kv_bytes_per_token == 6144
+    assert budget.kv_cache / 1e9 == pytest.approx(kv_gb, abs=2)
+    assert bool(budget.warnings) is (utilization > 0.9), "at 0.91 its owner had about 1 GB left"
 
 
 def test_overheads_on_a_spark_are_those_of_published_runs() -> None:
@@ -226,7 +273,7 @@ def test_known_free_memory_shows_what_the_operating_system_really_holds() -> Non
         ({"gpu_memory_utilization": 0.83, "free_memory_bytes": int(102.2 * GIB)}, True),
         ({"kv_cache_memory_bytes": 80 * GIB}, False),
         ({"kv_cache_memory_bytes": 90 * GIB}, True),
-        ({"hardware": "h100-80gb", "gpu_memory_utilization": 0.99}, False),
+        ({"hardware": "h100", "gpu_memory_utilization": 0.99}, False),
     ],
 )
 def test_a_machine_near_its_floor_is_warned_of(chosen: dict[str, Any], warned: bool) -> None:
@@ -259,8 +306,8 @@ def test_an_override_replaces_the_number_of_blocks() -> None:
     ("chosen", "first"),
     [
         ({"model": "llama-3.1-70b"}, {"quantization": "fp8"}),
-        ({"model": "llama-3.1-70b", "hardware": "h100-80gb"}, {"quantization": "nvfp4"}),
-        ({"model": "llama-3.1-70b", "hardware": "rtx-4090"}, {"hardware": "a100-80gb", "quantization": "fp8"}),
+        ({"model": "llama-3.1-70b", "hardware": "h100"}, {"quantization": "nvfp4"}),
+        ({"model": "llama-3.1-70b", "hardware": "rtx-4090"}, {"hardware": "b200"}),
         ({"gpu_memory_utilization": 0.15}, {"gpu_memory_utilization": 0.19}),
         ({"hardware": "rtx-4090", "max_model_len": 131_072}, {"max_model_len": 44_240}),
         ({"model": "opt-13b", "hardware": "rtx-4090"}, {"quantization": "fp8"}),
@@ -305,8 +352,25 @@ def test_a_pool_sized_by_hand_must_fit_and_must_hold_one_request() -> None:
     assert suggestions(too_small.value) == [{"max_model_len": 464}, {"num_gpu_blocks_override": 129}]
 
 
+def test_a_model_without_attention_is_refused() -> None:
+    states = LayerGroup(kind="state", num_layers=52, state_bytes=2**20)
+    model = replace(NEMOTRON_3_5_LIGHTNING, layer_groups=(states,))
+    with pytest.raises(ConfigError, match="caches only states of fixed size"):
+        plan_memory(
+            model,
+            load_hardware("dgx-spark"),
+            weight_format=model.native_format,
+            kv_cache_dtype="auto",
+            block_size=16,
+            max_model_len=2048,
+            max_num_seqs=256,
+            max_num_batched_tokens=2048,
+            gpu_memory_utilization=0.8,
+        )
+
+
 def test_nothing_fits_into_nothing() -> None:
-    with pytest.raises(ConfigError, match=r"1\.00 GiB of .* are free.*What fits: nothing in the catalogue"):
+    with pytest.raises(ConfigError, match=r"only 1\.00 GiB of .* are free \(--free-memory\).*What fits: nothing in the catalogue"):
         plan(hardware="rtx-4090", free_memory_bytes=GIB)
 
 
@@ -327,12 +391,14 @@ def test_a_utilization_above_the_highest_seen_is_refused() -> None:
         ({"max_model_len": 131_073}, r"--max-model-len 131073 .* use 131072 or less"),
         ({"max_num_seqs": 0}, r"--max-num-seqs 0 must be"),
         ({"max_num_batched_tokens": -1}, r"--max-num-batched-tokens -1 must be"),
-        ({"free_memory_bytes": 200 * GIB}, r"free_memory_bytes 214748364800 must be between 0 and .* 121\.69 GiB"),
-        ({"os_reserve_bytes": -1}, r"os_reserve_bytes -1 must be between"),
-        ({"other_programs_bytes": -1}, r"other_programs_bytes -1 must be between"),
-        ({"kv_cache_memory_bytes": -1}, r"kv_cache_memory_bytes -1 must be between"),
+        ({"free_memory_bytes": 200 * GIB}, r"--free-memory 200GiB: needs 0 to 121\.69 GiB"),
+        ({"os_reserve_bytes": -1}, r"--os-reserve -1 bytes: needs 0 to"),
+        ({"other_programs_bytes": -1}, r"--other-programs -1 bytes: needs 0 to"),
+        ({"kv_cache_memory_bytes": -1}, r"--kv-cache-memory-bytes -1 bytes: needs 0 to"),
         ({"num_gpu_blocks_override": 1}, r"--num-gpu-blocks-override 1 must be at least 2"),
         ({"kv_cache_dtype": "fp9"}, r"unknown --kv-cache-dtype 'fp9'"),
+        ({"kv_cache_dtype": "q8_0"}, r"--kv-cache-dtype q8_0 is not for this engine: use auto, .*fp8"),
+        ({"tensor_parallel_size": 2}, r"--tensor-parallel-size 2: one device is supported so far, use 1"),
     ],
 )
 def test_values_that_cannot_work_are_named(chosen: dict[str, Any], message: str) -> None:

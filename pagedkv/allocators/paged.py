@@ -5,7 +5,7 @@ import numpy as np
 from pagedkv.allocation import KVPoolSettings, StepBatch
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int32Array
-from pagedkv.block_pool import BlockPool, BlockPoolArrays, release_blocks, take_blocks
+from pagedkv.block_pool import NULL_BLOCK, BlockPool, BlockPoolArrays, release_blocks, take_blocks
 from pagedkv.block_table import BlockTables
 from pagedkv.errors import IntegrityError
 from pagedkv.jit import jit
@@ -54,6 +54,7 @@ class PagedAllocator:
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
         )
         self.unit_slots = settings.block_size
+        self.max_model_len = settings.max_model_len
         self.usable_slots = (settings.num_blocks - 1) * settings.block_size
         self.units_held = self.tables.num_blocks
         self.rounding_slots = 0
@@ -94,8 +95,9 @@ class PagedAllocator:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every block's reference count is the number of tables that hold it."""
         self.pool.check_integrity()
-        rows = range(self.tables.num_blocks.size)
-        held = np.concatenate([self.tables.of(row) for row in rows])
-        if not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.arrays.ref_cnt):
-            tables = {row: self.tables.of(row).tolist() for row in rows if self.tables.num_blocks[row]}
+        lengths, width = self.tables.num_blocks, self.tables.blocks.shape[1]
+        tables = {row: self.tables.of(row).tolist() for row in np.flatnonzero(lengths).tolist()}
+        held = np.array([block for table in tables.values() for block in table], np.int64)
+        inside = ((lengths >= 0) & (lengths <= width)).all() and ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all()
+        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.arrays.ref_cnt):
             raise IntegrityError(f"reference counts {self.pool.arrays.ref_cnt.tolist()} do not match the tables {tables}")

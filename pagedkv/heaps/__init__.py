@@ -33,6 +33,9 @@ class Heap(Protocol):
     def largest_reservation(self) -> int:
         """The largest `size` that an empty heap can place."""
 
+    def reserved(self) -> dict[int, int]:
+        """Return the slots taken at each address that a reservation starts at."""
+
     def check_integrity(self) -> None:
         """Raise IntegrityError, with the state dumped, if free and taken extents do not tile the heap."""
 

@@ -76,7 +76,7 @@ def _reserve(heap: BuddyArrays, order: int) -> int:
 @jit
 def _release(heap: BuddyArrays, address: int) -> None:
     """Give an extent back and merge it with its buddy as long as that one is free. O(log num_slots)."""
-    order = heap.taken_order[address]
+    order = int(heap.taken_order[address])  # outside compiled code an int8 would overflow when it shifts
     heap.taken_order[address] = NONE
     heap.free_slots[0] += 1 << order
     while True:
@@ -149,22 +149,39 @@ class BuddyHeap:
         """The largest power of two within the heap."""
         return 1 << (self.num_slots.bit_length() - 1)
 
+    def reserved(self) -> dict[int, int]:
+        """Return the slots taken at each address that a reservation starts at. O(num_slots)."""
+        return {int(a): 1 << int(self.arrays.taken_order[a]) for a in np.flatnonzero(self.arrays.taken_order != NONE)}
+
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless extents tile the heap, are aligned, and no two free buddies lie side by side."""
+        """Raise IntegrityError unless extents tile the heap, aligned and listed once, and no two free buddies lie side by side."""
         free = {int(a): int(self.arrays.free_order[a]) for a in np.flatnonzero(self.arrays.free_order != NONE)}
         taken = {int(a): int(self.arrays.taken_order[a]) for a in np.flatnonzero(self.arrays.taken_order != NONE)}
-        listed = {}
-        for order, head in enumerate(self.arrays.first.tolist()):
-            while head != NONE:
-                listed[head] = order
-                head = int(self.arrays.next_free[head])
+        state = f"free {free}, taken {taken}, lists from {self.arrays.first.tolist()}, of {self.num_slots} slots"
+        if not all(0 <= order < self.arrays.first.size for order in (*free.values(), *taken.values())):
+            raise IntegrityError(f"impossible order: {state}")
+        if self._listed(len(free)) != free:
+            raise IntegrityError(f"the lists do not hold each free extent once, linked both ways: {state}")
         end = 0
         for address, order in sorted((free | taken).items()):
             if address != end or address % (1 << order):
-                raise IntegrityError(f"extent of order {order} at {address}, expected at {end}: free {free}, taken {taken}")
+                raise IntegrityError(f"extent of order {order} at {address}, expected at {end}: {state}")
             end = address + (1 << order)
         unmerged = [a for a, order in free.items() if free.get(a ^ (1 << order)) == order]
-        if end != self.num_slots or free.keys() & taken.keys() or listed != free or unmerged:
-            raise IntegrityError(f"free {free}, listed {listed}, taken {taken}, unmerged {unmerged} of {self.num_slots} slots")
+        if end != self.num_slots or free.keys() & taken.keys() or unmerged:
+            raise IntegrityError(f"extents overlap, do not tile the heap or are free buddies {unmerged}: {state}")
         if sum(1 << order for order in free.values()) != self.free_slots:
-            raise IntegrityError(f"free_slots is {self.free_slots}, free extents are {free}")
+            raise IntegrityError(f"free_slots is {self.free_slots}: {state}")
+
+    def _listed(self, expected: int) -> dict[int, int] | None:
+        """Return the order of each extent in the free lists; None if they hold more than `expected` or a link is wrong."""
+        listed: dict[int, int] = {}
+        for order, head in enumerate(self.arrays.first.tolist()):
+            before = NONE
+            while head != NONE:
+                broken = not 0 <= head < self.num_slots or len(listed) == expected or self.arrays.prev_free[head] != before
+                if broken:
+                    return None
+                listed[head] = order
+                before, head = head, int(self.arrays.next_free[head])
+        return listed

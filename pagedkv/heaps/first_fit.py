@@ -134,20 +134,27 @@ class FirstFitHeap:
         """The whole heap."""
         return self.num_slots
 
+    def reserved(self) -> dict[int, int]:
+        """Return the slots taken at each address that a reservation starts at. O(extents)."""
+        used = self._taken.used[0]
+        return dict(zip(self._taken.start[:used].tolist(), self._taken.size[:used].tolist(), strict=True))
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless free and taken extents tile the heap and no two free ones touch."""
         free, taken = (
-            {int(s): int(n) for s, n in zip(e.start[: e.used[0]], e.size[: e.used[0]], strict=True)}
-            for e in (self._free, self._taken)
+            list(zip(e.start[: e.used[0]].tolist(), e.size[: e.used[0]].tolist(), strict=True)) for e in (self._free, self._taken)
         )
+        state = f"free {free}, taken {taken}, of {self.num_slots} slots"
+        if free != sorted(free) or taken != sorted(taken):
+            raise IntegrityError(f"extents are out of order: {state}")
+        touching = any(start + size == following for (start, size), (following, _) in zip(free, free[1:], strict=False))
         end = 0
-        for address, size in sorted((free | taken).items()):
-            touching = address in free and any(start + length == address for start, length in free.items())
-            if address != end or size < 1 or touching:
-                raise IntegrityError(f"extent of {size} at {address}, expected at {end}: free {free}, taken {taken}")
+        for address, size in sorted(free + taken):
+            if address != end or size < 1:
+                raise IntegrityError(f"extent of {size} at {address}, expected at {end}: {state}")
             end = address + size
-        if end != self.num_slots or free.keys() & taken.keys():
-            raise IntegrityError(f"free {free} and taken {taken} do not tile {self.num_slots} slots")
+        if end != self.num_slots or touching:
+            raise IntegrityError(f"extents do not tile the heap, or free ones touch: {state}")
 
 
 def _extents(*, capacity: int) -> ExtentArrays:

@@ -59,6 +59,10 @@ class SchedulerSettings:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        if self.long_prefill_token_threshold < 0:
+            raise ConfigError(
+                f"long-prefill-token-threshold is {self.long_prefill_token_threshold}: needs 0 or more, and 0 is no limit"
+            )
         if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
             raise ConfigError(
                 f"without chunked prefill a prompt of max-model-len {self.max_model_len} must fit into one step: "
@@ -100,6 +104,9 @@ class Scheduler:
     """
 
     def __init__(self, settings: SchedulerSettings, allocator: Allocator) -> None:
+        for name, room in (("max_num_seqs", allocator.units_held.size), ("max_model_len", allocator.max_model_len)):
+            if getattr(settings, name) > room:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(settings, name)}, the allocator was built for {room}")
         self.settings = settings
         self.allocator = allocator
         self.requests = RequestTable()

@@ -22,7 +22,7 @@ class VLLM:
 
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return vLLM's limits of a step: its defaults depend on the device."""
-        longest = serving.max_model_len or min(DEFAULT_MAX_MODEL_LEN, model.max_context)
+        longest = min(DEFAULT_MAX_MODEL_LEN, model.max_context) if serving.max_model_len is None else serving.max_model_len
         if longest > model.max_context:
             raise ConfigError(f"max-model-len {longest} is more than {model.title} was made for: at most {model.max_context}")
         tokens, seqs = serving.max_num_batched_tokens, serving.max_num_seqs

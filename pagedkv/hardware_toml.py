@@ -1,0 +1,164 @@
+"""Machines as TOML writes them: which fields a table must have, how numbers are written, and what is assumed of the rest.
+
+A number is a table with a value, a tag and a source, or in a user's file just the value. A value has a unit; a share has none:
+
+    memory_kind = "discrete"
+    visible = "47.4 GiB"
+    memory_bandwidth = { value = "960 GB/s", tag = "spec", source = "datasheet" }
+    spec_flops.bf16 = "91 TFLOPS"
+    default_utilization = 0.9
+
+Those first four fields are enough. Everything else is estimated: rates as shares of the datasheet's, sizes and times as on a
+machine of the same kind that somebody measured. Each estimate says so in its source.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.hardware_spec import Figure, HardwareSpec
+from pagedkv.quantity import DIMENSIONS, parse_quantity
+
+READ_SHARE = 0.85
+"""Of the datasheet's bandwidth, what a kernel that streams weights reaches. Source: 232 of 273 GB/s on dgx-spark."""
+KV_READ_SHARE = 0.70
+"""The same for decode attention. Source: 190 of 273 GB/s on dgx-spark, 690 of 1,008 on rtx-4090."""
+FLOPS_SHARES: Mapping[str, float] = MappingProxyType({"bf16": 0.65, "fp8": 0.50, "fp4": 0.30})
+"""Of the datasheet's dense rate, what a prefill reaches. Source: bf16 from 0.65 (h100, estimated) to 0.90 (rtx-4090); fp8 0.45 and
+fp4 0.30 on dgx-spark, fp8 0.76 on rtx-4090."""
+MODEL_MACHINES: Mapping[str, str] = MappingProxyType({"unified": "dgx-spark", "discrete": "h100"})
+"""The machine of each kind whose figures stand in for those that a table does not give."""
+
+_UNITS = {spec.name: spec.metadata["unit"] for spec in fields(HardwareSpec) if spec.metadata}
+_BY_DTYPE = ("spec_flops", "reached_flops")
+_UNIFIED_ONLY = ("os_reserve", "memory_floor")
+_TYPES = {"title": str, "small_compute_device": bool}
+
+
+def hardware_from_table(
+    name: str, table: Mapping[str, Any], *, model_machine: HardwareSpec | None = None, unsourced: str | None = None
+) -> HardwareSpec:
+    """Return the machine that a table describes.
+
+    Args:
+        name: Its name, with which messages begin.
+        table: The fields of `HardwareSpec`.
+        model_machine: Where the figures come from that the table does not give; None: the table must give all.
+        unsourced: The source of numbers that name none, e.g. the name of a user's file; None: every number must name one.
+
+    Raises:
+        ConfigError: If a field is missing or unknown, or a value has the wrong unit or type; with the value and what is needed.
+    """
+    known = {spec.name for spec in fields(HardwareSpec)} - {"name"}
+    for key in table:
+        if key not in known:
+            raise unknown_name("field", f"{name}.{key}", (f"{name}.{each}" for each in known))
+    given: dict[str, Any] = {"title": name}
+    for key, value in table.items():
+        where = f"{name}.{key}"
+        if key in _BY_DTYPE:
+            given[key] = {dtype: _figure(row, _UNITS[key], f"{where}.{dtype}", unsourced) for dtype, row in _rates(value, where)}
+        elif key in _UNITS:
+            given[key] = _figure(value, _UNITS[key], where, unsourced)
+        else:
+            given[key] = _plain(key, value, where)
+    if given.get("memory_kind") not in MODEL_MACHINES:
+        raise ConfigError(
+            f"{name}.memory_kind is {given.get('memory_kind')!r}: it must be {' or '.join(map(repr, MODEL_MACHINES))}"
+        )
+    for key in ("visible", "memory_bandwidth"):
+        if key not in given:
+            dimension = DIMENSIONS[_UNITS[key]]
+            raise ConfigError(f'{name}.{key} is missing: write {dimension.name} such as {key} = "{dimension.example}"')
+    if "bf16" not in given.get("spec_flops", {}):
+        raise ConfigError(f'{name}.spec_flops.bf16 is missing: write the dense rate such as spec_flops.bf16 = "125 TFLOPS"')
+    try:
+        return HardwareSpec(name=name, **_with_estimates(name, given, model_machine))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _with_estimates(name: str, given: Mapping[str, Any], model_machine: HardwareSpec | None) -> dict[str, Any]:
+    """Return all fields: those given, rates by their shares, and the rest as on `model_machine`."""
+    complete = dict(given)
+    bandwidth: float = given["memory_bandwidth"].value
+    for key, share, measured in (
+        ("read_bandwidth", READ_SHARE, "dgx-spark (232 of 273)"),
+        ("kv_read_bandwidth", KV_READ_SHARE, "dgx-spark (190 of 273) and rtx-4090 (690 of 1,008)"),
+    ):
+        complete.setdefault(
+            key, Figure(bandwidth * share, "estimated", f"{share:.0%} of memory_bandwidth, as measured on {measured}")
+        )
+    complete["reached_flops"] = {
+        dtype: Figure(
+            figure.value * FLOPS_SHARES[dtype], "estimated", f"{FLOPS_SHARES[dtype]:.0%} of spec_flops: see docs/hardware.md"
+        )
+        for dtype, figure in given["spec_flops"].items()
+    } | given.get("reached_flops", {})
+    for key in sorted(_UNITS.keys() - complete.keys()):
+        if key in _UNIFIED_ONLY and given["memory_kind"] == "discrete":
+            continue
+        if model_machine is None:
+            raise ConfigError(f"{name}.{key} is missing")
+        figure: Figure = getattr(model_machine, key)
+        complete[key] = Figure(figure.value, "estimated", f"as on {model_machine.name}: {figure.source}")
+    return complete
+
+
+def _rates(value: object, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{where} must be a table by compute dtype, such as {{ bf16 = "125 TFLOPS" }}, not {value!r}')
+    for dtype in value:
+        if dtype not in FLOPS_SHARES:
+            raise unknown_name("compute dtype", f"{where}.{dtype}", FLOPS_SHARES)
+    return value.items()
+
+
+def _plain(key: str, value: object, where: str) -> object:
+    if key == "aliases":
+        if not isinstance(value, list) or not all(isinstance(alias, str) for alias in value):
+            raise ConfigError(f"{where} must be a list of names, not {value!r}")
+        return tuple(value)
+    expected = _TYPES.get(key, str)
+    if type(value) is not expected:
+        raise ConfigError(f"{where} must be {'text' if expected is str else 'true or false'}, not {value!r}")
+    return value
+
+
+def _figure(value: object, unit: str, where: str, unsourced: str | None) -> Figure:
+    row = value if isinstance(value, Mapping) else {"value": value}
+    for key in row:
+        if key not in ("value", "tag", "source"):
+            raise unknown_name("field", f"{where}.{key}", (f"{where}.{each}" for each in ("value", "tag", "source")))
+    if "value" not in row:
+        raise ConfigError(f"{where}.value is missing")
+    if unsourced is None or ("tag" in row) != ("source" in row):
+        for key in ("tag", "source"):
+            if key not in row:
+                raise ConfigError(f"{where}.{key} is missing: a number says where it comes from")
+    number = _number(row["value"], unit, where)
+    # A number whose owner does not say how it is known counts as an estimate.
+    tag, source = row.get("tag", "estimated"), row.get("source", f"{unsourced} gives no source")
+    if not isinstance(tag, str) or not isinstance(source, str):
+        raise ConfigError(f"{where}.tag and .source must be text, not {tag!r} and {source!r}")
+    try:
+        return Figure(number, tag, source)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _number(value: object, unit: str, where: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if unit not in DIMENSIONS:
+        if not is_number:
+            raise ConfigError(f"{where} must be a share such as 0.9, not {value!r}")
+        return float(value)  # type: ignore[arg-type]
+    dimension = DIMENSIONS[unit]
+    if is_number:
+        raise ConfigError(f'{where} {value!r} has no unit: write {dimension.name} such as "{dimension.example}"')
+    if not isinstance(value, str):
+        raise ConfigError(f'{where} must be {dimension.name} such as "{dimension.example}", not {value!r}')
+    number = parse_quantity(value, unit, name=where)
+    return float(round(number)) if unit == "bytes" else number

@@ -1,0 +1,214 @@
+"""vLLM: a share of the visible memory must be free at the start, and the KV cache gets what the rest leaves of that share.
+
+requested = ceil(utilization x visible); KV cache = requested - weights - engine overhead - activations - CUDA graphs. On unified
+memory the operating system, other programs and the floor are compared with what utilization leaves, never subtracted from it.
+Source: vLLM 0.33, gpu_worker and mem_utils.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pagedkv.errors import ConfigError
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.ledgers import LEDGERS
+from pagedkv.ledgers._shared import EngineParts, check_kv_cache_dtype, check_share, free_in_words, room_reason, settle
+from pagedkv.memory_budget import MemoryBudget, Shortage
+from pagedkv.memory_request import MemoryRequest, Remedy, check_size
+from pagedkv.remedies import (
+    eager,
+    fewer_batched_tokens,
+    fewer_sequences,
+    longest_context,
+    narrower_kv,
+    narrower_weights,
+    shorter_context,
+)
+from pagedkv.units import GIB, gib
+
+
+def start_gate(*, visible: int, free: int, utilization: float) -> bool:
+    """Return whether vLLM starts: what it asks for must be free. Sizes in bytes."""
+    return math.ceil(visible * utilization) <= free
+
+
+def highest_utilization_that_starts(*, visible: int, free: int) -> float:
+    """Return the highest utilization, in hundredths, that passes the start gate; 0.0 if none does."""
+    passing = (h for h in range(100, 0, -1) if start_gate(visible=visible, free=free, utilization=h / 100))
+    return next(passing, 0) / 100
+
+
+@LEDGERS.register("vllm")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMLedger:
+    """vLLM's memory settings."""
+
+    block_size: int = 16
+    """Tokens per block."""
+    gpu_memory_utilization: float = 0.92
+    """Share of the visible memory that the engine may hold."""
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV cache, in place of what utilization leaves."""
+    num_gpu_blocks_override: int | None = None
+    """Number of blocks, in place of what fits."""
+
+    @property
+    def null_blocks(self) -> int:
+        """Block 0 stands for blocks that a window has left."""
+        return 1
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Narrower weight formats to propose."""
+        return ("fp8", "nvfp4", "int4")
+
+    @property
+    def sized_by_user(self) -> bool:
+        """Whether the user, not utilization, sizes the KV cache."""
+        return self.kv_cache_memory_bytes is not None or self.num_gpu_blocks_override is not None
+
+    def check(self, request: MemoryRequest) -> None:
+        """Refuse settings that no machine could make work.
+
+        Raises:
+            ConfigError: With the value and the range that would work.
+        """
+        check_kv_cache_dtype(request, quantized=False)
+        hardware, utilization = request.hardware, self.gpu_memory_utilization
+        check_share("--gpu-memory-utilization", utilization)
+        highest = hardware.max_utilization_seen
+        if utilization > highest.value and not self.sized_by_user:
+            raise ConfigError(
+                f"--gpu-memory-utilization {utilization} is above {highest.value:g}, the highest that {hardware.title} is "
+                f"known to start with ({highest.source}): use {highest.value:g} or less"
+            )
+        if self.block_size < 1:
+            raise ConfigError(f"--block-size {self.block_size} must be at least 1")
+        check_size("kv_cache_memory_bytes", self.kv_cache_memory_bytes, hardware)
+        if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
+            raise ConfigError(f"--num-gpu-blocks-override {self.num_gpu_blocks_override} must be at least 2: one is the null block")
+
+    def attempt(self, request: MemoryRequest) -> MemoryBudget | Shortage:
+        """Return the budget, or why there is none. The values have been checked."""
+        hardware, free = request.hardware, request.free_at_start
+        requested = math.ceil(hardware.visible_bytes * self.gpu_memory_utilization)
+        parts = EngineParts.on_torch(request)
+        available = free if self.sized_by_user else requested
+        room = available - parts.total
+        block_bytes = request.block_bytes
+        num_blocks = self._num_blocks(room, block_bytes)
+        kv_cache = num_blocks * block_bytes
+        if available > free or kv_cache > room or num_blocks < request.blocks_for_one_request:
+            one_request = request.blocks_for_one_request * block_bytes
+            needed = max(kv_cache if self.sized_by_user else 0, one_request)
+            return Shortage(
+                kind="gate" if available > free else "request" if room >= needed else "free" if self.sized_by_user else "share",
+                free_at_start=free,
+                available=available,
+                weights=parts.weights,
+                overheads=parts.total - parts.weights,
+                kv_cache=needed,
+            )
+        held = parts.total + kv_cache if self.sized_by_user else requested
+        floor = int(hardware.memory_floor.value)
+        enough = highest_utilization_that_starts(visible=hardware.visible_bytes, free=free - floor)
+        return settle(
+            request,
+            parts,
+            setting=self.gpu_memory_utilization,
+            requested=requested,
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            equation=self._equation(request, parts),
+            check=self._gate(request, held),
+            held=held,
+            gentler=None if self.sized_by_user else replace(self, gpu_memory_utilization=enough),
+        )
+
+    def _num_blocks(self, room: int, block_bytes: int) -> int:
+        if self.num_gpu_blocks_override is not None:
+            return self.num_gpu_blocks_override
+        return max(room if self.kv_cache_memory_bytes is None else self.kv_cache_memory_bytes, 0) // block_bytes
+
+    def _equation(self, request: MemoryRequest, parts: EngineParts) -> str:
+        if self.sized_by_user:
+            return self._kv_setting()
+        minus = (parts.weights, parts.engine_overhead, parts.activations, parts.cuda_graphs)
+        terms = " − ".join(f"{size / GIB:.2f}" for size in minus)
+        return f"{self.gpu_memory_utilization:g} × {request.hardware.visible_bytes / GIB:.2f} − {terms}"
+
+    def _gate(self, request: MemoryRequest, held: int) -> str:
+        asked = f"the engine's {gib(held)}"
+        if not self.sized_by_user:
+            asked = f"{self.gpu_memory_utilization:g} × {request.hardware.visible_bytes / GIB:.2f} = {gib(held)}"
+        return f"start check: {asked} must be free, and {free_in_words(request)}"
+
+    def _kv_setting(self) -> str:
+        if self.num_gpu_blocks_override is not None:
+            return f"--num-gpu-blocks-override {self.num_gpu_blocks_override}"
+        return f"--kv-cache-memory-bytes {self.kv_cache_memory_bytes}"
+
+    def reason(self, request: MemoryRequest, shortage: Shortage) -> str:
+        """Return what is missing, with this machine's numbers."""
+        if shortage.kind == "gate":
+            hardware, utilization = request.hardware, self.gpu_memory_utilization
+            starts = highest_utilization_that_starts(visible=hardware.visible_bytes, free=shortage.free_at_start)
+            return (
+                f"--gpu-memory-utilization {utilization:g} × {gib(hardware.visible_bytes)} asks for {gib(shortage.available)}, "
+                f"but only {free_in_words(request, of=hardware.title)}: "
+                + (f"{starts:g} is the highest that starts" if starts else "no utilization starts")
+            )
+        if shortage.kind == "request":
+            return (
+                f"{self._kv_setting()} holds {longest_context(request)} tokens beside the null block, less than one "
+                f"request of --max-model-len {request.max_model_len}, which needs {gib(shortage.kv_cache)} of KV cache"
+            )
+        if self.sized_by_user:
+            return room_reason(request, shortage, where="are free", purpose=f"by {self._kv_setting()}")
+        where = f"are available at --gpu-memory-utilization {self.gpu_memory_utilization:g}"
+        return room_reason(request, shortage, where=where, purpose="")
+
+    def remedies(self) -> tuple[Remedy, ...]:
+        """Return the changes that may help, the mildest first."""
+        return (
+            _other_utilization,
+            shorter_context,
+            narrower_kv,
+            _kv_cache_that_fits,
+            narrower_weights,
+            fewer_batched_tokens,
+            fewer_sequences,
+            eager,
+        )
+
+    def on(self, hardware: HardwareSpec) -> tuple["VLLMLedger", ...]:
+        """Return the ledgers that a user may end up with on another machine: with these settings, or with its defaults."""
+        return self, replace(self, gpu_memory_utilization=hardware.default_utilization.value)
+
+
+def _other_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:
+    """Yield higher utilizations, or the highest that starts when the start gate refuses this one."""
+    ledger = request.ledger
+    assert isinstance(ledger, VLLMLedger)
+    if ledger.sized_by_user:
+        return
+    now = ledger.gpu_memory_utilization
+    starts = highest_utilization_that_starts(visible=request.hardware.visible_bytes, free=request.free_at_start)
+    highest = min(starts, request.hardware.max_utilization_seen.value)
+    if 0 < highest < now:
+        yield replace(request, ledger=replace(ledger, gpu_memory_utilization=highest))
+    for hundredths in range(int(now * 100) + 1, round(highest * 100) + 1):
+        yield replace(request, ledger=replace(ledger, gpu_memory_utilization=hundredths / 100))
+
+
+def _kv_cache_that_fits(request: MemoryRequest) -> Iterator[MemoryRequest]:
+    """Yield, where the user sized the KV cache, the largest for which there is room or the smallest that is enough."""
+    ledger, outcome = request.ledger, request.attempt()
+    assert isinstance(ledger, VLLMLedger)
+    if not ledger.sized_by_user or isinstance(outcome, MemoryBudget) or outcome.kv_room <= 0:
+        return
+    blocks = min(outcome.kv_room, outcome.kv_cache) // request.block_bytes
+    if ledger.num_gpu_blocks_override is not None:
+        yield replace(request, ledger=replace(ledger, num_gpu_blocks_override=blocks))
+    else:
+        yield replace(request, ledger=replace(ledger, kv_cache_memory_bytes=blocks * request.block_bytes))

@@ -1,0 +1,210 @@
+"""The pictures of a simulation, as plotly figures. Colours are Okabe and Ito's: distinct for colour-blind readers and in print."""
+
+from collections.abc import Iterator
+from html import escape
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from pagedkv.arrays import Float64Array
+from pagedkv.sims.metrics import Latencies
+from pagedkv.sims.recorder import KV_KINDS, RUNNING, WAITING
+from pagedkv.sims.records import Outcome
+from pagedkv.sims.results import Results
+from pagedkv.units import GIB
+
+KIND_COLOURS = {
+    "tokens": "#0072b2",
+    "reserved": "#56b4e9",
+    "internal": "#d55e00",
+    "external": "#e69f00",
+    "cached": "#cc79a7",
+    "state": "#009e73",
+    "free": "#e8eaed",
+}
+_HATCHES = {"reserved": ".", "internal": "/", "external": "\\"}
+_ALLOCATOR_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+_CDF_POINTS = 400
+
+_PARTS = {
+    "weights": "weights",
+    "engine_overhead": "engine overhead",
+    "activations": "activations",
+    "cuda_graphs": "CUDA graphs",
+    "kv_cache": "KV cache",
+    "os_reserve": "operating system",
+    "other_programs": "other programs",
+    "unassigned": "unassigned",
+}
+
+
+def _base(height: int) -> dict[str, object]:
+    return {
+        "template": "plotly_white",
+        "height": height,
+        "margin": {"l": 10, "r": 10, "t": 30, "b": 10},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1b1f24"},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        "hovermode": "x unified",
+    }
+
+
+def waterfall(results: Results) -> go.Figure:
+    """Return the memory budget as horizontal bars, each starting where the one before ends."""
+    budget = results.scenario.deployment.budget
+    sizes = [getattr(budget, part) / GIB for part in _PARTS]
+    labels = [*_PARTS.values(), "visible memory"]
+    starts = [*np.cumsum([0.0, *sizes])[:-1].tolist(), 0.0]
+    sizes.append(budget.visible / GIB)
+    colours = [KIND_COLOURS["tokens"] if label == "KV cache" else "#6e7781" for label in labels[:-1]] + ["#57606a"]
+    figure = go.Figure(
+        go.Bar(
+            y=labels,
+            x=sizes,
+            base=starts,
+            orientation="h",
+            marker={"color": colours},
+            text=[f"{size:,.2f} GiB" for size in sizes],
+            textposition="auto",
+            insidetextfont={"color": "#ffffff"},
+            outsidetextfont={"color": "#1b1f24"},
+            hovertemplate="%{y}: %{text}<extra></extra>",
+        )
+    )
+    figure.update_layout(**_base(360), showlegend=False)
+    figure.update_layout(hovermode="closest")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title="GiB", range=[0, budget.visible / GIB])
+    return figure
+
+
+def kv_over_time(results: Results) -> go.Figure:
+    """Return the kinds of KV memory over time as stacked areas, one panel per allocator."""
+    names = list(results.by_allocator)
+    figure = make_subplots(rows=len(names), cols=1, shared_xaxes=True, vertical_spacing=0.06, subplot_titles=names)
+    for row, result in enumerate(results.by_allocator.values(), start=1):
+        run = result.runs[0]
+        starts_s, seconds, means = run.recorder.timeline.means()
+        for place, kind in enumerate(KV_KINDS):
+            shares = 100 * means[:, place] / run.allocator.usable_slots
+            if kind in ("cached", "state") and not shares.any():
+                continue
+            hatch = _HATCHES.get(kind, "")
+            figure.add_scatter(
+                x=_rounded(starts_s + seconds / 2),
+                y=_rounded(shares),
+                name=kind,
+                legendgroup=kind,
+                showlegend=row == 1,
+                stackgroup="kinds",
+                mode="lines",
+                line={"width": 0, "color": KIND_COLOURS[kind]},
+                fillcolor=KIND_COLOURS[kind],
+                fillpattern={"shape": hatch, "fgcolor": "#ffffff", "size": 5, "solidity": 0.25} if hatch else None,
+                hovertemplate="%{y:.1f} %",
+                row=row,
+                col=1,
+            )
+    figure.update_layout(**_base(100 + 190 * len(names)))
+    figure.update_layout(margin={"t": 90}, legend={"y": 1 + 0.12 / len(names)})
+    figure.update_yaxes(range=[0, 100], ticksuffix=" %")
+    figure.update_xaxes(title="simulated time, s", row=len(names), col=1)
+    _mark_warmup(figure, results)
+    return figure
+
+
+def occupancy(results: Results) -> go.Figure:
+    """Return running and waiting requests over time, and where preemptions happened."""
+    figure = make_subplots(
+        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1, subplot_titles=("running requests", "waiting requests")
+    )
+    for i, (name, result) in enumerate(results.by_allocator.items()):
+        timeline = result.runs[0].recorder.timeline
+        starts_s, seconds, means = timeline.means()
+        times_s, colour = starts_s + seconds / 2, _ALLOCATOR_COLOURS[i % len(_ALLOCATOR_COLOURS)]
+        line = {"color": colour, "dash": _DASHES[i % len(_DASHES)], "width": 2}
+        for row, gauge in ((1, RUNNING), (2, WAITING)):
+            figure.add_scatter(
+                x=_rounded(times_s),
+                y=_rounded(means[:, gauge]),
+                name=name,
+                legendgroup=name,
+                showlegend=row == 1,
+                mode="lines",
+                line=line,
+                row=row,
+                col=1,
+            )
+        at_s, preemptions = timeline.preemptions_over_time()
+        if at_s.size:
+            figure.add_scatter(
+                x=_rounded(at_s),
+                y=_rounded(np.interp(at_s, times_s, means[:, RUNNING])),
+                name=f"{name}: preemptions",
+                mode="markers",
+                marker={"symbol": "x", "color": colour, "size": 8, "line": {"width": 1, "color": "#ffffff"}},
+                customdata=preemptions.astype(int),
+                hovertemplate="%{customdata} preempted",
+                row=1,
+                col=1,
+            )
+    figure.update_layout(**_base(500))
+    figure.update_layout(margin={"t": 90}, legend={"y": 1.08})
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_xaxes(title="simulated time, s", row=2, col=1)
+    _mark_warmup(figure, results)
+    return figure
+
+
+def latency_cdfs(results: Results) -> Iterator[tuple[go.Figure, str]]:
+    """Yield the distributions of TTFT, TPOT and E2E with the goals as lines, each with its caption."""
+    goals = {goal.metric: goal.limit_s for goal in results.scenario.goals}
+    captions = {
+        "ttft_s": ("ttft", "Time to first token"),
+        "tpot_s": ("tpot", "Time per output token"),
+        "e2e_s": ("e2el", "End-to-end latency"),
+    }
+    for field, (metric, caption) in captions.items():
+        figure = go.Figure()
+        for i, (name, result) in enumerate(results.by_allocator.items()):
+            samples_s = np.sort(np.concatenate([_samples(run, field) for run in result.runs]))
+            if samples_s.size == 0:
+                continue
+            shares = np.linspace(0, 1, min(_CDF_POINTS, samples_s.size))
+            figure.add_scatter(
+                x=_rounded(np.quantile(samples_s, shares)),
+                y=_rounded(100 * shares),
+                name=name,
+                mode="lines",
+                line={"color": _ALLOCATOR_COLOURS[i % len(_ALLOCATOR_COLOURS)], "dash": _DASHES[i % len(_DASHES)], "width": 2},
+                hovertemplate="%{y:.0f} % within %{x:.3g} s",
+            )
+        if metric in goals:
+            figure.add_vline(x=goals[metric], line={"color": "#1b1f24", "dash": "dot"})
+            # On a log axis plotly places lines by value and annotations by its logarithm.
+            figure.add_annotation(x=np.log10(goals[metric]), y=5, text=f"goal {goals[metric]:g} s", xanchor="left", showarrow=False)
+        figure.update_layout(**_base(300))
+        figure.update_layout(hovermode="closest")
+        figure.update_xaxes(type="log", title=f"{caption}, s (log scale)")
+        figure.update_yaxes(range=[0, 100], ticksuffix=" %")
+        yield figure, f"{escape(caption)}: share of requests within it. Unfinished requests count with their lower bound."
+
+
+def _samples(run: object, field: str) -> Float64Array:
+    log = run.measured  # type: ignore[attr-defined]
+    accepted = log.where((log.outcome == Outcome.FINISHED) | (log.outcome == Outcome.UNFINISHED))
+    samples: Float64Array = getattr(Latencies.of(accepted, run.end_s), field)  # type: ignore[attr-defined]
+    return samples[np.isfinite(samples) & (samples > 0)]
+
+
+def _mark_warmup(figure: go.Figure, results: Results) -> None:
+    warmup_s = results.scenario.warmup_s
+    if warmup_s > 0:
+        figure.add_vline(x=warmup_s, line={"color": "#57606a", "dash": "dot", "width": 1})
+
+
+def _rounded(values: Float64Array) -> list[float]:
+    """Return `values` with four significant digits: enough for a picture, and a third of the bytes."""
+    return [float(f"{value:.5g}") for value in values.tolist()]

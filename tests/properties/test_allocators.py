@@ -1,0 +1,315 @@
+"""Every registered allocator, on every heap that it places with: laws of memory after each step, and exact predictions."""
+
+import copy
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from pagedkv.allocation import Allocator, KVPoolSettings, StepBatch
+from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.paged import PagedAllocator
+from pagedkv.contiguous_allocator import ContiguousAllocator
+from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.heaps import HEAPS
+
+MAX_NUM_SEQS = 5
+MAX_MODEL_LEN = 24
+
+
+def placements() -> list[tuple[str, str]]:
+    """(allocator, heap) without those that differ only in a heap that is not used."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for name, heap in product(ALLOCATORS.names(), HEAPS.names()):
+        pool = KVPoolSettings(num_blocks=4, max_model_len=16, contiguous_heap=heap)
+        seen.setdefault((name, ALLOCATORS.load(name)(pool).placement), (name, heap))
+    return list(seen.values())
+
+
+def state_of(thing: Any) -> Any:
+    """Everything an object is made of, as plain values."""
+    if isinstance(thing, np.ndarray):
+        return thing.tolist()
+    if isinstance(thing, tuple):
+        return [state_of(part) for part in thing]
+    return {name: state_of(part) for name, part in vars(thing).items()} if hasattr(thing, "__dict__") else thing
+
+
+class PagedOracle:
+    """vLLM's block pool without prefix caching: the free queue is a list, the next block to hand out first."""
+
+    def __init__(self, pool: KVPoolSettings) -> None:
+        self.pool = pool
+        self.queue = list(range(1, pool.num_blocks))
+        self.tables: dict[int, list[int]] = {}
+
+    def blocks(self, tokens: int) -> int:
+        return (tokens + self.pool.block_size - 1) // self.pool.block_size
+
+    def grant(self, batch: StepBatch, i: int, *, admission: bool) -> bool:
+        table = self.tables.get(int(batch.row[i]), [])
+        kept_free = int(self.pool.watermark * self.pool.num_blocks) if admission and i > 0 else 0
+        if admission and self.pool.reserve_full_isl and self.blocks(batch.num_known_tokens[i]) + kept_free > len(self.queue):
+            return False
+        need = self.blocks(batch.num_slots_needed[i]) - len(table)
+        if need + kept_free > len(self.queue):
+            return False
+        self.tables[int(batch.row[i])] = table + self.queue[:need]
+        del self.queue[:need]
+        return True
+
+    def free(self, row: int) -> None:
+        self.queue = self.tables.pop(row)[::-1] + self.queue
+
+    def agrees_with(self, allocator: PagedAllocator) -> None:
+        assert allocator.pool.free_queue().tolist() == self.queue
+        held = [block for table in self.tables.values() for block in table]
+        assert sorted(held + self.queue) == list(range(1, self.pool.num_blocks))
+        assert allocator.pool.arrays.ref_cnt.tolist() == [held.count(block) for block in range(self.pool.num_blocks)]
+        for row in range(self.pool.max_num_seqs):
+            assert allocator.tables.of(row).tolist() == self.tables.get(row, [])
+        assert allocator.rounding_slots == 0
+
+
+RESERVATIONS: dict[str, Callable[[int, int], int]] = {
+    "contiguous-max": lambda prompt, output: MAX_MODEL_LEN,
+    "contiguous-oracle": lambda prompt, output: prompt + output,
+    "contiguous-pow2": lambda prompt, output: min(prompt + next(2**k for k in range(9) if 2**k >= output), MAX_MODEL_LEN),
+}
+
+
+class ContiguousOracle:
+    """One interval per row, placed by a second heap of the same kind."""
+
+    def __init__(self, pool: KVPoolSettings) -> None:
+        self.heap = HEAPS.load(pool.contiguous_heap)(pool.num_slots)
+        self.intervals: dict[int, tuple[int, int]] = {}
+
+    def grant(self, batch: StepBatch, i: int, *, admission: bool) -> bool:
+        if admission:
+            size = int(batch.admission_slots[i])
+            address = self.heap.reserve(size)
+            if address is None:
+                return False
+            self.intervals[int(batch.row[i])] = (address, size)
+        return True
+
+    def free(self, row: int) -> None:
+        self.heap.release(self.intervals.pop(row)[0])
+
+    def agrees_with(self, allocator: ContiguousAllocator) -> None:
+        rows = {row: (int(allocator.address[row]), int(allocator.units_held[row])) for row in range(MAX_NUM_SEQS)}
+        assert rows == {row: self.intervals.get(row, (-1, 0)) for row in range(MAX_NUM_SEQS)}
+        slots = [slot for address, size in self.intervals.values() for slot in range(address, address + self.heap.rounded(size))]
+        assert len(set(slots)) == len(slots)
+        assert allocator.free_slots == allocator.usable_slots - len(slots)
+        assert allocator.rounding_slots == len(slots) - sum(size for _, size in self.intervals.values())
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Drives an allocator as a scheduler does: whoever runs grows first, then requests are admitted."""
+
+    name: str
+    heap: str
+
+    @initialize(
+        num_blocks=st.integers(2, 24),
+        block_size=st.sampled_from([1, 2, 3, 4, 8]),
+        watermark=st.sampled_from([0.0, 0.0, 0.1, 0.3]),
+        reserve_full_isl=st.booleans(),
+    )
+    def start(self, num_blocks: int, block_size: int, watermark: float, reserve_full_isl: bool) -> None:
+        self.pool = KVPoolSettings(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_model_len=MAX_MODEL_LEN,
+            contiguous_heap=self.heap,
+            watermark=watermark,
+            reserve_full_isl=reserve_full_isl,
+        )
+        self.allocator: Allocator = ALLOCATORS.load(self.name)(self.pool)
+        self.oracle: Any = PagedOracle(self.pool) if self.allocator.placement == "block" else ContiguousOracle(self.pool)
+        self.running: list[int] = []
+        """Rows, in the order of admission."""
+        self.slots: dict[int, tuple[int, int]] = {}
+        """By running row: (slots in use, slots that it will need at most)."""
+
+    @rule(
+        growth=st.lists(st.integers(0, 9), min_size=MAX_NUM_SEQS, max_size=MAX_NUM_SEQS),
+        arrivals=st.lists(st.tuples(st.integers(1, 16), st.integers(1, 8), st.integers(1, 16)), max_size=3),
+    )
+    def step(self, growth: list[int], arrivals: list[tuple[int, int, int]]) -> None:
+        batch, entries = StepBatch.empty(MAX_NUM_SEQS), []
+        for row, more in zip(self.running, growth, strict=False):
+            used, most = self.slots[row]
+            entries.append((row, min(used + more, most), most, 0, most))
+        num_running = len(entries)
+        free_rows = [row for row in range(MAX_NUM_SEQS) if row not in self.slots]
+        for row, (prompt, output, chunk) in zip(free_rows, arrivals, strict=False):
+            admission_slots = self.allocator.admission_slots(prompt, output)
+            self.whether_it_can_ever_fit(prompt, output, admission_slots)
+            if admission_slots is not None:
+                entries.append((row, min(chunk, prompt), prompt, admission_slots, prompt + output - 1))
+        for i, (row, slots, known, admission_slots, _) in enumerate(entries):
+            batch.row[i], batch.num_slots_needed[i], batch.num_known_tokens[i] = row, slots, known
+            batch.admission_slots[i] = admission_slots
+
+        one_by_one = copy.deepcopy(self.allocator)
+        granted = self.allocator.allocate_slots(batch, 0, len(entries), num_running)
+
+        expected = 0
+        while expected < len(entries) and self.oracle.grant(batch, expected, admission=expected >= num_running):
+            assert one_by_one.allocate_slots(batch, expected, expected + 1, num_running) == expected + 1
+            expected += 1
+        assert granted == expected
+        served = state_of(one_by_one)
+        assert state_of(self.allocator) == served  # a batch is its entries one by one, and ends where the first is refused
+        if granted < len(entries):
+            assert one_by_one.allocate_slots(batch, granted, granted + 1, num_running) == granted
+            assert state_of(one_by_one) == served  # a refusal leaves no trace
+        for row, slots, _, _, most in entries[:granted]:
+            self.slots[row] = (slots, most)
+        self.running += [entry[0] for entry in entries[num_running:granted]]
+
+    def whether_it_can_ever_fit(self, prompt: int, output: int, admission_slots: int | None) -> None:
+        if self.name in RESERVATIONS:
+            reservation = RESERVATIONS[self.name](prompt, output)
+            fits = HEAPS.load(self.heap)(self.pool.num_slots).reserve(reservation) is not None
+            assert admission_slots == (reservation if fits else None)
+        else:
+            fits = -(-(prompt + output - 1) // self.pool.block_size) < self.pool.num_blocks
+            assert admission_slots == (0 if fits else None)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        self.release(data.draw(st.sampled_from(self.running)))
+
+    def release(self, row: int) -> None:
+        self.running.remove(row)
+        del self.slots[row]
+        self.allocator.free(row)
+        self.oracle.free(row)
+
+    @invariant()
+    def every_slot_is_held_or_free(self) -> None:
+        allocator = self.allocator
+        allocator.check_integrity()
+        held = allocator.units_held.astype(int) * allocator.unit_slots
+        assert allocator.free_slots + held.sum() + allocator.rounding_slots == allocator.usable_slots
+        for row in range(MAX_NUM_SEQS):
+            used = self.slots[row][0] if row in self.slots else 0
+            assert used <= held[row]
+            if self.allocator.placement == "block":
+                assert held[row] < used + self.pool.block_size
+        self.oracle.agrees_with(allocator)
+
+    def teardown(self) -> None:
+        for row in list(getattr(self, "running", [])):
+            self.release(row)
+            self.every_slot_is_held_or_free()
+        if hasattr(self, "allocator"):
+            assert self.allocator.free_slots == self.allocator.usable_slots
+
+
+@pytest.mark.parametrize(("name", "heap"), placements())
+def test_allocator_keeps_the_laws(name: str, heap: str) -> None:
+    machine = type("Machine", (AllocatorMachine,), {"name": name, "heap": heap})
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=25))
+
+
+def test_both_kinds_of_placement_are_covered() -> None:
+    assert ("paged", "block") in {(name, ALLOCATORS.load(name)(POOL).placement) for name, _ in placements()}
+    assert {heap for name, heap in placements() if name == "contiguous-oracle"} == set(HEAPS.names())
+
+
+POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=3, max_model_len=16)
+
+
+def admitted(name: str, *slots: int) -> Any:
+    """An allocator in which row i holds slots[i]."""
+    allocator = ALLOCATORS.load(name)(POOL)
+    batch = StepBatch.empty(POOL.max_num_seqs)
+    batch.row[:] = range(POOL.max_num_seqs)
+    for i, n in enumerate(slots):
+        batch.num_slots_needed[i] = batch.num_known_tokens[i] = batch.admission_slots[i] = n
+    assert allocator.allocate_slots(batch, 0, len(slots), 0) == len(slots)
+    allocator.check_integrity()
+    return allocator
+
+
+def put(array: Any, at: Any, value: int) -> None:
+    array[at] = value
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 1, 2), id="one reference too many"),
+        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 1, 0), id="held block without a reference"),
+        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 7, 1), id="free block with a reference"),
+        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 7, -1), id="negative reference count"),
+        pytest.param(lambda a: put(a.pool.arrays.next_free, 6, 6), id="block twice in the queue"),
+        pytest.param(lambda a: put(a.pool.arrays.next_free, 6, 1), id="held block in the queue"),
+        pytest.param(lambda a: put(a.pool.arrays.prev_free, 7, 1), id="wrong back link"),
+        pytest.param(lambda a: put(a.pool.arrays.num_free, 0, 1), id="too few counted"),
+        pytest.param(lambda a: put(a.pool.arrays.num_free, 0, 3), id="too many counted"),
+        pytest.param(lambda a: put(a.tables.blocks, (0, 1), 3), id="another row's block in a table"),
+        pytest.param(lambda a: put(a.tables.blocks, (0, 1), 6), id="free block in a table"),
+        pytest.param(lambda a: put(a.tables.blocks, (0, 1), 99), id="unknown block in a table"),
+        pytest.param(lambda a: put(a.tables.num_blocks, 0, 1), id="table too short"),
+        pytest.param(lambda a: put(a.tables.num_blocks, 1, 4), id="table too long"),
+        pytest.param(lambda a: put(a.tables.num_blocks, 0, 5), id="table beyond its row"),
+        pytest.param(lambda a: put(a.tables.blocks, (0, 1), -1), id="negative block in a table"),
+        pytest.param(lambda a: put(a.pool.arrays.next_free, 0, 99), id="link out of the pool"),
+        pytest.param(lambda a: put(a.pool.arrays.num_free, 0, -1), id="negative count"),
+    ],
+)
+def test_paged_notices_corruption(corrupt: Callable[[Any], None]) -> None:
+    allocator = admitted("paged", 16, 4)  # tables [1, 2, 3, 4] and [5], queue [6, 7]
+    corrupt(allocator)
+    with pytest.raises(IntegrityError):
+        allocator.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        pytest.param(lambda a: put(a.address, 1, 2), id="two rows overlap"),
+        pytest.param(lambda a: put(a.address, 1, -1), id="address lost"),
+        pytest.param(lambda a: put(a.address, 2, 20), id="address of a row that holds nothing"),
+        pytest.param(lambda a: put(a.units_held, 1, 0), id="size lost"),
+        pytest.param(lambda a: put(a.units_held, 1, 2), id="wrong size, rounded otherwise"),
+        pytest.param(lambda a: put(a.units_held, 1, 4), id="wrong size, rounded alike"),
+        pytest.param(lambda a: setattr(a, "rounding_slots", 0), id="wrong count of rounding"),
+        pytest.param(lambda a: a.heap.reserve(1), id="reservation that no row has"),
+        pytest.param(lambda a: put(a.address, 1, 16), id="address in a free extent"),
+        pytest.param(lambda a: put(a.address, 1, 999), id="address out of the heap"),
+    ],
+)
+def test_contiguous_notices_corruption(corrupt: Callable[[Any], None]) -> None:
+    allocator = admitted("contiguous-oracle", 4, 3)  # 4 slots at 0, 3 (as 4) at 4
+    corrupt(allocator)
+    with pytest.raises(IntegrityError):
+        allocator.check_integrity()
+
+
+def test_a_row_that_holds_nothing_cannot_be_freed_in_a_heap() -> None:
+    allocator = admitted("contiguous-max", 16)
+    before = state_of(allocator)
+    with pytest.raises(ConfigError, match="no reservation"):
+        allocator.free(1)
+    assert state_of(allocator) == before
+
+
+@pytest.mark.parametrize(("prompt", "output", "slots"), [(10, 25, 42), (10, 32, 42), (10, 1, 11), (900, 120, 1000)])
+def test_pow2_rounds_the_output_up_but_not_beyond_the_longest_request(prompt: int, output: int, slots: int) -> None:
+    # Source of 25 -> 32: PagedAttention paper (Kwon et al., SOSP 2023), section 6.1.
+    pool = KVPoolSettings(num_blocks=100, max_model_len=1000)
+    assert ALLOCATORS.load("contiguous-pow2")(pool).admission_slots(prompt, output) == slots

@@ -1,0 +1,250 @@
+"""Each status and each limit is reached by a small run, and what the verdict proposes can be run."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from pagedkv.allocation import StepBatch
+from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.paged import PagedAllocator
+from pagedkv.sims.cli import main
+from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.results import simulate
+from pagedkv.sims.scenario import resolve
+
+WINDOW = "--duration 30s --warmup 10s --allocator paged"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    header = "arrival_s,input_tokens,output_tokens\n"
+    (tmp_path / "one_too_long.csv").write_text(header + "0,400,10\n1,40000,10\n")
+    (tmp_path / "longer_than_the_model.csv").write_text(header + "0,400,10\n1,400000,10\n")
+    (tmp_path / "easy.csv").write_text(header + "".join(f"{t},400,10\n" for t in range(9)))
+    return tmp_path
+
+
+def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Return the first result of `arguments`."""
+    main([*shlex.split(arguments), "--json", "-"])
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)["results"][0]
+    return result
+
+
+class Case(NamedTuple):
+    arguments: str
+    status: str
+    binding: str
+    proposal: str
+    """What the next command changes."""
+
+
+FIXED = "--random-input-len {} --random-output-len {}"
+CASES = {
+    "easy": Case(
+        f"--users 20 --think-time 5s {FIXED.format(200, 20)} --hardware h100-80gb {WINDOW}", "stable", "bandwidth", "--users 40"
+    ),
+    "easy, long prompts": Case(
+        f"--users 3 --think-time 5s {FIXED.format(9000, 2)} --hardware h100-80gb {WINDOW}", "stable", "prefill_compute", "--users 6"
+    ),
+    "few places": Case(
+        f"--users 30 --think-time 5s {FIXED.format(200, 20)} --max-num-seqs 4 {WINDOW}",
+        "saturated",
+        "max_num_seqs",
+        "--max-num-seqs 8",
+    ),
+    "little memory": Case(
+        f"--users 30 --think-time 1s {FIXED.format(500, 500)} --kv-cache-memory-bytes 600MiB --max-model-len 1024 {WINDOW}",
+        *("saturated", "kv_memory", "--kv-cache-dtype fp8"),
+    ),
+    "little memory, narrow cache": Case(
+        f"--users 30 --think-time 1s {FIXED.format(500, 500)} --kv-cache-memory-bytes 300MiB --max-model-len 1024 "
+        f"--kv-cache-dtype fp8 {WINDOW}",
+        *("saturated", "kv_memory", "--users 15"),
+    ),
+    "few blocks": Case(
+        f"--users 30 --think-time 1s {FIXED.format(500, 500)} --num-gpu-blocks-override 300 --max-model-len 1024 {WINDOW}",
+        *("saturated", "kv_memory", "--num-gpu-blocks-override 600"),
+    ),
+    "much decoding": Case(
+        f"--users 200 --think-time 1s {FIXED.format(20, 300)} --hardware h100-80gb {WINDOW}",
+        "saturated",
+        "bandwidth",
+        "--quantization fp8",
+    ),
+    "much decoding, narrow weights": Case(
+        f"--users 200 --think-time 1s {FIXED.format(20, 300)} --hardware h100-80gb --quantization fp8 {WINDOW}",
+        *("saturated", "bandwidth", "--users 100"),
+    ),
+    "long prompts": Case(
+        f"--users 100 --think-time 1s {FIXED.format(4000, 1)} {WINDOW}", "saturated", "prefill_compute", "--users 50"
+    ),
+    "open, long prompts": Case(
+        f"--request-rate 10 {FIXED.format(4000, 1)} {WINDOW}", "saturated", "prefill_compute", "--request-rate 5.0"
+    ),
+    "open, easy": Case(f"--request-rate 1 {FIXED.format(200, 20)} {WINDOW}", "stable", "bandwidth", "--request-rate 2.0"),
+    "trace, easy": Case("--trace easy.csv", "stable", "bandwidth", "--trace-rate 2.0"),
+    "trace, one too long": Case("--trace one_too_long.csv", "rejecting", "max_model_len", "--max-model-len 40010"),
+    # The buddy heap's largest interval, a power of two, is shorter than what contiguous-max reserves for everyone.
+    "no interval": Case(
+        "--users 9 --think-time 1s --max-model-len 33000 --num-gpu-blocks-override 2200 --allocator contiguous-max "
+        "--duration 9s --warmup 0",
+        *("rejecting", "kv_memory", "--num-gpu-blocks-override 4400"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_load_is_judged_and_the_next_command_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES[name]
+    verdict = run(case.arguments, capsys)["verdict"]
+    fits = case.status == "stable"
+    assert (verdict["status"], verdict["binding"], verdict["fits"]) == (case.status, case.binding, fits)
+    assert f"{'fit' if fits else 'do not fit'}: {case.status}" in verdict["text"]
+    program, *words = shlex.split(verdict["next_command"])
+    assert program == "simulate"
+    assert case.proposal in verdict["next_command"]
+    assert set(words) <= set(shlex.split(case.arguments)) | set(shlex.split(case.proposal))  # and nothing else
+    run(shlex.join(words), capsys)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_user_alone_always_fits(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody shares the machine: whatever lengths the user draws, they get all its throughput."""
+    verdict = run(f"--users 1 --duration 100s --warmup 0 --allocator paged --seed {seed}", capsys)["verdict"]
+    assert (verdict["status"], verdict["fits"]) == ("stable", True)
+
+
+def test_goals_decide_whether_a_stable_load_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    load = f"--users 20 --think-time 5s --random-input-len 200 --random-output-len 20 --hardware h100-80gb {WINDOW}"
+    for goals, fits, words in (("ttft:500 e2el:2000", True, "100.0% of requests"), ("tpot:0.1", False, "0.0% of requests")):
+        result = run(f"{load} --goodput {goals}", capsys)
+        assert (result["verdict"]["status"], result["verdict"]["fits"]) == ("stable", fits)
+        assert words in result["verdict"]["text"]
+        assert result["goodput_share"] == pytest.approx(float(fits), abs=0.05)
+
+
+def test_more_users_end_up_saturated(capsys: pytest.CaptureFixture[str]) -> None:
+    load = "--think-time 5s --random-input-len 200 --random-output-len 100 --duration 60s --warmup 20s --allocator paged"
+    statuses = [run(f"--users {users} {load}", capsys)["verdict"]["status"] for users in (1, 5, 50, 200, 400)]
+    assert statuses == sorted(statuses, reverse=True)  # "stable" comes after "saturated"
+    assert (statuses[0], statuses[-1]) == ("stable", "saturated")
+
+
+# --- an allocator that breaks its promise ---------------------------------------------------------------------------
+
+
+class NeverAgain(PagedAllocator):
+    """Accepts every request at arrival, and never has room for a prompt of more than 300 tokens."""
+
+    def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
+        for i in range(first, last):
+            if batch.num_known_tokens[i] > 300:
+                return super().allocate_slots(batch, first, i, num_running)
+        return super().allocate_slots(batch, first, last, num_running)
+
+
+@pytest.fixture
+def broken() -> Iterator[str]:
+    ALLOCATORS.register("never-again")(NeverAgain)
+    yield "never-again"
+    ALLOCATORS._registered.pop("never-again")
+
+
+def test_a_request_given_up_is_a_failure(broken: str) -> None:
+    config = SimulationConfig(
+        load=LoadConfig(users=4, think_time="1s", random_input_len=300, random_output_len=9, random_range_ratio=0.1),
+        serving=ServingConfig(hardware="h100-80gb"),
+        measurement=MeasurementConfig(duration="20s", warmup="0", goodput=("e2el:60000",)),
+    )
+    scenario = replace(resolve(config), allocators=(broken,))
+    result = simulate(scenario).by_allocator[broken]
+    figures, verdict = result.figures, result.verdict
+    assert isinstance(result.runs[0].allocator, NeverAgain)
+    assert figures["num_failed"] > 0
+    assert figures["num_finished"] > 0
+    assert sum(figures[f"num_{outcome}"] for outcome in ("finished", "failed", "unfinished")) == figures["num_injected"]
+    assert (verdict.status, verdict.fits) == ("failed", False)
+    assert f"{figures['num_failed']} of {figures['num_injected']} requests were given up" in verdict.text
+    assert figures["goodput_share"] == pytest.approx(figures["num_finished"] / figures["num_injected"])
+    result.runs[0].allocator.check_integrity()
+
+
+def test_nothing_can_be_given_up_by_a_pool_that_is_whole() -> None:
+    """Law 11: what was accepted at arrival ends, however small the pool is."""
+    for name in ("paged", "contiguous-max", "contiguous-oracle", "contiguous-pow2"):
+        config = SimulationConfig(
+            load=LoadConfig(users=9, think_time="100ms", random_input_len=60, random_output_len=60, random_range_ratio=0.9),
+            serving=ServingConfig(hardware="h100-80gb", max_model_len=256, num_gpu_blocks_override=17),
+            measurement=MeasurementConfig(duration="20s", warmup="0", allocator=(name,)),
+        )
+        figures = simulate(resolve(config)).by_allocator[name].figures
+        assert figures["num_failed"] == 0
+        assert figures["num_finished"] > 9
+
+
+def test_settings_carry_over(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = f"--users 5 --lengths sharegpt --over-length drop --enforce-eager --watermark 0.02 --goodput ttft:9 tpot:9 {WINDOW}"
+    main([*shlex.split(arguments), "--json", "-"])
+    before = json.loads(capsys.readouterr().out)
+    main([*shlex.split(before["results"][0]["verdict"]["next_command"])[1:], "--json", "-"])
+    after = json.loads(capsys.readouterr().out)
+    assert {name for name in before["config"] if before["config"][name] != after["config"][name]} in ({"users"}, {"quantization"})
+
+
+# --- what was once judged wrongly ---------------------------------------------------------------------------------
+
+
+def test_a_short_overload_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("--request-rate 100 --duration 2s --warmup 0 --allocator paged", capsys)
+    assert result["num_finished"] == 0
+    assert result["waiting_time_share"] > 0.5
+    assert not result["verdict"]["fits"]
+
+
+def test_a_batch_that_grows_without_end_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    load = f"--request-rate 4 {FIXED.format(100, 1000)} --max-num-seqs 1024"
+    result = run(f"{load} --duration 60s --warmup 60s --allocator paged", capsys)
+    assert result["num_finished"] == 0
+    assert result["verdict"]["status"] == "saturated"
+
+
+def test_a_short_window_does_not_make_a_load_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    load = f"--users 200 --think-time 1s {FIXED.format(20, 400)} --warmup 60s --allocator paged"
+    long, short = (run(f"{load} --duration {seconds}s", capsys)["verdict"]["status"] for seconds in (300, 30))
+    assert long == "saturated"
+    assert short == "saturated"
+
+
+def test_a_verdict_needs_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("--trace easy.csv --warmup 1h --allocator paged", capsys)
+    assert result["num_injected"] == 0
+    assert not result["verdict"]["fits"]
+
+
+def test_a_longer_context_is_only_proposed_if_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    proposal = run("--trace one_too_long.csv --hardware rtx-4090 --allocator paged", capsys)["verdict"]["next_command"]
+    run(proposal.removeprefix("simulate "), capsys)
+
+
+def test_the_next_command_is_another_one(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--trace longer_than_the_model.csv --max-model-len 131072 --allocator paged"
+    assert set(shlex.split(run(arguments, capsys)["verdict"]["next_command"])[1:]) != set(shlex.split(arguments))
+
+
+def test_the_proposal_against_a_full_cache_makes_it_larger(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*shlex.split(CASES["little memory"].arguments), "--json", "-"])
+    before = json.loads(capsys.readouterr().out)
+    main([*shlex.split(before["results"][0]["verdict"]["next_command"])[1:], "--json", "-"])
+    after = json.loads(capsys.readouterr().out)
+    assert after["budget"]["num_blocks"] > before["budget"]["num_blocks"]
+
+
+def test_one_user_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"--users 1 {WINDOW}", capsys)["verdict"]["text"].startswith("1 user fits: stable")
