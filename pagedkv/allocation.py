@@ -56,6 +56,9 @@ class KVPoolSettings:
     reserve_full_isl: bool = True
     """Admit a request only if all its known tokens fit now (vLLM's scheduler_reserve_full_isl)."""
 
+    state_slots: int = 0
+    """Slots' worth of memory that each running request takes for state of fixed size (linear attention, Mamba)."""
+
     @property
     def num_slots(self) -> int:
         """Slots in the pool."""
@@ -76,7 +79,9 @@ class Allocator(Protocol):
     unit_slots: int
     """Slots in one unit of `units_held`: the block size, or 1."""
     units_held: Int32Array
-    """Units that each row holds now, by row."""
+    """Units that each row holds for tokens now, by row."""
+    state_units: int
+    """Units that each running request holds for its state besides."""
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return the slots to take in one piece at admission, 0 if the request grows step by step, None if it can never fit."""

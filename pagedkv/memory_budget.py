@@ -3,13 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pagedkv.activation_peak import DENSE_PEAK_WIDTH, EXPERT_PEAK_WIDTH, SAMPLER_BYTES_PER_LOGIT
-from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.model_spec import ModelSpec
-from pagedkv.weight_format import WeightFormat
-
-__all__ = ["DENSE_PEAK_WIDTH", "EXPERT_PEAK_WIDTH", "SAMPLER_BYTES_PER_LOGIT", "MemoryBudget", "Shortage", "plan_memory"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
@@ -96,57 +89,3 @@ class Shortage:
     def kv_room(self) -> int:
         """What remains for the KV cache; negative when the weights alone are too large."""
         return self.available - self.weights - self.overheads
-
-
-def plan_memory(
-    model: ModelSpec,
-    hardware: HardwareSpec,
-    *,
-    weight_format: WeightFormat,
-    kv_cache_dtype: str,
-    block_size: int,
-    max_model_len: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    gpu_memory_utilization: float,
-    enforce_eager: bool = False,
-    tensor_parallel_size: int = 1,
-    free_memory_bytes: int | None = None,
-    os_reserve_bytes: int | None = None,
-    other_programs_bytes: int = 0,
-    kv_cache_memory_bytes: int | None = None,
-    num_gpu_blocks_override: int | None = None,
-) -> MemoryBudget:
-    """Return the budget that vLLM would come to; see `MemoryRequest` and `VLLMLedger` for the arguments.
-
-    Raises:
-        ConfigError: If a value is invalid, the start gate refuses, or the KV cache cannot hold one request of
-            `max_model_len` tokens. The message names settings that fit.
-    """
-    from pagedkv.ledgers.vllm import VLLMLedger  # noqa: PLC0415 - ledgers are built on this module
-    from pagedkv.memory_plan import plan  # noqa: PLC0415
-    from pagedkv.memory_request import MemoryRequest  # noqa: PLC0415
-
-    ledger = VLLMLedger(
-        block_size=block_size,
-        gpu_memory_utilization=gpu_memory_utilization,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        num_gpu_blocks_override=num_gpu_blocks_override,
-    )
-    return plan(
-        MemoryRequest(
-            model=model,
-            hardware=hardware,
-            ledger=ledger,
-            weight_format=weight_format,
-            kv_cache_dtype=kv_cache_dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enforce_eager=enforce_eager,
-            tensor_parallel_size=tensor_parallel_size,
-            free_memory_bytes=free_memory_bytes,
-            os_reserve_bytes=os_reserve_bytes,
-            other_programs_bytes=other_programs_bytes,
-        )
-    )

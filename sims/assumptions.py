@@ -6,9 +6,9 @@
 from collections.abc import Iterator
 from typing import TypeAlias
 
+from pagedkv.activation_peak import DENSE_PEAK_WIDTH, EXPERT_PEAK_WIDTH, SAMPLER_BYTES_PER_LOGIT
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.memory_budget import DENSE_PEAK_WIDTH, EXPERT_PEAK_WIDTH, SAMPLER_BYTES_PER_LOGIT
 from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
 from pagedkv.sims.step_time import EAGER_S_PER_LAYER
 from pagedkv.sims.verdict import ATTAIN, THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT

@@ -76,15 +76,19 @@ class ServingConfig:
     """The machine, the model, and the engine's settings by vLLM's names."""
 
     hardware: str = "dgx-spark"
-    """Machine from the hardware catalogue."""
+    """Machine from the hardware catalogue, or a .toml file that describes one (docs/hardware.md)."""
+    clock_derate: float | None = None
+    """Run the compute units at this share of their rate, e.g. 0.6 for a Spark that throttles [default: 1]."""
     model: str = "llama-3.1-8b"
-    """Model from the catalogue, or its Hugging Face id."""
+    """Model from the catalogue, its Hugging Face id, or a config.json or its folder."""
     engine: str = "vllm"
     """Engine whose defaults and rules apply."""
     quantization: str | None = None
     """Weight format: bf16, fp8, nvfp4, mxfp4, int4, ... [default: the model's own]."""
     kv_cache_dtype: str = "auto"
     """KV cache element type: auto (the model's 16 bits), fp8, ..."""
+    tensor_parallel_size: int = 1
+    """Devices that share the model: one is supported so far."""
     max_model_len: int | None = None
     """Longest prompt + output in tokens [default: 32768, or the model's limit if that is less]."""
     block_size: int = 16

@@ -39,6 +39,8 @@ def deploy(serving: ServingConfig) -> Deployment:
         ConfigError: For anything that cannot work, with what would.
     """
     model, hardware = load_model(serving.model), load_hardware(serving.hardware)
+    if serving.clock_derate is not None:
+        hardware = hardware.derated(serving.clock_derate)
     engine = ENGINES.load(serving.engine)
     if serving.contiguous_heap not in HEAPS.names():
         raise unknown_name("contiguous-heap", serving.contiguous_heap, HEAPS.names())
@@ -50,6 +52,7 @@ def deploy(serving: ServingConfig) -> Deployment:
     usual = engine.scheduler_settings(
         replace(serving, max_model_len=None, max_num_seqs=None, max_num_batched_tokens=None), model, hardware
     )
+    kv_spec = model.kv_spec(serving.kv_cache_dtype)
     limits: dict[str, Any] = {
         name: None if getattr(scheduler, name) == getattr(usual, name) else getattr(serving, name)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
@@ -60,6 +63,7 @@ def deploy(serving: ServingConfig) -> Deployment:
             serving,
             **limits,
             gpu_memory_utilization=None if utilization == hardware.default_utilization.value else utilization,
+            clock_derate=None if serving.clock_derate == 1 else serving.clock_derate,
         ),
         model=model,
         hardware=hardware,
@@ -74,12 +78,13 @@ def deploy(serving: ServingConfig) -> Deployment:
             contiguous_heap=serving.contiguous_heap,
             watermark=serving.watermark,
             reserve_full_isl=serving.scheduler_reserve_full_isl,
+            state_slots=-(-kv_spec.state_bytes_per_sequence // kv_spec.bytes_per_token),
         ),
         step_time=RooflineStepTime(
             model,
             hardware,
             weight_format=weight_format,
-            kv_spec=model.kv_spec(serving.kv_cache_dtype),
+            kv_spec=kv_spec,
             enforce_eager=serving.enforce_eager,
         ),
     )

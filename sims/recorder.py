@@ -15,8 +15,8 @@ from pagedkv.sims.step_time import StepCost
 from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe
 
 KV_KINDS = ("tokens", "reserved", "internal", "external", "cached", "state", "free")
-"""What a slot of the pool can be: docs/metrics.md. `cached` and `state` stay 0 until prefixes and state layers are modelled."""
-TOKENS, RESERVED, INTERNAL, EXTERNAL, _CACHED, _STATE, FREE, RUNNING, WAITING = range(9)
+"""What a slot of the pool can be: docs/metrics.md. `cached` stays 0 until prefixes are modelled."""
+TOKENS, RESERVED, INTERNAL, EXTERNAL, _CACHED, STATE, FREE, RUNNING, WAITING = range(9)
 NUM_GAUGES = len(KV_KINDS) + 2
 BLOCKERS = tuple(Blocker)
 
@@ -193,6 +193,7 @@ class Recorder:
         head_waits_for_extent = step.blocker is Blocker.KV_MEMORY and allocator.placement != "block"
         free, rounding = allocator.free_slots, allocator.rounding_slots
         gauges[EXTERNAL] = rounding + (free if head_waits_for_extent else 0)
+        gauges[STATE] = gauges[RUNNING] * allocator.state_units * allocator.unit_slots
         gauges[FREE] = 0 if head_waits_for_extent else free
         if step.num_entries > step.num_running_before:
             _stamp_start(self._times, step.batch, step.num_running_before, step.num_entries, start_s)

@@ -55,9 +55,11 @@ class RooflineCoefficients(NamedTuple):
     head_s_per_sequence: float
     """Multiplying with the output head, once per sequence."""
     windows: Int64Array
-    """By layer group: how far back its attention looks, or NO_WINDOW."""
+    """By layer group: how many tokens its attention reads at most, or NO_WINDOW."""
     kv_s_per_token: Float64Array
     """By layer group: reading or writing the KV of one token in all its layers."""
+    state_s_per_sequence: float
+    """Reading and writing the state of linear-attention and Mamba layers."""
     attention_s_per_pair: Float64Array
     """By layer group: one query against one key in all its layers."""
     step_overhead_s: float
@@ -81,6 +83,7 @@ def _step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> t
             pairs = growing * before + growing * (growing + 1) / 2.0 + (new - growing) * float(min(window, context))
             kv_s += c.kv_s_per_token[g] * (min(before, window) + 2.0 * new)  # keys before are read; new ones written, then read
             attention_s += c.attention_s_per_pair[g] * pairs
+    kv_s += c.state_s_per_sequence * num_entries
     touched = 1.0 - (1.0 - c.expert_share) ** num_tokens
     weights_s = c.dense_weight_s + c.expert_weight_s * touched
     linear_s = c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_entries
@@ -115,7 +118,8 @@ class RooflineStepTime:
             expert_share=model.experts_per_token / model.num_experts if model.num_experts else 0.0,
             linear_s_per_token=(model.flops_per_token - 2 * model.head_params) * flop_s,
             head_s_per_sequence=2 * model.head_params * flop_s,
-            windows=np.array([g.window or NO_WINDOW for g in model.layer_groups]),
+            windows=np.array([g.tokens_read(NO_WINDOW) for g in model.layer_groups]),
+            state_s_per_sequence=2 * kv_spec.state_bytes_per_sequence * kv_s_per_byte,
             kv_s_per_token=np.array(kv_spec.group_bytes_per_token) * kv_s_per_byte,
             attention_s_per_pair=np.array(model.group_attention_flops_per_pair) * attention_flop_s,
             step_overhead_s=hardware.step_overhead_s + (EAGER_S_PER_LAYER * model.num_layers if enforce_eager else 0.0),

@@ -18,8 +18,8 @@ from pagedkv.ledgers.sglang import (
     reserved_bytes,
 )
 from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
-from pagedkv.ledgers.vllm import VLLMLedger
-from pagedkv.memory_budget import MemoryBudget, plan_memory
+from pagedkv.ledgers.vllm import VLLMLedger, plan_memory
+from pagedkv.memory_budget import MemoryBudget
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import MemoryRequest
 from pagedkv.weight_format import WEIGHT_FORMATS, load_weight_format

@@ -13,8 +13,8 @@ from pagedkv.activation_peak import activation_bytes
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.errors import ConfigError
 from pagedkv.kv_spec import LayerGroup
-from pagedkv.ledgers.vllm import highest_utilization_that_starts, start_gate
-from pagedkv.memory_budget import MemoryBudget, plan_memory
+from pagedkv.ledgers.vllm import highest_utilization_that_starts, plan_memory, start_gate
+from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat, load_weight_format
 

@@ -16,6 +16,7 @@ def _allocate_slots(
     pool: BlockPoolArrays,
     tables: Int32Array,
     num_blocks: Int32Array,
+    states: Int32Array,
     block_size: int,
     batch: StepBatch,
     first: int,
@@ -29,12 +30,15 @@ def _allocate_slots(
         free = pool.num_free[0]
         if i >= num_running:
             free -= watermark_blocks if i > 0 else 0  # nothing runs before entry 0: then the watermark is waived
+            free -= states.shape[1]
             if reserve_full_isl and -(-batch.num_known_tokens[i] // block_size) > free:
                 return i
         held = num_blocks[row]
         need = -(-batch.num_slots_needed[i] // block_size) - held
         if need > free:
             return i
+        if i >= num_running:
+            take_blocks(pool, states.shape[1], states[row], 0)
         if need > 0:
             take_blocks(pool, need, tables[row], held)
             num_blocks[row] = held + need
@@ -54,6 +58,9 @@ class PagedAllocator:
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
         )
         self.unit_slots = settings.block_size
+        self.state_units = -(-settings.state_slots // settings.block_size)
+        self.state_tables: Int32Array = np.zeros((settings.max_num_seqs, self.state_units), np.int32)
+        """By row: the blocks that hold a running request's state."""
         self.max_model_len = settings.max_model_len
         self.usable_slots = (settings.num_blocks - 1) * settings.block_size
         self.units_held = self.tables.num_blocks
@@ -63,7 +70,8 @@ class PagedAllocator:
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if even the empty pool is too small (the last output token never needs a slot)."""
-        return 0 if prompt_tokens + output_tokens - 1 <= self.usable_slots else None
+        blocks = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) + self.state_units
+        return 0 if blocks * self.unit_slots <= self.usable_slots else None
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant blocks in order until one entry does not fit; return its index. O(entries + blocks taken)."""
@@ -72,6 +80,7 @@ class PagedAllocator:
                 self.pool.arrays,
                 self.tables.blocks,
                 self.tables.num_blocks,
+                self.state_tables,
                 self.unit_slots,
                 batch,
                 first,
@@ -85,6 +94,7 @@ class PagedAllocator:
     def free(self, row: int) -> None:
         """Give all blocks of `row` back. O(blocks)."""
         release_blocks(self.pool.arrays, self.tables.blocks[row], self.tables.num_blocks[row])
+        release_blocks(self.pool.arrays, self.state_tables[row], self.state_units)
         self.tables.num_blocks[row] = 0
 
     @property
@@ -97,7 +107,8 @@ class PagedAllocator:
         self.pool.check_integrity()
         lengths, width = self.tables.num_blocks, self.tables.blocks.shape[1]
         tables = {row: self.tables.of(row).tolist() for row in np.flatnonzero(lengths).tolist()}
-        held = np.array([block for table in tables.values() for block in table], np.int64)
+        states = self.state_tables[list(tables)].reshape(-1)
+        held = np.array([*(block for table in tables.values() for block in table), *states], np.int64)
         inside = ((lengths >= 0) & (lengths <= width)).all() and ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all()
         if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.arrays.ref_cnt):
             raise IntegrityError(f"reference counts {self.pool.arrays.ref_cnt.tolist()} do not match the tables {tables}")

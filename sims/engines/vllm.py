@@ -2,7 +2,8 @@
 
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.memory_budget import MemoryBudget, plan_memory
+from pagedkv.ledgers.vllm import plan_memory
+from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import ServingConfig
@@ -59,6 +60,7 @@ class VLLM:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             gpu_memory_utilization=hardware.default_utilization.value if utilization is None else utilization,
             enforce_eager=serving.enforce_eager,
+            tensor_parallel_size=serving.tensor_parallel_size,
             free_memory_bytes=_size(serving.free_memory, "free-memory"),
             os_reserve_bytes=_size(serving.os_reserve, "os-reserve"),
             other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
