@@ -7,9 +7,10 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, convert
 from cyclopts.config import Toml
@@ -17,6 +18,9 @@ from cyclopts.config import Toml
 from pagedkv import __version__
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERRUPTED, BAD_INPUT = 130, 2
 
@@ -97,17 +101,117 @@ def simulate(
             print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
         sys.stdout.write(to_json(results.document()))
         return
-    from rich.console import Console
-
     from pagedkv.sims.console import show
 
-    console = Console(highlight=False)
-    with console.capture() as answer:  # rich would end the program itself on a closed pipe
-        show(results, console)
-    sys.stdout.write(answer.get())
+    _print(lambda console: show(results, console))
     for path in (folder, *files.values()):
         if path is not None:
             print(f"Written: {path}", file=sys.stderr)  # noqa: T201
+
+
+@app.command
+def fit(
+    *,
+    users: Annotated[int | None, Parameter(group=_LOAD)] = None,
+    context: Annotated[int | None, Parameter(group=_LOAD)] = None,
+    serving: Annotated[ServingConfig, Parameter(name="*", group=_SERVING)] = ServingConfig(),  # noqa: B008
+    json: Annotated[str | None, Parameter(group=_OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """Say at once what fits: KV tokens, requests by context length, next to what a formula claims.
+
+    Args:
+        users: Say how long the context of so many requests can be at once.
+        context: Say how many requests of so many tokens fit at once.
+        json: - prints one JSON document.
+    """
+    from pagedkv.sims.console_static import show_fit
+    from pagedkv.sims.deployment import deploy
+    from pagedkv.sims.fit import fit as static_fit
+
+    deployment = deploy(serving)
+    answer = static_fit(deployment, users=users, context=context)
+    if json is None:
+        _print(lambda console: show_fit(answer, deployment, console))
+    else:
+        _write_json(asdict(answer), json)
+
+
+@app.command
+def models() -> None:
+    """List the models of the catalogue."""
+    from pagedkv.sims.console_static import show_models
+
+    _print(show_models)
+
+
+@app.command
+def hardware() -> None:
+    """List the machines of the catalogue."""
+    from pagedkv.sims.console_static import show_hardware
+
+    _print(show_hardware)
+
+
+@app.command
+def explain(word: str) -> None:
+    """Explain a figure or a word of the answer by its formula.
+
+    Args:
+        word: A field such as ttft_s or kv_when_waiting, or a title such as goodput.
+    """
+    from pagedkv.sims.console_static import show_entry
+    from pagedkv.sims.glossary import explain as entry_of
+
+    entry = entry_of(word)
+    _print(lambda console: show_entry(entry, console))
+
+
+@app.command
+def from_vllm(
+    command: str,
+    *,
+    users: Annotated[int | None, Parameter(group=_LOAD)] = None,
+    serving: Annotated[ServingConfig, Parameter(name="*", group=_SERVING)] = ServingConfig(),  # noqa: B008
+) -> None:
+    """Read a `vllm serve` command: say what it means here, what is left out, and what fits.
+
+    Args:
+        command: The command, in quotes.
+        users: Simulate so many users with it.
+    """
+    from pagedkv.sims.command import command_line
+    from pagedkv.sims.console_static import show_vllm_command
+    from pagedkv.sims.from_vllm import parse_vllm_command
+
+    read = parse_vllm_command(command, base=serving)
+    config = SimulationConfig(load=LoadConfig(users=users), serving=read.serving)
+    words = command_line(config) if users is not None else command_line(config).replace("simulate", "simulate fit", 1)
+    _print(lambda console: show_vllm_command(read, words, console))
+    if users is None:
+        fit(serving=read.serving)
+    else:
+        simulate(load=config.load, serving=read.serving)
+
+
+def _print(show: "Callable[[Console], None]") -> None:
+    from rich.console import Console as RichConsole
+
+    console = RichConsole(highlight=False)
+    with console.capture() as answer:  # rich would end the program itself on a closed pipe
+        show(console)
+    sys.stdout.write(answer.get())
+
+
+def _write_json(document: dict[str, Any], where: str) -> None:
+    from pagedkv.sims.export import prepare_file, to_json, write_atomically
+
+    if where == "-":
+        sys.stdout.write(to_json(document))
+        return
+    path = _path(where, "--json")
+    assert path is not None
+    prepare_file(path, flag="--json")
+    write_atomically(path, to_json(document))
 
 
 def _path(text: str | None, flag: str) -> Path | None:

@@ -6,10 +6,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pagedkv.heaps import HEAPS
+from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import advantages, comparison
+from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.results import Results
-from pagedkv.units import GIB
+from pagedkv.units import gib
 
 _BAR_WIDTH = 30
 _STATUS_STYLE = {"stable": "green", "saturated": "yellow", "rejecting": "red", "failed": "red"}
@@ -17,7 +19,13 @@ _STATUS_STYLE = {"stable": "green", "saturated": "yellow", "rejecting": "red", "
 
 def show(results: Results, console: Console) -> None:
     """Print the whole answer."""
-    for part in (_setting(results), _waterfall(results), _comparison(results), _verdict(results)):
+    for part in (
+        _setting(results),
+        waterfall(results.scenario.deployment),
+        *_contiguous_max_holds(results),
+        _comparison(results),
+        _verdict(results),
+    ):
         console.print(part)
         console.print()
     first = next(iter(results.by_allocator.values()))
@@ -50,61 +58,48 @@ def _setting(results: Results) -> RenderableType:
     return Group(title, Text(facts, "dim"))
 
 
-def _waterfall(results: Results) -> RenderableType:
-    budget, scenario = results.document()["budget"], results.scenario
+def waterfall(deployment: Deployment) -> RenderableType:
+    """Return the memory budget as bars, with the equation of the KV line."""
+    budget = deployment.budget
     table = Table.grid(padding=(0, 1))
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    labels = {
-        "weights": "weights",
-        "engine_overhead": "engine overhead",
-        "activations": "activations",
-        "cuda_graphs": "CUDA graphs",
-        "kv_cache": "KV cache",
-        "os_reserve": "operating system",
-        "other_programs": "other programs",
-        "unassigned": "unassigned",
-    }
-    table.add_row("visible memory", _gib(budget["visible"]), Text("█" * _BAR_WIDTH, "dim"))
+    table.add_row("visible memory", gib(budget.visible), Text("█" * _BAR_WIDTH, "dim"))
     before = 0
-    for part, label in labels.items():
-        start, before = round(_BAR_WIDTH * before / budget["visible"]), before + budget[part]
-        end = round(_BAR_WIDTH * before / budget["visible"])
-        bar = Text(" " * start + ("█" * (end - start) or ("▏" if budget[part] else "")), "cyan" if part == "kv_cache" else "blue")
-        table.add_row(Text(f"  {label}", "bold" if part == "kv_cache" else ""), _gib(budget[part]), bar)
-    lines: list[RenderableType] = [Text("Memory", "bold"), table, Text(_kv_equation(results))]
-    if (holds := _contiguous_max_holds(results)) is not None:
-        lines.append(Text(holds))
-    lines += [Text(f"warning: {warning}", "yellow") for warning in scenario.deployment.budget.warnings]
+    for part, label in PARTS.items():
+        size = getattr(budget, part)
+        start, before = round(_BAR_WIDTH * before / budget.visible), before + size
+        end = round(_BAR_WIDTH * before / budget.visible)
+        bar = Text(" " * start + ("█" * (end - start) or ("▏" if size else "")), "cyan" if part == "kv_cache" else "blue")
+        table.add_row(Text(f"  {label}", "bold" if part == "kv_cache" else ""), gib(size), bar)
+    lines: list[RenderableType] = [Text("Memory", "bold"), table, Text(_kv_equation(deployment)), Text(budget.gate)]
+    if any(group.kind in ("sliding_window", "chunked") for group in deployment.model.layer_groups):
+        lines.append(
+            Text("Layers with a window are budgeted as if they kept all tokens; an engine gives those blocks back.", "yellow")
+        )
+    lines += [Text(f"warning: {warning}", "yellow") for warning in budget.warnings]
     return Group(*lines)
 
 
-def _kv_equation(results: Results) -> str:
-    budget, serving = results.document()["budget"], results.scenario.config.serving
-    if serving.num_gpu_blocks_override is not None:
-        given = "--num-gpu-blocks-override"
-    elif serving.kv_cache_memory_bytes is not None:
-        given = "--kv-cache-memory-bytes"
-    else:
-        minus = " − ".join(f"{budget[p] / GIB:.2f}" for p in ("weights", "engine_overhead", "activations", "cuda_graphs"))
-        given = f"{budget['gpu_memory_utilization']:g} × {budget['visible'] / GIB:.2f} − {minus}"
-    tokens = budget["num_blocks"] * budget["block_size"]
+def _kv_equation(deployment: Deployment) -> str:
+    budget, spec = deployment.budget, deployment.model.kv_spec(deployment.config.kv_cache_dtype)
+    state = f", and {gib(spec.state_bytes_per_sequence)} of state per request" if spec.state_bytes_per_sequence else ""
     return (
-        f"KV cache = {given} = {budget['kv_cache'] / GIB:.2f} GiB\n"
-        f"         = {budget['num_blocks']:,} blocks of {budget['block_size']} tokens = {tokens:,} tokens "
-        f"of {budget['kv_bytes_per_token']:,} bytes"
+        f"{budget.equation}\n"
+        f"         = {budget.num_blocks:,} blocks of {budget.block_size} tokens = {budget.num_kv_tokens:,} tokens "
+        f"of {budget.kv_bytes_per_token:,} bytes{state}"
     )
 
 
-def _contiguous_max_holds(results: Results) -> str | None:
+def _contiguous_max_holds(results: Results) -> list[RenderableType]:
     """Say how many requests contiguous-max would hold: it depends on nothing but max-model-len."""
     if "contiguous-max" not in results.by_allocator:
-        return None
+        return []
     pool = results.scenario.deployment.pool
     heap = HEAPS.load(pool.contiguous_heap)(1)
-    holds = ", ".join(f"{pool.num_slots // heap.rounded(k << 10)} at {k}k" for k in (8, 32, 128))
-    return f"contiguous-max would hold {holds} of max-model-len (here {pool.max_model_len:,})."
+    holds = ", ".join(f"{pool.num_slots // heap.rounded((k << 10) + pool.state_slots)} at {k}k" for k in (8, 32, 128))
+    return [Text(f"contiguous-max would hold {holds} of max-model-len (here {pool.max_model_len:,}).")]
 
 
 def _comparison(results: Results) -> RenderableType:
@@ -126,7 +121,3 @@ def _verdict(results: Results) -> RenderableType:
         lines.append(Padding(Text.assemble((f"{name}: ", "bold"), (result.verdict.text, style)), (0, 0, 0, 2)))
     lines += [Padding(Text(advantage), (0, 0, 0, 2)) for advantage in advantages(results.document())]
     return Group(*lines)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:,.2f} GiB"

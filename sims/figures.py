@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pagedkv.arrays import Float64Array
+from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.metrics import Latencies
 from pagedkv.sims.recorder import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
@@ -28,17 +29,6 @@ _ALLOCATOR_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#5
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 _CDF_POINTS = 400
 
-_PARTS = {
-    "weights": "weights",
-    "engine_overhead": "engine overhead",
-    "activations": "activations",
-    "cuda_graphs": "CUDA graphs",
-    "kv_cache": "KV cache",
-    "os_reserve": "operating system",
-    "other_programs": "other programs",
-    "unassigned": "unassigned",
-}
-
 
 def _base(height: int) -> dict[str, object]:
     return {
@@ -54,8 +44,8 @@ def _base(height: int) -> dict[str, object]:
 def waterfall(results: Results) -> go.Figure:
     """Return the memory budget as horizontal bars, each starting where the one before ends."""
     budget = results.scenario.deployment.budget
-    sizes = [getattr(budget, part) / GIB for part in _PARTS]
-    labels = [*_PARTS.values(), "visible memory"]
+    sizes = [getattr(budget, part) / GIB for part in PARTS]
+    labels = [*PARTS.values(), "visible memory"]
     starts = [*np.cumsum([0.0, *sizes])[:-1].tolist(), 0.0]
     sizes.append(budget.visible / GIB)
     colours = [KIND_COLOURS["tokens"] if label == "KV cache" else "#6e7781" for label in labels[:-1]] + ["#57606a"]

@@ -1,6 +1,5 @@
 """The static answer, at once: what fits, before anybody has sent a request."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagedkv.errors import ConfigError
@@ -18,9 +17,9 @@ class FitRow:
     context: int
     """Prompt and output so far, in tokens."""
     paged: int
-    """Requests in whole blocks."""
+    """Requests in whole blocks, with their state if the model keeps any."""
     contiguous_max: int
-    """Requests that reserve max-model-len in the contiguous heap; 0 if the context is longer than that."""
+    """Requests that reserve max-model-len each in the contiguous heap, whatever their context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +32,12 @@ class Fit:
     """KV bytes / (max-model-len × bytes per token): what a formula with every user at full context claims."""
     rows: tuple[FitRow, ...]
     """By context, ascending."""
+    users: int | None
+    """As asked for."""
     longest_context: int | None
-    """For a number of users: the longest context that all of them can have at once; None if no number was given."""
-    paged_at_context: FitRow | None
-    """For a context: the requests it allows; None if none was given."""
+    """The longest context that `users` requests can have at once; None if no number was given."""
+    at_context: FitRow | None
+    """For a context that was asked for."""
 
 
 def fit(deployment: Deployment, *, users: int | None = None, context: int | None = None) -> Fit:
@@ -50,18 +51,20 @@ def fit(deployment: Deployment, *, users: int | None = None, context: int | None
         raise ConfigError(f"--users is {users}: needs 1 or more")
     if context is not None and not 1 <= context <= longest:
         raise ConfigError(f"--context is {context}: needs 1 to max-model-len, {longest}")
-    budget = deployment.budget
+    budget, state_blocks = deployment.budget, _state_blocks(deployment)
+    each = 0 if users is None else max(budget.usable_blocks // users - state_blocks, 0)
     return Fit(
         kv_tokens=budget.usable_blocks * budget.block_size,
         formula_users=budget.kv_cache / (longest * budget.kv_bytes_per_token),
-        rows=tuple(_row(deployment, each) for each in _contexts(longest)),
-        longest_context=None if users is None else min(budget.usable_blocks // users * budget.block_size, longest),
-        paged_at_context=None if context is None else _row(deployment, context),
+        rows=tuple(_row(deployment, tokens) for tokens in (*(c for c in CONTEXTS if c < longest), longest)),
+        users=users,
+        longest_context=None if users is None else min(each * budget.block_size, longest),
+        at_context=None if context is None else _row(deployment, context),
     )
 
 
-def _contexts(longest: int) -> Sequence[int]:
-    return [*(c for c in CONTEXTS if c < longest), longest]
+def _state_blocks(deployment: Deployment) -> int:
+    return -(-deployment.pool.state_slots // deployment.pool.block_size)
 
 
 def _row(deployment: Deployment, context: int) -> FitRow:
@@ -69,6 +72,6 @@ def _row(deployment: Deployment, context: int) -> FitRow:
     heap = HEAPS.load(pool.contiguous_heap)(1)
     return FitRow(
         context=context,
-        paged=budget.usable_blocks // -(-context // budget.block_size),
-        contiguous_max=pool.num_slots // heap.rounded(pool.max_model_len),
+        paged=budget.usable_blocks // (-(-context // budget.block_size) + _state_blocks(deployment)),
+        contiguous_max=pool.num_slots // heap.rounded(pool.max_model_len + pool.state_slots),
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import time_text
 from pagedkv.sims.metrics import measure
@@ -140,10 +141,9 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
 def budget_document(scenario: Scenario) -> dict[str, Any]:
     """Return the memory ledger in bytes; the eight parts sum to `visible`."""
     budget = scenario.deployment.budget
-    parts = ("weights", "engine_overhead", "activations", "cuda_graphs", "kv_cache", "os_reserve", "other_programs", "unassigned")
     return {
         "visible": budget.visible,
-        **{part: getattr(budget, part) for part in parts},
+        **{part: getattr(budget, part) for part in PARTS},
         "num_blocks": budget.num_blocks,
         "block_size": budget.block_size,
         "kv_bytes_per_token": budget.kv_bytes_per_token,

@@ -8,7 +8,7 @@ from pagedkv.allocation import StepBatch
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.jit import jit
-from pagedkv.kv_spec import KVCacheSpec
+from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.model_spec import ModelSpec
 from pagedkv.weight_format import WeightFormat
 
@@ -92,6 +92,12 @@ def _step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> t
     return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries
 
 
+def _most_tokens_read(group: LayerGroup) -> int:
+    """Return how many tokens a query reads at most; a chunk counts as a sliding window of its length."""
+    selected = NO_WINDOW if group.index_topk is None else group.index_topk * group.compression
+    return min(group.window or NO_WINDOW, selected)
+
+
 class RooflineStepTime:
     """Each half of the network, matrix products and attention, is bound by memory or by arithmetic; the halves follow each other.
 
@@ -118,7 +124,7 @@ class RooflineStepTime:
             expert_share=model.experts_per_token / model.num_experts if model.num_experts else 0.0,
             linear_s_per_token=(model.flops_per_token - 2 * model.head_params) * flop_s,
             head_s_per_sequence=2 * model.head_params * flop_s,
-            windows=np.array([g.tokens_read(NO_WINDOW) for g in model.layer_groups]),
+            windows=np.array([_most_tokens_read(group) for group in model.layer_groups]),
             state_s_per_sequence=2 * kv_spec.state_bytes_per_sequence * kv_s_per_byte,
             kv_s_per_token=np.array(kv_spec.group_bytes_per_token) * kv_s_per_byte,
             attention_s_per_pair=np.array(model.group_attention_flops_per_pair) * attention_flop_s,

@@ -1,0 +1,30 @@
+"""How many users a deployment serves within goals: the largest N that fits."""
+
+from pagedkv.sims.command import changed
+from pagedkv.sims.config import SimulationConfig
+from pagedkv.sims.results import simulate
+from pagedkv.sims.scenario import resolve
+
+MOST_USERS = 1 << 14
+
+
+def largest_users(config: SimulationConfig, allocator: str) -> int:
+    """Return the largest number of users that fits with `allocator`: stable, and within the goals of `config` if it has any.
+
+    By doubling, then bisection; supposes that whoever fits N fits fewer. 0 if not even one fits; at most `MOST_USERS`.
+
+    Raises:
+        ConfigError: If `config` cannot work.
+    """
+
+    def fits(users: int) -> bool:
+        one = changed(config, users=users, allocator=(allocator,))
+        return simulate(resolve(one)).by_allocator[allocator].verdict.fits
+
+    good, bad = 0, 1
+    while bad <= MOST_USERS and fits(bad):
+        good, bad = bad, 2 * bad
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good

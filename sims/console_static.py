@@ -1,0 +1,85 @@
+"""What the terminal shows without a simulation: what fits, the catalogues, a word explained, a vLLM command read."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
+from pagedkv.sims.console import waterfall
+from pagedkv.sims.deployment import Deployment
+from pagedkv.sims.fit import Fit
+from pagedkv.sims.from_vllm import VllmCommand
+from pagedkv.sims.glossary import Entry
+from pagedkv.units import GIB
+
+
+def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
+    """Print what a deployment holds."""
+    longest = deployment.scheduler.max_model_len
+    console.print(Text(f"{deployment.model.title} on {deployment.hardware.title}, {deployment.config.engine}", "bold"), "\n")
+    console.print(waterfall(deployment), "\n")
+    table = _table("tokens each", "paged holds", "contiguous-max holds", right=(0, 1, 2))
+    for row in answer.rows:
+        table.add_row(f"{row.context:,}", f"{row.paged:,}", f"{row.contiguous_max:,}")
+    console.print(table, "\n")
+    console.print(
+        f"A formula with every user at max-model-len {longest:,} claims {answer.formula_users:.1f} users. Real requests are "
+        "shorter and do not all run at once: simulate says how many people that is.",
+        markup=False,
+    )
+    if answer.longest_context is not None:
+        console.print(f"{answer.users:,} requests at once can have {answer.longest_context:,} tokens each.", markup=False)
+    if answer.at_context is not None:
+        row = answer.at_context
+        console.print(f"At {row.context:,} tokens each, {row.paged:,} requests fit at once.", markup=False)
+
+
+def show_models(console: Console) -> None:
+    """Print every model of the catalogue."""
+    table = _table("model", "parameters", "active", "KV bytes/token", "state", "context", right=(1, 2, 3, 4, 5))
+    for name in model_names():
+        model = load_model(name)
+        spec = model.kv_spec("auto")
+        state = f"{spec.state_bytes_per_sequence / 1e6:,.1f} MB" if spec.state_bytes_per_sequence else ""
+        active = f"{model.params_active / 1e9:.1f}B" if model.num_experts else ""
+        params = f"{model.params_total / 1e9:.1f}B"
+        table.add_row(name, params, active, f"{spec.bytes_per_token:,}", state, f"{model.max_context:,}")
+    console.print(table)
+
+
+def show_hardware(console: Console) -> None:
+    """Print every machine of the catalogue."""
+    table = _table("machine", "visible", "memory", "spec GB/s", "reached", "BF16 TFLOPS", right=(1, 3, 4, 5))
+    for name in hardware_names():
+        machine = load_hardware(name)
+        table.add_row(
+            name,
+            f"{machine.visible_bytes / GIB:.1f} GiB",
+            machine.memory_kind,
+            f"{machine.memory_bandwidth.value / 1e9:,.0f}",
+            f"{machine.read_bandwidth_bytes_per_s / 1e9:,.0f}",
+            f"{machine.effective_flops(None) / 1e12:,.0f}",
+        )
+    console.print(table)
+
+
+def show_entry(entry: Entry, console: Console) -> None:
+    """Print one word of the glossary."""
+    console.print(Text.assemble((entry.title, "bold"), f" ({entry.name})\n  {entry.formula}\n  {entry.meaning}"))
+
+
+def show_vllm_command(read: VllmCommand, command: str, console: Console) -> None:
+    """Print what a vLLM command means here, and what is left out."""
+    console.print(f"In pagedkv:  {command}", soft_wrap=True, markup=False)
+    if read.without_effect:
+        console.print(f"Left out, no effect on memory or scheduling: {', '.join(read.without_effect)}", markup=False)
+    if read.not_modelled:
+        console.print(Text(f"Not modelled, the answer may differ: {', '.join(read.not_modelled)}", "yellow"))
+    console.print()
+
+
+def _table(*headers: str, right: tuple[int, ...]) -> Table:
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i in right else "left", no_wrap=True)
+    return table
