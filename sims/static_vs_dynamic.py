@@ -27,7 +27,7 @@ CASES = (
 
 def rows() -> list[tuple[str, ...]]:
     """Return the cells of the table, one tuple per case."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for serving in CASES:
         deployment = deploy(serving)
         static = fit(deployment)

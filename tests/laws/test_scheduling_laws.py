@@ -42,7 +42,9 @@ def scenario(load: LoadConfig, *, num_blocks: int = 100, duration: str | None = 
     )
 
 
-@pytest.fixture(scope="module", params=["closed loop", "open loop", "open loop that ends", "idle at the end", "trace"])
+@pytest.fixture(
+    scope="module", params=["closed loop", "open loop", "open loop that ends", "idle at the end", "state of Mamba layers", "trace"]
+)
 def busy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """Each kind of load. Those that never end are cut off in the middle of their work."""
     match request.param:
@@ -54,6 +56,9 @@ def busy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             return scenario(LoadConfig(request_rate=1.5, num_prompts=60, **LENGTHS))
         case "idle at the end":
             return scenario(LoadConfig(request_rate=3.0, num_prompts=15, **LENGTHS), duration="60s")
+        case "state of Mamba layers":
+            load = LoadConfig(request_rate=5.0, num_prompts=60, **LENGTHS)
+            return scenario(load, num_blocks=2580, model="nemotron-3-nano-30b-a3b")
     file = tmp_path_factory.mktemp("trace") / "trace.csv"
     file.write_text(TRACE + "0.5,500,600\n")
     return scenario(LoadConfig(trace=str(file)))

@@ -247,9 +247,9 @@ def test_both_kinds_of_placement_are_covered() -> None:
 POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=3, max_model_len=16)
 
 
-def admitted(name: str, *slots: int) -> Any:
+def admitted(name: str, *slots: int, pool: KVPoolSettings = POOL) -> Any:
     """An allocator in which row i holds slots[i]."""
-    allocator = ALLOCATORS.load(name)(POOL)
+    allocator = ALLOCATORS.load(name)(pool)
     batch = StepBatch.empty(POOL.max_num_seqs)
     batch.row[:] = range(POOL.max_num_seqs)
     for i, n in enumerate(slots):
@@ -289,6 +289,14 @@ def put(array: Any, at: Any, value: int) -> None:
 def test_paged_notices_corruption(corrupt: Callable[[Any], None]) -> None:
     allocator = admitted("paged", 16, 4)  # tables [1, 2, 3, 4] and [5], queue [6, 7]
     corrupt(allocator)
+    with pytest.raises(IntegrityError):
+        allocator.check_integrity()
+
+
+@pytest.mark.parametrize("block", [0, 3, 7, 99, -1])
+def test_paged_notices_a_state_block_that_is_not_its_own(block: int) -> None:
+    allocator = admitted("paged", 8, pool=replace(POOL, state_slots=4))  # state [1], table [2, 3]
+    put(allocator.state_tables, (0, 0), block)
     with pytest.raises(IntegrityError):
         allocator.check_integrity()
 
