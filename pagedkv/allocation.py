@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.errors import ConfigError
 
 
 class StepBatch(NamedTuple):
@@ -58,6 +59,18 @@ class KVPoolSettings:
 
     state_slots: int = 0
     """Slots' worth of memory that each running request takes for state of fixed size (linear attention, Mamba)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no allocator can work with.
+
+        Raises:
+            ConfigError: With the values that would work.
+        """
+        for name in ("num_blocks", "block_size", "max_num_seqs", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        if not 0 <= self.watermark < 1 or self.state_slots < 0:
+            raise ConfigError(f"watermark {self.watermark} needs 0 or more, below 1; state_slots {self.state_slots} 0 or more")
 
     @property
     def num_slots(self) -> int:

@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from pagedkv.errors import unknown_name
+from pagedkv.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 
@@ -49,10 +49,13 @@ class Registry(Generic[T]):
         """Return the choice `name`, importing its module.
 
         Raises:
-            ConfigError: If there is no such choice; the near ones are named.
+            ConfigError: If there is no such choice (the near ones are named), or its file registers another name.
         """
         if name not in self._registered:
             if name not in self.names():
                 raise unknown_name(self._kind, name, self.names())
-            importlib.import_module(f"{self._package}.{name.replace('-', '_')}")
+            module = f"{self._package}.{name.replace('-', '_')}"
+            importlib.import_module(module)
+            if name not in self._registered:
+                raise ConfigError(f"{module} registers no {self._kind} named {name!r}: its name must be that of its file")
         return self._registered[name]

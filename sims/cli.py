@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, convert
 from cyclopts.config import Toml
 
 from pagedkv import __version__
-from pagedkv.errors import ConfigError
+from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
 if TYPE_CHECKING:
@@ -42,10 +42,15 @@ def _converted(kind: Any, tokens: Sequence[Any]) -> Any:
 app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
+    help_epilogue="Other commands, each with --help: simulate fit | models | hardware | explain WORD | from-vllm COMMAND",
     version=__version__,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=(), converter=_converted),
     suppress_keyboard_interrupt=False,
 )
+
+# The other commands are an app of their own: cyclopts drops the keys of a configuration file that are names of commands, and
+# "hardware" is both.
+tools = App(name="simulate", default_parameter=app.default_parameter, suppress_keyboard_interrupt=False)
 
 _LOAD = Group("Load: give one of users, request-rate, trace", sort_key=0)
 _SERVING = Group("Machine, model and engine", sort_key=1)
@@ -109,7 +114,7 @@ def simulate(
             print(f"Written: {path}", file=sys.stderr)  # noqa: T201
 
 
-@app.command
+@tools.command
 def fit(
     *,
     users: Annotated[int | None, Parameter(group=_LOAD)] = None,
@@ -136,7 +141,7 @@ def fit(
         _write_json(asdict(answer), json)
 
 
-@app.command
+@tools.command
 def models() -> None:
     """List the models of the catalogue."""
     from pagedkv.sims.console_static import show_models
@@ -144,7 +149,7 @@ def models() -> None:
     _print(show_models)
 
 
-@app.command
+@tools.command
 def hardware() -> None:
     """List the machines of the catalogue."""
     from pagedkv.sims.console_static import show_hardware
@@ -152,7 +157,7 @@ def hardware() -> None:
     _print(show_hardware)
 
 
-@app.command
+@tools.command
 def explain(word: str) -> None:
     """Explain a figure or a word of the answer by its formula.
 
@@ -166,7 +171,7 @@ def explain(word: str) -> None:
     _print(lambda console: show_entry(entry, console))
 
 
-@app.command
+@tools.command
 def from_vllm(
     command: str,
     *,
@@ -227,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         del arguments[0]
     try:
         app.config = _config_files(arguments)
-        app(_joined(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+        _app_for(arguments)(_joined(arguments), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except (ConfigError, CycloptsError) as error:
         _exit(f"error: {error}", BAD_INPUT)
@@ -239,6 +244,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(f"error: cannot write the answer: {error.strerror}", BAD_INPUT)
+
+
+def _app_for(arguments: list[str]) -> App:
+    if not arguments or arguments[0].startswith("-"):
+        return app
+    commands = [name for name in tools if not name.startswith("-")]
+    if arguments[0] not in commands:
+        raise unknown_name("command", arguments[0], commands, hint="To simulate, give flags: simulate --users 100.")
+    return tools
 
 
 def _joined(arguments: list[str]) -> list[str]:

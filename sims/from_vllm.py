@@ -1,12 +1,14 @@
 """Read a `vllm serve` command line: what it means here, and which of its flags we leave out."""
 
+import re
 import shlex
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import ServingConfig
 
-_MULTIPLIERS = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+_MULTIPLIERS = {"k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30, "t": 10**12, "T": 1 << 40}
 _SWITCHES = ("enable_chunked_prefill", "enforce_eager", "scheduler_reserve_full_isl")
 _INTEGERS = (
     "max_model_len",
@@ -19,67 +21,38 @@ _INTEGERS = (
 )
 _SHARES = ("gpu_memory_utilization", "watermark")
 _TEXTS = ("model", "quantization", "kv_cache_dtype", "kv_cache_memory_bytes")
-
-# Flags of `vllm serve` that change neither memory nor scheduling: leaving them out loses nothing.
-_NO_EFFECT = frozenset(
-    [
-        "host",
-        "port",
-        "uds",
-        "api_key",
-        "served_model_name",
-        "trust_remote_code",
-        "download_dir",
-        "load_format",
-        "revision",
-        "tokenizer",
-        "tokenizer_mode",
-        "tokenizer_revision",
-        "chat_template",
-        "chat_template_content_format",
-        "response_role",
-        "enable_auto_tool_choice",
-        "tool_call_parser",
-        "tool_parser_plugin",
-        "reasoning_parser",
-        "disable_log_requests",
-        "disable_log_stats",
-        "enable_log_requests",
-        "max_log_len",
-        "uvicorn_log_level",
-        "allowed_origins",
-        "allowed_methods",
-        "allowed_headers",
-        "allow_credentials",
-        "ssl_keyfile",
-        "ssl_certfile",
-        "ssl_ca_certs",
-        "root_path",
-        "middleware",
-        "return_tokens_as_token_ids",
-        "generation_config",
-        "override_generation_config",
-        "seed",
-        "hf_token",
-        "hf_config_path",
-        "code_revision",
-        "disable_uvicorn_access_log",
-        "enable_server_load_tracking",
-        "enable_request_id_headers",
-        "max_logprobs",
-        "logits_processors",
-        "task",
-        "runner",
-        "convert",
-        "disable_fastapi_docs",
-        "show_hidden_metrics_for_version",
-        "otlp_traces_endpoint",
-        "collect_detailed_traces",
-        "structured_outputs_config",
-        "guided_decoding_backend",
-    ]
-)
 _SHORT = {"tp": "tensor_parallel_size", "q": "quantization"}
+
+_NO_EFFECT = frozenset(
+    """
+    host port uds api_key served_model_name trust_remote_code download_dir load_format revision tokenizer
+    tokenizer_mode tokenizer_revision chat_template chat_template_content_format response_role enable_auto_tool_choice
+    tool_call_parser tool_parser_plugin reasoning_parser disable_log_requests disable_log_stats enable_log_requests
+    max_log_len uvicorn_log_level allowed_origins allowed_methods allowed_headers allow_credentials ssl_keyfile
+    ssl_certfile ssl_ca_certs root_path middleware return_tokens_as_token_ids generation_config
+    override_generation_config seed hf_token hf_config_path code_revision disable_uvicorn_access_log
+    enable_server_load_tracking enable_request_id_headers max_logprobs logits_processors task runner convert
+    disable_fastapi_docs show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces
+    structured_outputs_config guided_decoding_backend
+    """.split()
+)
+"""Flags of `vllm serve` that change neither memory nor scheduling: leaving them out loses nothing."""
+
+_BARE = re.compile(
+    r"(no|enable|disable|skip|use)_.*|allow_credentials|async_scheduling|headless|return_tokens_as_token_ids|trust_.*"
+)
+"""Flags that take no value, so that the word behind them may be the model."""
+_LISTS = frozenset(["served_model_name", "lora_modules", "logits_processors", "cudagraph_capture_sizes"])
+"""Flags that take all words up to the next flag."""
+
+# How a command looks in a shell, a script or a container.
+_CONTINUATION = re.compile(r"\\[ \t]*\r?\n|\n(?=[ \t]*-)")  # lines of flags go on without a backslash, too
+_COMMENT_OR_DESCRIPTOR = re.compile(r"(?m)(?<!\S)(#.*$|[0-9](?=[<>]))")
+_OPERATORS = frozenset(";|&<>\n")
+_CONTAINERS = frozenset(["docker", "podman", "nerdctl"])
+_IMAGE = re.compile(r"(?=.*[/:])([\w.-]+(:[0-9]+)?/)*vllm[\w.-]*(:[\w.-]+)?(@sha256:\w+)?")
+_MODULE = re.compile(r".*vllm.*api_server(\.py)?")
+_FLAG = re.compile(r"--?[A-Za-z].*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,87 +71,114 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
     """Return what `text` means, on top of `base` (which gives the machine).
 
     Args:
-        text: `vllm serve MODEL --flag value ...`, also with environment variables or a container command before it, or the older
-            `python -m vllm.entrypoints.openai.api_server --model MODEL ...`.
+        text: `vllm serve MODEL --flag value ...`, also behind environment variables, in `bash -c` or in a container, a container
+            whose image serves (`docker run vllm/vllm-openai --model MODEL ...`), or the older
+            `python -m vllm.entrypoints.openai.api_server --model MODEL ...`. It ends where the shell would end it.
         base: Settings for what the command does not say.
 
     Raises:
         ConfigError: If it is no such command, or a value cannot be read.
     """
     try:
-        words = shlex.split(text.replace("\\\n", " "))
+        words = _arguments(text)
     except ValueError as error:
         raise ConfigError(f"cannot read the command: {error}; paste it as you would type it into a shell") from error
-    start = next((i for i, word in enumerate(words) if word == "serve" or word.endswith(".api_server")), None)
-    if start is None:
+    if words is None:
         raise ConfigError(f"{text!r} is no vLLM server command: it should contain 'vllm serve MODEL'")
     settings: dict[str, object] = {}
+    positional: list[str] = []
     without_effect: list[str] = []
     not_modelled: list[str] = []
-    for flag, value in _flags(words[start + 1 :]):
-        name = _SHORT.get(flag, flag)
-        off = name.removeprefix("no_")
-        if flag == "":
-            settings["model"] = value
-        elif off in _SWITCHES and value in (None, "true", "True", "false", "False"):
-            settings[off] = (off == name) == (value in (None, "true", "True"))
+    for flag, value in _flags(words):
+        name = _name(flag)
+        on, shown = name.removeprefix("no_"), flag if value is None else f"{flag} {value}"
+        if not flag:
+            positional.append(value or "")
+        elif on in _SWITCHES and (value or "true").lower() in ("true", "false"):
+            settings[on] = (on == name) == (value is None or value.lower() == "true")
+        elif name == "max_model_len" and value in ("auto", "-1"):  # the longest that fits
+            not_modelled.append(shown)
         elif name in (*_INTEGERS, *_SHARES, *_TEXTS):
-            settings[name] = _value(name, value)
+            settings[name] = _value(flag, value)
+        elif name == "dtype" and value in ("float32", "float"):
+            settings.setdefault("quantization", "fp32")
+            not_modelled.append(f"{shown} (of the KV cache)")
+        elif on in _NO_EFFECT or name in ("dtype", "no_enable_prefix_caching"):
+            without_effect.append(shown)
         else:
-            known = without_effect if name in _NO_EFFECT or (name == "dtype" and value != "float32") else not_modelled
-            known.append(f"--{flag.replace('_', '-')}" + (f" {value}" if value is not None else ""))
-            if name == "dtype" and value == "float32":
-                settings["quantization"] = "fp32"
-                not_modelled.pop()
+            not_modelled.append(shown)
+    if positional and "model" not in settings:
+        settings["model"] = positional.pop(0)
     if "model" not in settings:
         raise ConfigError(f"{text!r} names no model: write 'vllm serve MODEL'")
-    known_names = {field.name for field in fields(ServingConfig)}
-    serving = replace(base, **{name: value for name, value in settings.items() if name in known_names})  # type: ignore[arg-type]
-    return VllmCommand(serving=serving, without_effect=tuple(without_effect), not_modelled=tuple(not_modelled))
+    serving = replace(base, **settings)  # type: ignore[arg-type]
+    return VllmCommand(serving=serving, without_effect=tuple(without_effect), not_modelled=(*not_modelled, *positional))
 
 
-def _flags(words: list[str]) -> list[tuple[str, str | None]]:
-    """Return (flag name, value) pairs; the model, which has no flag, comes with the name ""."""
-    pairs: list[tuple[str, str | None]] = []
+def _arguments(text: str) -> list[str] | None:
+    """Return the words behind `vllm serve`, or what else starts the server, to the end of the command; None if nothing does.
+
+    Raises:
+        ValueError: If a quotation does not end.
+    """
+    text = _COMMENT_OR_DESCRIPTOR.sub("", _CONTINUATION.sub(" ", text))
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="".join(_OPERATORS))
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    words = list(lexer)
+    start = None
+    for i, (before, word) in enumerate(zip(["", *words], words, strict=False)):
+        if (word == "serve" and "vllm" in before) or _MODULE.fullmatch(word):
+            start = i
+            break
+        if re.fullmatch(r"-\w*c", before) and " " in word and (inner := _arguments(word)) is not None:  # bash -c "vllm serve ..."
+            return inner
+        if start is None and _IMAGE.fullmatch(word) and "run" in words[:i] and _CONTAINERS.intersection(words[:i]):
+            start = i  # unless a command follows
+    if start is None:
+        return None
+    behind = words[start + 1 :]
+    end = next((i for i, word in enumerate(behind) if word and _OPERATORS.issuperset(word)), len(behind))
+    return behind[:end]
+
+
+def _name(flag: str) -> str:
+    name = flag.lstrip("-").replace("-", "_")
+    return _SHORT.get(name, name)
+
+
+def _flags(words: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield (flag as typed, value); a word that belongs to no flag comes with the flag ""."""
     i = 0
     while i < len(words):
-        word = words[i]
-        i += 1
-        if not word.startswith("-"):
-            pairs.append(("", word))
+        word, i = words[i], i + 1
+        if not _FLAG.fullmatch(word):
+            if word != "--":
+                yield "", word
             continue
-        name, equals, value = word.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        if equals:
-            pairs.append((name, value))
-        elif name not in _SWITCHES and name.removeprefix("no_") == name and i < len(words) and not words[i].startswith("-"):
-            pairs.append((name, words[i]))
+        flag, equals, value = word.partition("=")
+        name, values = _name(flag), [value] if equals else []
+        switch = name in _SWITCHES or _BARE.fullmatch(name) is not None
+        while i < len(words) and not equals and not _FLAG.fullmatch(words[i]) and (not values or name in _LISTS):
+            if switch and words[i].lower() not in ("true", "false"):
+                break
+            values.append(words[i])
             i += 1
-        else:
-            pairs.append((name, None))
-    # A second word without a flag is the value of a list-valued flag; only the first can be the model.
-    models = [pair for pair in pairs if pair[0] == ""]
-    return [pair for pair in pairs if pair[0] != "" or pair is models[0]]
+        yield flag, " ".join(values) if values else None
 
 
-def _value(name: str, value: str | None) -> object:
-    flag = f"--{name.replace('_', '-')}"
+def _value(flag: str, value: str | None) -> object:
+    name = _name(flag)
     if value is None:
         raise ConfigError(f"{flag} has no value in the vLLM command")
-    if name in _TEXTS:
-        return _bytes(value) if name == "kv_cache_memory_bytes" else value
-    if name == "max_model_len" and value in ("auto", "-1"):
-        return None
+    if name in _TEXTS and name != "kv_cache_memory_bytes":
+        return value
     try:
         if name in _SHARES:
             return float(value)
         scale = _MULTIPLIERS.get(value[-1:], 1)
-        return round(float(value[:-1]) * scale) if scale > 1 else int(value)
-    except ValueError:
+        number = round(float(value[:-1]) * scale) if scale > 1 else int(value)
+    except (ValueError, OverflowError):
+        if name == "kv_cache_memory_bytes":  # perhaps in our words, such as 16GiB
+            return value
         raise ConfigError(f"{flag} {value!r} in the vLLM command is not a number") from None
-
-
-def _bytes(value: str) -> str:
-    """Return vLLM's way to write bytes (16G is binary, 16g decimal) in ours."""
-    scale = _MULTIPLIERS.get(value[-1:])
-    return value if scale is None else str(round(float(value[:-1]) * scale))
+    return str(number) if name == "kv_cache_memory_bytes" else number

@@ -20,7 +20,10 @@ from pagedkv.sims.records import Outcome
 
 FILES = {"config.toml", "summary.json", "requests.csv", "timeline.csv"}
 CLOSED = "--users 9 --think-time 2s --duration 20s --warmup 5s --repeats 2 --goodput ttft:150 tpot:90 --watermark 0.01".split()
-OPEN = "--request-rate 2.5 --burstiness 0.5 --duration 20s --warmup 5s --lengths sharegpt --over-length drop --seed 7".split()
+OPEN = (
+    "--request-rate 2.5 --burstiness 0.5 --duration 20s --warmup 5s --lengths sharegpt --over-length drop --seed 7 "
+    "--hardware rtx-4090 --model qwen2.5-7b"
+).split()
 DRAINED = "--request-rate 2.5 --num-prompts 12 --random-input-len 90 --random-output-len 9 --random-range-ratio 0.3".split()
 REPLAY = "--trace a\\b;[t]'é.csv --trace-rate 1.7 --num-prompts 30 --max-model-len 1000 --quantization fp8 --enforce-eager".split()
 

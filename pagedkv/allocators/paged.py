@@ -94,7 +94,8 @@ class PagedAllocator:
     def free(self, row: int) -> None:
         """Give all blocks of `row` back. O(blocks)."""
         release_blocks(self.pool.arrays, self.tables.blocks[row], self.tables.num_blocks[row])
-        release_blocks(self.pool.arrays, self.state_tables[row], self.state_units)
+        if self.tables.num_blocks[row]:  # a row that holds nothing has a stale state table
+            release_blocks(self.pool.arrays, self.state_tables[row], self.state_units)
         self.tables.num_blocks[row] = 0
 
     @property

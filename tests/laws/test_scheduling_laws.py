@@ -58,7 +58,7 @@ def busy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             return scenario(LoadConfig(request_rate=3.0, num_prompts=15, **LENGTHS), duration="60s")
         case "state of Mamba layers":
             load = LoadConfig(request_rate=5.0, num_prompts=60, **LENGTHS)
-            return scenario(load, num_blocks=2580, model="nemotron-3-nano-30b-a3b")
+            return scenario(load, num_blocks=2080, model="nemotron-3-nano-30b-a3b")
     file = tmp_path_factory.mktemp("trace") / "trace.csv"
     file.write_text(TRACE + "0.5,500,600\n")
     return scenario(LoadConfig(trace=str(file)))

@@ -323,7 +323,6 @@ def test_contiguous_notices_corruption(corrupt: Callable[[Any], None]) -> None:
         allocator.check_integrity()
 
 
-@pytest.mark.xfail(strict=True, reason="free drops references to the stale state blocks of a row that holds nothing")
 def test_freeing_a_row_that_holds_nothing_changes_nothing() -> None:
     allocator = ALLOCATORS.load("paged")(replace(POOL, state_slots=4))
     before = state_of(allocator)
