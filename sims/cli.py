@@ -132,13 +132,15 @@ def fit(
     from pagedkv.sims.console_static import show_fit
     from pagedkv.sims.deployment import deploy
     from pagedkv.sims.fit import fit as static_fit
+    from pagedkv.sims.fit import under_other_rules
 
     deployment = deploy(serving)
     answer = static_fit(deployment, users=users, context=context)
     if json is None:
         _print(lambda console: show_fit(answer, deployment, console))
     else:
-        _write_json(asdict(answer), json)
+        engines = [asdict(other) for other in under_other_rules(deployment)]
+        _write_json(asdict(answer) | {"engines": engines}, json)
 
 
 @tools.command

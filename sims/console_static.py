@@ -7,7 +7,7 @@ from rich.text import Text
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.sims.console import waterfall
 from pagedkv.sims.deployment import Deployment
-from pagedkv.sims.fit import Fit
+from pagedkv.sims.fit import Fit, under_other_rules
 from pagedkv.sims.from_vllm import VllmCommand
 from pagedkv.sims.glossary import Entry
 from pagedkv.units import GIB
@@ -22,11 +22,20 @@ def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
     for row in answer.rows:
         table.add_row(f"{row.context:,}", f"{row.paged:,}", f"{row.contiguous_max:,}")
     console.print(table, "\n")
+    limit, rows = deployment.scheduler.max_num_seqs, [*answer.rows, answer.at_context]
+    if max(answer.users or 0, *(row.paged for row in rows if row)) > limit:
+        console.print(f"Of more requests than max-num-seqs, {limit:,} run at once and the others wait.", markup=False)
     console.print(
         f"A formula with every user at max-model-len {longest:,} claims {answer.formula_users:.1f} users. Real requests are "
         "shorter and do not all run at once: simulate says how many people that is.",
         markup=False,
     )
+    console.print()
+    console.print("The same model and machine under each engine's rule, with its defaults:", style="bold")
+    for other in under_other_rules(deployment):
+        holds = "does not start" if other.kv_tokens is None else f"{other.kv_tokens:,} tokens"
+        console.print(Text.assemble((f"  {other.ledger}: {holds}", "bold"), f"\n    {other.equation}"))
+    console.print()
     if answer.longest_context is not None:
         console.print(f"{answer.users:,} requests at once can have {answer.longest_context:,} tokens each.", markup=False)
     if answer.at_context is not None:

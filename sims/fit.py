@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
+from pagedkv.ledgers.llama_cpp import DEFAULT_SLOTS, LlamaCppLedger
+from pagedkv.ledgers.sglang import SGLangLedger, default_chunked_prefill_size
+from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
+from pagedkv.ledgers.vllm import VLLMLedger
+from pagedkv.memory_plan import plan
+from pagedkv.memory_request import Ledger, MemoryRequest
 from pagedkv.sims.deployment import Deployment
 
 CONTEXTS = tuple(1024 << i for i in range(10))
@@ -61,6 +67,58 @@ def fit(deployment: Deployment, *, users: int | None = None, context: int | None
         longest_context=None if users is None else min(each * budget.block_size, longest),
         at_context=None if context is None else _row(deployment, context),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFit:
+    """The same model on the same machine under one engine's memory rule, with that engine's defaults."""
+
+    ledger: str
+    """Name of the rule in `pagedkv.ledgers`."""
+    kv_tokens: int | None
+    """Tokens that requests can hold; None if it does not start."""
+    kv_cache_bytes: int | None
+    equation: str
+    """How the engine computes it, with this machine's numbers; or why it does not start."""
+
+
+def under_other_rules(deployment: Deployment) -> tuple[EngineFit, ...]:
+    """Return what every engine's memory rule gives this model on this machine, defaults where they differ from vLLM's."""
+    hardware, serving = deployment.hardware, deployment.config
+    chunk = default_chunked_prefill_size(hardware.visible_bytes)
+    longest = deployment.scheduler.max_model_len
+    # llama.cpp's -c sizes the whole cache: here for as many requests of max-model-len as it has slots.
+    rules: dict[str, tuple[Ledger, int]] = {
+        "vllm": (
+            VLLMLedger(block_size=serving.block_size, gpu_memory_utilization=hardware.default_utilization.value),
+            deployment.scheduler.max_num_batched_tokens,
+        ),
+        "sglang": (SGLangLedger(), chunk),
+        "tensorrt-llm": (TensorRTLLMLedger(), deployment.scheduler.max_num_batched_tokens),
+        "llama-cpp": (LlamaCppLedger(ctx_size=DEFAULT_SLOTS * longest), 512),
+    }
+    return tuple(_under(deployment, name, ledger, tokens) for name, (ledger, tokens) in rules.items())
+
+
+def _under(deployment: Deployment, name: str, ledger: Ledger, max_num_batched_tokens: int) -> EngineFit:
+    serving = deployment.config
+    request = MemoryRequest(
+        model=deployment.model,
+        hardware=deployment.hardware,
+        ledger=ledger,
+        weight_format=deployment.weight_format,
+        kv_cache_dtype=serving.kv_cache_dtype,
+        max_model_len=deployment.scheduler.max_model_len,
+        max_num_seqs=deployment.scheduler.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enforce_eager=serving.enforce_eager,
+    )
+    try:
+        budget = plan(request)
+    except ConfigError as error:
+        return EngineFit(ledger=name, kv_tokens=None, kv_cache_bytes=None, equation=str(error))
+    tokens = budget.usable_blocks * budget.block_size
+    return EngineFit(ledger=name, kv_tokens=tokens, kv_cache_bytes=budget.kv_cache, equation=budget.equation)
 
 
 def _state_blocks(deployment: Deployment) -> int:
