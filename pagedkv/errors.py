@@ -19,6 +19,10 @@ class IntegrityError(AssertionError):
     """State that breaks an invariant: a bug in pagedkv or in a plug-in. The message dumps the state."""
 
 
+_SHOWN = 20
+"""Names that a message lists at most."""
+
+
 def unknown_name(kind: str, name: str, choices: Iterable[str], *, hint: str = "") -> ConfigError:
     """Return the error for a name that is not among `choices`, with the nearest ones first.
 
@@ -28,7 +32,8 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], *, hint: str = ""
         choices: The names that would work.
         hint: One more sentence, e.g. how to list the choices.
     """
-    known = sorted(choices)
+    known = list(choices)
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    suggestion = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}."
+    shown = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
+    suggestion = f"did you mean {' or '.join(near)}?" if near else f"known: {shown}."
     return ConfigError(f"unknown {kind} {name!r}: {suggestion}{' ' + hint if hint else ''}")

@@ -3,6 +3,7 @@
 Heavy modules (numba, plotly) are imported inside functions, so that `simulate --help` stays quick.
 """
 
+import io
 import os
 import re
 import sys
@@ -230,6 +231,9 @@ def _path(text: str | None, flag: str) -> Path | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a mistake in what was asked, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show "×" shows "?"
+            stream.reconfigure(errors="replace")
     if arguments[:1] == ["simulate"]:  # `pagedkv simulate --users 100`
         del arguments[0]
     try:
@@ -274,9 +278,11 @@ def _config_files(arguments: list[str]) -> tuple[Toml, ...]:
     paths += [flag.removeprefix("--config=") for flag in arguments if flag.startswith("--config=")]
     for path in paths:
         try:
-            tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the configuration {path!r}: {error}") from error
+        if "config" in settings:
+            raise ConfigError(f"{path!r} names another configuration in 'config': give --config on the command line, once for each")
     return tuple(Toml(path, must_exist=True) for path in paths)
 
 

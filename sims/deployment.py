@@ -46,6 +46,8 @@ def deploy(serving: ServingConfig) -> Deployment:
         raise unknown_name("contiguous-heap", serving.contiguous_heap, HEAPS.names())
     if not 0 <= serving.watermark < 1:
         raise ConfigError(f"watermark {serving.watermark} is a share of the blocks: needs 0 or more, below 1")
+    if serving.block_size > 1 << 16:
+        raise ConfigError(f"block-size {serving.block_size}: needs 1 to {1 << 16:,} tokens; vLLM's default is 16")
     weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
     scheduler = engine.scheduler_settings(serving, model, hardware)
     budget = engine.memory_budget(serving, model, weight_format, hardware, scheduler)

@@ -196,5 +196,5 @@ def _mark_warmup(figure: go.Figure, results: Results) -> None:
 
 
 def _rounded(values: Float64Array) -> list[float]:
-    """Return `values` with four significant digits: enough for a picture, and a third of the bytes."""
+    """Return `values` with five significant digits: enough for a picture, and a third of the bytes."""
     return [float(f"{value:.5g}") for value in values.tolist()]

@@ -112,6 +112,8 @@ def _under(deployment: Deployment, name: str, ledger: Ledger, max_num_batched_to
         max_num_seqs=deployment.scheduler.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enforce_eager=serving.enforce_eager,
+        os_reserve_bytes=deployment.budget.os_reserve,
+        other_programs_bytes=deployment.budget.other_programs,
     )
     try:
         budget = plan(request)

@@ -3,6 +3,7 @@
 docs/metrics.md says the same at length; a test holds that every field of the result schema is explained here.
 """
 
+import re
 from dataclasses import dataclass
 
 from pagedkv.errors import unknown_name
@@ -35,7 +36,12 @@ _ENTRIES = (
         "itl_s", "ITL", "token i+1 − token i, over all tokens", "Inter-token latency: every single pause, so its P99 shows stalls."
     ),
     _entry("e2e_s", "E2E", "last token − arrival", "End-to-end latency of a request."),
-    _entry("goodput_per_s", "goodput", "requests that finish within every goal / (E − W)", "Throughput that counts."),
+    _entry("mean", "mean", "Σ samples / their number", "Of a latency: over all measured requests, or all gaps."),
+    _entry("p50", "P50", "half of the samples are at most this", "The median: what the usual request sees."),
+    _entry("p90", "P90", "90 % of the samples are at most this", "What one request in ten exceeds."),
+    _entry("p99", "P99", "99 % of the samples are at most this", "What one request in a hundred exceeds."),
+    _entry("ci95", "95 % interval", "mean ± t × s / √n over n repeats", "Where the mean lies, with --repeats from 2 on."),
+    _entry("goodput_per_s", "goodput, requests/s", "requests that finish within every goal / (E − W)", "Throughput that counts."),
     _entry(
         "goodput_share",
         "goodput, share",
@@ -97,7 +103,13 @@ _ENTRIES = (
     _entry("iterations", "steps", "scheduler steps in the whole run", "One forward pass each."),
     _entry("request_steps", "request-steps", "Σ over steps of the requests in it", "The size of the simulation."),
     _entry("simulated_s", "simulated time", "E", "The virtual clock at the end, warm-up included."),
-    _entry("verdict", "verdict", "failed > rejecting > saturated > stable", "Whether the load fits, and which limit binds."),
+    _entry("verdict", "verdict", "status, fits, binding", "Whether the load fits, and which limit binds."),
+    _entry("status", "status", "failed > rejecting > saturated > stable", "The first of them that holds."),
+    _entry("fits", "fits", "stable, and 99 % of the requests meet the goals", "Without goals: stable."),
+    _entry("binding", "limit", "what costs the mean request the most time", "What is reached, or would be reached first."),
+    _entry("next_command", "try next", "more load if it fits, else a remedy that starts", "A command to copy."),
+    _entry("allocator", "allocator", "paged or contiguous-*", "Who hands out KV memory; all of them serve the same requests."),
+    _entry("placement", "placement", "block, or the name of a heap", "How an allocator finds room."),
     _entry(
         "block",
         "block",
@@ -116,15 +128,24 @@ _ENTRIES = (
 GLOSSARY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 """By name."""
 
+_PERCENTILE_AND_UNIT = re.compile(r"(_p[0-9]+)?(_per_s|_m?s)?$")
+
 
 def explain(word: str) -> Entry:
-    """Return the entry for a field name or a title, in any case, with or without its unit.
+    """Return the entry for a field name, a title or a label of the comparison, in any case, with or without its unit.
 
     Raises:
         ConfigError: If there is none; near ones are named.
     """
-    wanted = word.lower().replace("-", "_").strip()
-    for entry in _ENTRIES:
-        if wanted in (entry.name, entry.title.lower(), entry.name.removesuffix("_s"), entry.name.removeprefix("num_")):
-            return entry
+    key = _key(word)
+    for wanted in (key, _PERCENTILE_AND_UNIT.sub("", key)):  # "TTFT P50, ms" is about TTFT
+        for entry in _ENTRIES:
+            bare = _PERCENTILE_AND_UNIT.sub("", entry.name)
+            if wanted in (entry.name, _key(entry.title), bare, entry.name.removeprefix("num_")):
+                return entry
     raise unknown_name("word", word, GLOSSARY)
+
+
+def _key(text: str) -> str:
+    """Return `text` as a field name is written, without what it says in brackets."""
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"\(.*\)", "", text.lower())).strip("_")

@@ -64,10 +64,10 @@ def html(results: Results) -> str:
     title = f"{results.scenario.load.title} on {results.scenario.deployment.hardware.title}"
     sections = (
         _verdict(results, document),
-        _section("memory", "Where the memory goes", _figure(figures.waterfall(results), _kv_line(results, document))),
-        _section("kv", "KV memory over time", _figure(figures.kv_over_time(results), _caption_kv())),
-        _section("occupancy", "Running, waiting, preempted", _figure(figures.occupancy(results), _caption_occupancy())),
-        _section("latency", "Latency", "".join(_figure(f, c) for f, c in figures.latency_cdfs(results))),
+        _section("memory", "Where the memory goes", _figure("budget", figures.waterfall(results), _kv_line(results, document))),
+        _section("kv", "KV memory over time", _figure("kinds", figures.kv_over_time(results), _caption_kv())),
+        _section("occupancy", "Running, waiting, preempted", _figure("requests", figures.occupancy(results), _caption_occupancy())),
+        _section("latency", "Latency", _latency(results)),
         _section("comparison", "All figures", _comparison(document)),
         _section("assumptions", "Assumptions", _assumptions(results)),
         _section("glossary", "Glossary", _glossary()),
@@ -88,10 +88,14 @@ def _section(anchor: str, title: str, body: str) -> str:
     return f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n{body}\n</section>'
 
 
-def _figure(figure: Figure, caption: str) -> str:
+def _figure(name: str, figure: Figure, caption: str) -> str:
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    body = to_html(figure, include_plotlyjs=False, include_mathjax=False, full_html=False, config=config)
+    body = to_html(figure, include_plotlyjs=False, include_mathjax=False, full_html=False, config=config, div_id=f"figure-{name}")
     return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"
+
+
+def _latency(results: Results) -> str:
+    return "".join(_figure(f"latency-{i}", f, caption) for i, (f, caption) in enumerate(figures.latency_cdfs(results)))
 
 
 def _command(anchor: str, text: str) -> str:
@@ -108,14 +112,15 @@ def _verdict(results: Results, document: dict[str, Any]) -> str:
         for c in document["results"]
     )
     gains = "".join(f"<li>{escape(line)}</li>" for line in advantages(document))
-    headline = document["results"][0]["verdict"]["text"].partition(":")[0]
+    first = document["results"][0]["verdict"]
+    headline = first["text"].partition(f": {first['status']}")[0]  # a trace's name may hold a colon, too
     served = scenario.deployment
     model = f"{served.model.title}, {served.weight_format.name} weights"
     subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"
     return (
         f'<section id="verdict">\n<h1>{escape(headline)}</h1>\n<p class="soft">{escape(subtitle)}</p>\n'
         f"<ul>{items}{gains}</ul>\n<p>This run:</p>{_command('this-run', command_line(scenario.config))}\n"
-        f"<p>Try next:</p>{_command('next-run', document['results'][0]['verdict']['next_command'])}\n</section>"
+        f"<p>Try next:</p>{_command('next-run', first['next_command'])}\n</section>"
     )
 
 

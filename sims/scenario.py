@@ -114,9 +114,13 @@ def _check_load_flags(load: LoadConfig) -> None:
     """Refuse contradictions: there is one kind of load, and every flag that it does not use is unset."""
     kinds = [name for name in ("users", "request_rate", "trace") if getattr(load, name) is not None]
     if len(kinds) != 1:
-        given = " and ".join(f"--{name.replace('_', '-')}" for name in kinds) or "none of them"
-        raise ConfigError(f"the load is one of --users N, --request-rate R and --trace FILE; {given} was given. Try --users 100")
+        given = " and ".join(f"--{name.replace('_', '-')}" for name in kinds)
+        verb = f"{given} were given" if kinds else "none of them was given"
+        raise ConfigError(f"the load is one of --users N, --request-rate R and --trace FILE; {verb}. Try --users 100")
     kind = kinds[0]
+    for name in ("trace", "lengths"):
+        if any("\ud800" <= letter <= "\udfff" for letter in getattr(load, name) or ""):
+            raise ConfigError(f"--{name} {getattr(load, name)!a}: the name of the file is not UTF-8; rename it, or link to it")
     belongs = {
         "think_time": ("users",),
         "burstiness": ("request_rate",),

@@ -80,9 +80,12 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
         status = "rejecting"
     elif slow or queueing:
         status = "saturated"
-    binding = _binding(scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing)
     attained = _attained(runs, scenario.goals)
-    fits = status == "stable" and figures["num_injected"] > 0 and (attained is None or attained >= ATTAIN)
+    missed = attained is not None and attained < ATTAIN
+    binding = _binding(
+        scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing, missed=missed and status == "stable"
+    )
+    fits = status == "stable" and figures["num_injected"] > 0 and not missed
     reasons = []
     if figures["num_injected"] == 0:
         reasons.append("no request arrived after the warm-up")
@@ -163,7 +166,8 @@ class MeanWaits:
 def _load_rises(run: Run) -> bool:
     """Return whether more and more requests are there: waiting ones, or measured ones that are not done.
 
-    That is: over the last third of the time in which measured requests arrive, more than twice as many as over the first, plus one.
+    That is: over the last third of the time in which measured requests arrive, more than twice as many as over the first, plus one,
+    plus what chance alone may add (twice the root, as for Poisson counts).
     """
     log, measured = run.log, run.measured
     if len(measured) == 0:
@@ -176,7 +180,7 @@ def _load_rises(run: Run) -> bool:
         for from_s in (run.warmup_s, last_s - third_s):
             inside_s = np.minimum(until_s, from_s + third_s) - np.maximum(log.arrival_s, from_s)
             thirds.append(float(np.maximum(inside_s, 0.0).sum()) / third_s if third_s > 0 else 0.0)
-        return thirds[1] > 2 * thirds[0] + 1
+        return thirds[1] > 2 * thirds[0] + 1 + 2 * math.sqrt(thirds[1])
 
     waiting = log.where((log.outcome != Outcome.REJECTED) & (log.outcome != Outcome.FAILED))
     accepted = measured.where((measured.outcome != Outcome.REJECTED) & (measured.outcome != Outcome.FAILED))
@@ -206,8 +210,9 @@ def _binding(
     *,
     rejecting: bool,
     queueing: bool,
+    missed: bool,
 ) -> Binding:
-    """Name the limit that costs requests the most time, or, if none does, the one that is nearest."""
+    """Name the limit that costs requests the most time, or, if none does and no goal is `missed`, the one that is nearest."""
     if rejecting:
         log = runs[0].log.of(Outcome.REJECTED)
         longest = (log.prompt_tokens + log.output_tokens).max(initial=0)
@@ -219,9 +224,9 @@ def _binding(
                 if blocker in _OF_BLOCKER:
                     blocked_s[_OF_BLOCKER[blocker]] += seconds
         return max(blocked_s, key=blocked_s.__getitem__)
-    if figures["kv"] and figures["kv"]["free"] < NEARLY_FULL:
+    if not missed and figures["kv"] and figures["kv"]["free"] < NEARLY_FULL:
         return "kv_memory"
-    if figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
+    if not missed and figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
         return "max_num_seqs"
     memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0)
     return "bandwidth" if memory_s >= compute_s else "prefill_compute"

@@ -65,7 +65,7 @@ def refusal(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 BAD_INPUT: dict[str, tuple[str, ...]] = {
     # names, with the near ones
     "--users 5 --model llama-3.1-8": ("unknown model 'llama-3.1-8'", "did you mean llama-3.1-8b"),
-    "--users 5 --model zzz": ("unknown model 'zzz'", "known: ", "qwen2.5-7b"),
+    "--users 5 --model zzz": ("unknown model 'zzz'", "known: ", "llama-3.1-8b"),
     "--users 5 --hardware spark": ("unknown hardware 'spark'", "did you mean dgx-spark?"),
     "--users 5 --engine vlm": ("unknown engine 'vlm'", "did you mean vllm?"),
     "--users 5 --allocator paged,pagd": ("unknown allocator 'pagd'", "did you mean paged?"),

@@ -76,6 +76,11 @@ def test_toml_gives_its_configuration_again(changes: dict[str, Any], tmp_path: P
     assert parsed(["--config", str(tmp_path / "config.toml")]) == config
 
 
+def test_toml_keeps_every_character() -> None:
+    text = "".join(map(chr, range(1, 300))) + "\U0001f600"
+    assert tomllib.loads(to_toml({"trace": text})) == {"trace": text}
+
+
 def test_the_shortest_command() -> None:
     config = SimulationConfig(load=LoadConfig(users=100))
     assert command_line(config) == "simulate --users 100"

@@ -1,0 +1,109 @@
+"""Every word of an answer is explained: in the glossary, by `simulate explain`, and in docs/metrics.md."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagedkv.errors import ConfigError
+from pagedkv.sims.cli import main
+from pagedkv.sims.comparison import comparison
+from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.glossary import GLOSSARY, Entry, explain
+from pagedkv.sims.recorder import KV_KINDS
+from pagedkv.sims.results import simulate
+from pagedkv.sims.scenario import resolve
+
+METRICS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+NAMES = {"engine", "model", "hardware", "text"}
+"""Fields that say what the user asked for, and the verdict's own sentence."""
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """A result in which no figure is absent: requests wait, there are goals and repeats."""
+    config = SimulationConfig(
+        load=LoadConfig(users=9, think_time="100ms", random_input_len=300, random_output_len=30),
+        serving=ServingConfig(hardware="rtx-4090", max_model_len=2048, max_num_seqs=2),
+        measurement=MeasurementConfig(
+            duration="5s", warmup="1s", repeats=2, goodput=("ttft:900",), allocator=("paged", "contiguous-max")
+        ),
+    )
+    return simulate(resolve(config)).document()
+
+
+def fields(value: Any) -> Iterator[str]:
+    """Yield the names of all fields in `value`, those of intervals excepted: they are names of figures."""
+    for name, inner in value.items():
+        yield name
+        if isinstance(inner, dict) and name != "ci95":
+            yield from fields(inner)
+
+
+def test_every_field_of_the_results_is_explained(document: dict[str, Any]) -> None:
+    for result in document["results"]:
+        assert all(value is not None for value in result.values())
+        assert set(fields(result)) - NAMES <= set(GLOSSARY)
+        assert {name.partition(".")[0] for name in result["ci95"]} <= set(GLOSSARY)
+
+
+def test_every_kind_of_memory_is_explained() -> None:
+    assert set(KV_KINDS) <= set(GLOSSARY)
+
+
+def test_every_line_of_the_comparison_is_explained(document: dict[str, Any]) -> None:
+    fields_of_lines = {explain(row.label).name for row in comparison(document)}
+    assert {
+        "ttft_s",
+        "e2e_s",
+        "running_mean",
+        "goodput_per_s",
+        "goodput_share",
+        "status",
+        "kv_when_waiting",
+        "free",
+    } <= fields_of_lines
+    assert explain("requests").name == "num_injected"
+    assert explain("requests/s").name == "request_throughput_per_s"
+
+
+@pytest.mark.parametrize("entry", GLOSSARY.values(), ids=GLOSSARY)
+def test_a_word_is_found_under_each_of_its_names(entry: Entry) -> None:
+    for name in (entry.name, entry.title):
+        assert {explain(word) for word in (name, name.upper(), f" {name} ", name.replace("_", "-"), name.replace("_", " "))} == {
+            entry
+        }
+    assert explain(re.sub("(_per)?_s$", "", entry.name)) is entry
+    assert all(text.strip() for text in (entry.title, entry.formula, entry.meaning))
+
+
+def test_titles_are_unique() -> None:
+    assert len({entry.title.lower() for entry in GLOSSARY.values()}) == len(GLOSSARY)
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("tftf", "ttft_s"), ("good-putt", "goodput"), ("preempted", "preemption"), ("", "known")]
+)
+def test_an_unknown_word_is_refused_with_near_ones(word: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown word {word!r}: .*{near}"):
+        explain(word)
+
+
+def test_explain_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["explain", "TTFT P99, ms"])
+    entry = GLOSSARY["ttft_s"]
+    assert capsys.readouterr().out == f"{entry.title} ({entry.name})\n  {entry.formula}\n  {entry.meaning}\n"
+    for arguments in (["explain", "tftf"], ["explain"]):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert (exit.value.code, out) == (2, "")
+        assert err.startswith("error: ")
+
+
+def test_the_page_of_metrics_names_every_field(document: dict[str, Any]) -> None:
+    named = set(re.findall(r"`\"?(\w+)", METRICS.read_text("utf-8")))
+    for result in document["results"]:
+        assert set(fields(result)) - NAMES - named == set()
