@@ -1,6 +1,7 @@
 """The models and machines that pagedkv knows by name. The only module that reads files."""
 
 import json
+import re
 import reprlib
 import tomllib
 from functools import cache
@@ -16,6 +17,9 @@ from pagedkv.model_toml import model_from_table
 
 MAX_JSON_BYTES = 2**24
 """No config.json is larger."""
+
+_QUANTIZED = re.compile(r"(.+?)[-_](fp8|nvfp4|fp4|awq|gptq|int4|w4a16)(?:[-_].*)?")
+_QUANTIZED_AS = {"fp8": "fp8", "nvf": "nvfp4", "fp4": "nvfp4", "awq": "int4", "gpt": "int4", "int": "int4", "w4a": "int4"}
 
 _FOLDER = Path(__file__).parent
 
@@ -42,7 +46,28 @@ def load_model(name: str) -> ModelSpec:
     path = Path(name)
     if name.endswith(".json") or (name and _exists(path)):
         return _model_file(path, name)
+    known = quantized_repository(name)
+    if known is not None:
+        raise ConfigError(f"unknown model {name!r}: it looks like --model {known[0]} --quantization {known[1]}")
     raise unknown_name("model", name, model_names(), hint="Or name a config.json, or the folder it is in.")
+
+
+def quantized_repository(name: str) -> tuple[str, str] | None:
+    """Return (catalogue name, weight format) for the name of a repository of quantized weights, whoever made them; None if unclear.
+
+    E.g. "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8" is ("llama-3.1-8b", "fp8").
+    """
+    match = _QUANTIZED.fullmatch(name.rpartition("/")[2].lower())
+    if match is None:
+        return None
+    by_last_part = {full.rpartition("/")[2]: entry for full, entry in _model_index().items()}
+    entry = by_last_part.get(match[1])
+    return None if entry is None else (entry, _QUANTIZED_AS[match[2][:3]])
+
+
+def known_model(name: str) -> bool:
+    """Return whether the catalogue has a model of this name or Hugging Face id."""
+    return name.lower() in _model_index()
 
 
 @cache

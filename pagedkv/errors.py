@@ -32,7 +32,7 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], *, hint: str = ""
         choices: The names that would work.
         hint: One more sentence, e.g. how to list the choices.
     """
-    known = list(choices)
+    known = sorted(choices)
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     shown = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
     suggestion = f"did you mean {' or '.join(near)}?" if near else f"known: {shown}."

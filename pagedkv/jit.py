@@ -19,7 +19,10 @@ def jit(function: F) -> F:
     numba renews a cached function when the file that holds it changes, but not when a function that it calls in another file does:
     after an upgrade, old code could go on running. So the key here covers every source file of the package.
     """
-    compiled = numba.njit(cache=True, error_model="numpy")(function)
+    try:
+        compiled = numba.njit(cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no folder to keep it in: compile anew in every process
+        compiled = numba.njit(error_model="numpy")(function)
     cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache_file is not None:  # no writable cache folder, or NUMBA_DISABLE_JIT
         cache_file._source_stamp = (cache_file._source_stamp, _package_digest())

@@ -114,8 +114,10 @@ class MemoryRequest:
 
     @property
     def blocks_for_one_request(self) -> int:
-        """Blocks without which a request of `max_model_len` tokens cannot finish, null blocks included."""
-        return -(-self.max_model_len // self.ledger.block_size) + self.ledger.null_blocks
+        """Blocks without which a request of `max_model_len` tokens cannot finish, its state and null blocks included."""
+        spec, size = self.model.kv_spec(self.kv_cache_dtype), self.ledger.block_size
+        state_slots = -(-spec.state_bytes_per_sequence // spec.bytes_per_token)
+        return -(-self.max_model_len // size) + -(-state_slots // size) + self.ledger.null_blocks
 
     @property
     def taken_by_others(self) -> tuple[int, int]:

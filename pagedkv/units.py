@@ -28,6 +28,8 @@ def parse_bytes(text: str, *, name: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _SUFFIXES or float(match[1]) > MAX_BYTES:
         raise ConfigError(f"{name} {text!r} is not a size: write a number with a unit, such as 8GiB, 512MiB or 16GB")
+    if match[2] == "" and 0 < float(match[1]) < MIB:
+        raise ConfigError(f"{name} {text!r} would be {text.strip()} bytes: write a unit, such as {text.strip()}GiB")
     return round(float(match[1]) * _SUFFIXES[match[2].lower()])
 
 

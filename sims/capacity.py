@@ -24,6 +24,7 @@ def largest_users(config: SimulationConfig, allocator: str) -> int:
     good, bad = 0, 1
     while bad <= MOST_USERS and fits(bad):
         good, bad = bad, 2 * bad
+    bad = min(bad, MOST_USERS + 1)
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)

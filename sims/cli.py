@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, convert
-from cyclopts.config import Toml
+from cyclopts.config import Dict
 
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config import GOES_WITH, LOAD_KINDS, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,10 +27,14 @@ INTERRUPTED, BAD_INPUT = 130, 2
 
 
 def _whole(kind: Any, text: str) -> Any:
-    """Convert as cyclopts would, but take only whole numbers for whole numbers: it would round 5.5 users to 6."""
+    """Convert as cyclopts would, but take only whole numbers for whole numbers: it would round 5.5 users to 6.
+
+    As in vLLM, 16k is 16,000 and 16K is 16,384.
+    """
     if kind is int:
+        scale = {"k": 1000, "K": 1024}.get(text[-1:], 1)
         try:
-            return int(text)
+            return int(text[:-1] if scale > 1 else text) * scale
         except ValueError:
             raise ValueError(f"{text!r} is not a whole number") from None
     return convert(kind, [text])
@@ -161,17 +165,18 @@ def hardware() -> None:
 
 
 @tools.command
-def explain(word: str) -> None:
-    """Explain a figure or a word of the answer by its formula.
+def explain(*words: str) -> None:
+    """Explain a figure or a word of the answer by its formula; without a word, all of them.
 
     Args:
-        word: A field such as ttft_s or kv_when_waiting, or a title such as goodput.
+        words: A field such as ttft_s or kv_when_waiting, or a title such as goodput.
     """
-    from pagedkv.sims.console_static import show_entry
+    from pagedkv.sims.console_static import show_entries
+    from pagedkv.sims.glossary import GLOSSARY
     from pagedkv.sims.glossary import explain as entry_of
 
-    entry = entry_of(word)
-    _print(lambda console: show_entry(entry, console))
+    entries = [entry_of(" ".join(words))] if words else list(GLOSSARY.values())
+    _print(lambda console: show_entries(entries, console))
 
 
 @tools.command
@@ -189,16 +194,17 @@ def from_vllm(
     """
     from pagedkv.sims.command import command_line
     from pagedkv.sims.console_static import show_vllm_command
-    from pagedkv.sims.from_vllm import parse_vllm_command
+    from pagedkv.sims.from_vllm import parse_vllm_command, with_vllm_defaults
 
     read = parse_vllm_command(command, base=serving)
-    config = SimulationConfig(load=LoadConfig(users=users), serving=read.serving)
+    serving, defaults = with_vllm_defaults(read.serving)
+    config = SimulationConfig(load=LoadConfig(users=users), serving=serving)
     words = command_line(config) if users is not None else command_line(config).replace("simulate", "simulate fit", 1)
-    _print(lambda console: show_vllm_command(read, words, console))
+    _print(lambda console: show_vllm_command(read, defaults, words, console))
     if users is None:
-        fit(serving=read.serving)
+        fit(serving=serving)
     else:
-        simulate(load=config.load, serving=read.serving)
+        simulate(load=config.load, serving=serving)
 
 
 def _print(show: "Callable[[Console], None]") -> None:
@@ -207,7 +213,7 @@ def _print(show: "Callable[[Console], None]") -> None:
     console = RichConsole(highlight=False)
     with console.capture() as answer:  # rich would end the program itself on a closed pipe
         show(console)
-    sys.stdout.write(answer.get())
+    sys.stdout.write("\n".join(line.rstrip() for line in answer.get().split("\n")))
 
 
 def _write_json(document: dict[str, Any], where: str) -> None:
@@ -272,10 +278,15 @@ def _joined(arguments: list[str]) -> list[str]:
     return joined
 
 
-def _config_files(arguments: list[str]) -> tuple[Toml, ...]:
-    """Return the reader of the file that --config names: it gives every flag that `arguments` do not give."""
+def _config_files(arguments: list[str]) -> tuple[Dict, ...]:
+    """Return the files that --config names: they give every flag that `arguments` do not give.
+
+    A load on the command line replaces a file's load of another kind, with what belongs to it.
+    """
     paths = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
     paths += [flag.removeprefix("--config=") for flag in arguments if flag.startswith("--config=")]
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word.startswith("--")}
+    files = []
     for path in paths:
         try:
             settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -283,7 +294,12 @@ def _config_files(arguments: list[str]) -> tuple[Toml, ...]:
             raise ConfigError(f"cannot read the configuration {path!r}: {error}") from error
         if "config" in settings:
             raise ConfigError(f"{path!r} names another configuration in 'config': give --config on the command line, once for each")
-    return tuple(Toml(path, must_exist=True) for path in paths)
+        if given & set(LOAD_KINDS):
+            kinds = {name for name in LOAD_KINDS if name in given}
+            others = {name for name, loads in GOES_WITH.items() if not kinds & set(loads)} | set(LOAD_KINDS) - kinds
+            settings = {name: value for name, value in settings.items() if name.replace("-", "_") not in others}
+        files.append(Dict(settings, source=path))
+    return tuple(files)
 
 
 def _exit(message: str, code: int) -> None:

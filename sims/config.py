@@ -11,6 +11,22 @@ import numpy as np
 
 from pagedkv.errors import ConfigError
 
+LOAD_KINDS = ("users", "request_rate", "trace")
+"""The settings of which exactly one says what kind of load there is."""
+GOES_WITH = {
+    "think_time": ("users",),
+    "burstiness": ("request_rate",),
+    "num_prompts": ("request_rate", "trace"),
+    "trace_format": ("trace",),
+    "trace_rate": ("trace",),
+    "lengths": ("users", "request_rate"),
+    "lengths_in_order": ("request_rate",),
+    "random_input_len": ("users", "request_rate"),
+    "random_output_len": ("users", "request_rate"),
+    "random_range_ratio": ("users", "request_rate"),
+}
+"""By setting of a load: the kinds that it goes with."""
+
 _TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|min|h|)\s*")
 MAX_S = 3.6e9
 """A longer time is a mistake."""

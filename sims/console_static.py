@@ -1,5 +1,7 @@
 """What the terminal shows without a simulation: what fits, the catalogues, a word explained, a vLLM command read."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -45,7 +47,7 @@ def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
 
 def show_models(console: Console) -> None:
     """Print every model of the catalogue."""
-    table = _table("model", "parameters", "active", "KV bytes/token", "state", "context", right=(1, 2, 3, 4, 5))
+    table = _table("model", "params", "active", "KV B/token", "state", "context", right=(1, 2, 3, 4, 5))
     for name in model_names():
         model = load_model(name)
         spec = model.kv_spec("auto")
@@ -72,14 +74,17 @@ def show_hardware(console: Console) -> None:
     console.print(table)
 
 
-def show_entry(entry: Entry, console: Console) -> None:
-    """Print one word of the glossary."""
-    console.print(Text.assemble((entry.title, "bold"), f" ({entry.name})\n  {entry.formula}\n  {entry.meaning}"))
+def show_entries(entries: Sequence[Entry], console: Console) -> None:
+    """Print words of the glossary."""
+    for entry in entries:
+        console.print(Text.assemble((entry.title, "bold"), f" ({entry.name})\n  {entry.formula}\n  {entry.meaning}"))
 
 
-def show_vllm_command(read: VllmCommand, command: str, console: Console) -> None:
+def show_vllm_command(read: VllmCommand, defaults: Sequence[str], command: str, console: Console) -> None:
     """Print what a vLLM command means here, and what is left out."""
     console.print(f"In pagedkv:  {command}", soft_wrap=True, markup=False)
+    if defaults:
+        console.print(f"vLLM's own defaults, which the command leaves open: {', '.join(defaults)}", markup=False)
     if read.without_effect:
         console.print(f"Left out, no effect on memory or scheduling: {', '.join(read.without_effect)}", markup=False)
     if read.not_modelled:

@@ -18,7 +18,7 @@ CONTEXTS = tuple(1024 << i for i in range(10))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitRow:
-    """How many requests the KV pool holds at once when each has `context` tokens."""
+    """How many requests the KV pool holds at once when each has `context` tokens; max-num-seqs may allow fewer to run."""
 
     context: int
     """Prompt and output so far, in tokens."""
@@ -118,7 +118,7 @@ def _under(deployment: Deployment, name: str, ledger: Ledger, max_num_batched_to
     try:
         budget = plan(request)
     except ConfigError as error:
-        return EngineFit(ledger=name, kv_tokens=None, kv_cache_bytes=None, equation=str(error))
+        return EngineFit(ledger=name, kv_tokens=None, kv_cache_bytes=None, equation=str(error).partition(" What fits:")[0])
     tokens = budget.usable_blocks * budget.block_size
     return EngineFit(ledger=name, kv_tokens=tokens, kv_cache_bytes=budget.kv_cache, equation=budget.equation)
 

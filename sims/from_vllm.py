@@ -5,8 +5,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from pagedkv.catalogue import known_model, load_model, quantized_repository
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import ServingConfig
+
+VLLM_UTILIZATION = 0.92
+"""What vLLM takes without --gpu-memory-utilization. Source: vLLM 0.33, EngineArgs (it was 0.9)."""
 
 _MULTIPLIERS = {"k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30, "t": 10**12, "T": 1 << 40}
 _SWITCHES = ("enable_chunked_prefill", "enforce_eager", "scheduler_reserve_full_isl")
@@ -111,8 +115,27 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
         settings["model"] = positional.pop(0)
     if "model" not in settings:
         raise ConfigError(f"{text!r} names no model: write 'vllm serve MODEL'")
+    quantized = quantized_repository(str(settings["model"]))
+    if quantized is not None and not known_model(str(settings["model"])):
+        settings["model"] = quantized[0]
+        settings.setdefault("quantization", quantized[1])
     serving = replace(base, **settings)  # type: ignore[arg-type]
     return VllmCommand(serving=serving, without_effect=tuple(without_effect), not_modelled=(*not_modelled, *positional))
+
+
+def with_vllm_defaults(serving: ServingConfig) -> tuple[ServingConfig, tuple[str, ...]]:
+    """Return `serving` with vLLM's own choice where it differs from ours and nothing is set, and those choices as flags.
+
+    Raises:
+        ConfigError: If the model is unknown.
+    """
+    defaults: dict[str, object] = {}
+    if serving.gpu_memory_utilization is None and serving.kv_cache_memory_bytes is None:
+        defaults["gpu_memory_utilization"] = VLLM_UTILIZATION
+    if serving.max_model_len is None:
+        defaults["max_model_len"] = load_model(serving.model).max_context
+    flags = tuple(f"--{name.replace('_', '-')} {value}" for name, value in defaults.items())
+    return replace(serving, **defaults), flags  # type: ignore[arg-type]
 
 
 def _arguments(text: str) -> list[str] | None:

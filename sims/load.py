@@ -139,7 +139,7 @@ class TraceReplay:
     @property
     def title(self) -> str:
         """E.g. "the 19,366 requests of azure.csv"."""
-        return f"the {len(self.trace):,} requests of {self.trace.path.name}"
+        return f"the {len(self.trace):,} request{'s' if len(self.trace) > 1 else ''} of {self.trace.path.name}"
 
     @property
     def lengths_name(self) -> str:

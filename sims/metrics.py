@@ -20,7 +20,10 @@ class Latencies:
     ttft_s: Float64Array
     """First token − arrival."""
     tpot_s: Float64Array
-    """(Last token − first token) / (output tokens − 1); NaN before the first token and for a request of one output token."""
+    """(Last token − first token) / (output tokens − 1); NaN before the first token and for a request of one output token.
+
+    Of an unfinished one, its pace so far at least: as if its next token came at the end of the run.
+    """
     e2e_s: Float64Array
     """Last token − arrival."""
 
@@ -31,7 +34,7 @@ class Latencies:
         first_s = np.where(np.isnan(log.first_token_s), end_s, log.first_token_s)
         last_s = np.where(finished, log.last_token_s, end_s)
         has_gaps = (log.output_tokens > 1) & ~np.isnan(log.first_token_s)
-        gaps = np.where(has_gaps, log.output_tokens - 1, np.nan)
+        gaps = np.where(has_gaps, np.where(finished, log.output_tokens - 1, log.num_output_tokens), np.nan)
         return cls(ttft_s=first_s - log.arrival_s, tpot_s=(last_s - first_s) / gaps, e2e_s=last_s - log.arrival_s)
 
     def meet(self, goals: tuple[Goal, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, SimulationConfig, parse_seconds
+from pagedkv.sims.config import GOES_WITH, LOAD_KINDS, LoadConfig, MeasurementConfig, SimulationConfig, parse_seconds
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.goodput import Goal, parse_goals
 from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
@@ -112,7 +112,7 @@ def _window(measurement: MeasurementConfig, load: Load) -> tuple[float, float | 
 
 def _check_load_flags(load: LoadConfig) -> None:
     """Refuse contradictions: there is one kind of load, and every flag that it does not use is unset."""
-    kinds = [name for name in ("users", "request_rate", "trace") if getattr(load, name) is not None]
+    kinds = [name for name in LOAD_KINDS if getattr(load, name) is not None]
     if len(kinds) != 1:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in kinds)
         verb = f"{given} were given" if kinds else "none of them was given"
@@ -121,19 +121,7 @@ def _check_load_flags(load: LoadConfig) -> None:
     for name in ("trace", "lengths"):
         if any("\ud800" <= letter <= "\udfff" for letter in getattr(load, name) or ""):
             raise ConfigError(f"--{name} {getattr(load, name)!a}: the name of the file is not UTF-8; rename it, or link to it")
-    belongs = {
-        "think_time": ("users",),
-        "burstiness": ("request_rate",),
-        "num_prompts": ("request_rate", "trace"),
-        "trace_format": ("trace",),
-        "trace_rate": ("trace",),
-        "lengths": ("users", "request_rate"),
-        "lengths_in_order": ("request_rate",),
-        "random_input_len": ("users", "request_rate"),
-        "random_output_len": ("users", "request_rate"),
-        "random_range_ratio": ("users", "request_rate"),
-    }
-    for name, loads in belongs.items():
+    for name, loads in GOES_WITH.items():
         if getattr(load, name) not in (None, False) and kind not in loads:
             goes_with = " or ".join(f"--{each.replace('_', '-')}" for each in loads)
             raise ConfigError(f"--{name.replace('_', '-')} goes with {goes_with}, not with --{kind.replace('_', '-')}")

@@ -52,7 +52,7 @@ class Verdict:
 
     status: Status
     fits: bool
-    """Stable, and the goals are met if there are any."""
+    """With goals: they are met, nobody is turned away, and an open loop's queue does not rise. Without: stable."""
     binding: Binding
     """The limit that is reached, or would be reached first."""
     text: str
@@ -70,8 +70,12 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
     if isinstance(scenario.load, ClosedLoop):
         queueing = waiting_share > WAITING_SHARE_LIMIT
         ideal_share = waits.throughput_share(scenario.load.think_time_s)
+        if math.isinf(waits.e2e_s):  # no measured request has got a token: count what others got done
+            ideal_per_s = scenario.load.users / (scenario.load.think_time_s + waits.unloaded_s)
+            ideal_share = (figures["request_throughput_per_s"] or 0.0) / ideal_per_s
     else:
         queueing = any(_load_rises(run) for run in runs)
+    rising = queueing and not closed
     slow = ideal_share is not None and ideal_share < THROUGHPUT_SHARE_LIMIT
     status: Status = "stable"
     if figures["num_failed"]:
@@ -85,7 +89,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
     binding = _binding(
         scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing, missed=missed and status == "stable"
     )
-    fits = status == "stable" and figures["num_injected"] > 0 and not missed
+    served = status == "stable" if attained is None else status in ("stable", "saturated") and not missed and not rising
+    fits = served and figures["num_injected"] > 0
     reasons = []
     if figures["num_injected"] == 0:
         reasons.append("no request arrived after the warm-up")

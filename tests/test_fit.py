@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pagedkv.allocation import StepBatch
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.catalogue import load_model
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
 from pagedkv.ledgers import LEDGERS
@@ -21,8 +22,8 @@ from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.fit import CONTEXTS, fit, under_other_rules
 
-PLAIN = {"model": "qwen2.5-0.5b", "hardware": "rtx-4090"}
-WITH_STATE = {"model": "qwen3.5-27b", "hardware": "dgx-spark"}
+PLAIN: dict[str, Any] = {"model": "qwen2.5-0.5b", "hardware": "rtx-4090"}
+WITH_STATE: dict[str, Any] = {"model": "qwen3.5-27b", "hardware": "dgx-spark"}
 
 
 def filled(deployment: Deployment, allocator: str, context: int, *, most: int | None = None) -> int:
@@ -48,7 +49,9 @@ def deployments(draw: st.DrawFn) -> Deployment:
     """Small pools, so that they are filled in no time; some just hold one request."""
     state = draw(st.booleans())
     block_size, max_model_len = draw(st.sampled_from([1, 8, 16, 48])), draw(st.integers(1, 1100))
-    least = -(-max_model_len // block_size) + 1
+    spec = load_model((WITH_STATE if state else PLAIN)["model"]).kv_spec("auto")
+    state_slots = -(-spec.state_bytes_per_sequence // spec.bytes_per_token)
+    least = -(-max_model_len // block_size) + -(-state_slots // block_size) + 1
     return deploy(
         ServingConfig(
             **(WITH_STATE if state else PLAIN),
@@ -78,6 +81,7 @@ def test_rows_are_what_real_allocators_hold(deployment: Deployment, share: float
 def test_so_many_users_can_have_the_longest_context_and_no_longer_one(deployment: Deployment, users: int) -> None:
     answer = fit(deployment, users=users)
     assert answer.longest_context is not None
+    assert answer.longest_context <= deployment.scheduler.max_model_len
     if answer.longest_context:
         assert filled(deployment, "paged", answer.longest_context, most=users) == users
     if answer.longest_context < deployment.scheduler.max_model_len:
@@ -85,7 +89,7 @@ def test_so_many_users_can_have_the_longest_context_and_no_longer_one(deployment
 
 
 @pytest.mark.parametrize("names", [{}, WITH_STATE], ids=["llama-3.1-8b", "qwen3.5-27b"])
-def test_a_whole_machine(names: dict[str, str]) -> None:
+def test_a_whole_machine(names: dict[str, Any]) -> None:
     deployment = deploy(ServingConfig(**names))
     answer = fit(deployment)
     budget, longest = deployment.budget, deployment.scheduler.max_model_len
@@ -114,7 +118,7 @@ def test_what_nobody_can_mean_is_refused(users: int, context: int) -> None:
 
 
 @pytest.mark.parametrize("machine", [{}, {"other_programs": "12GiB"}, {"free_memory": "105GiB"}, {"os_reserve": "9GiB"}])
-def test_every_memory_rule_is_about_this_machine(machine: dict[str, str]) -> None:
+def test_every_memory_rule_is_about_this_machine(machine: dict[str, Any]) -> None:
     deployment = deploy(ServingConfig(**machine))
     rules = {other.ledger: other for other in under_other_rules(deployment)}
     assert set(rules) == set(LEDGERS.names())
@@ -123,10 +127,11 @@ def test_every_memory_rule_is_about_this_machine(machine: dict[str, str]) -> Non
     free = deployment.budget.free_at_start
     for name, rule in rules.items():
         assert rule.kv_cache_bytes is not None
+        assert rule.kv_tokens is not None
         assert rule.kv_cache_bytes == pytest.approx(rule.kv_tokens * 131_072, rel=0.001), name
         assert rule.kv_cache_bytes < free - deployment.budget.weights
-    sglang = next(other for other in under_other_rules(deploy(ServingConfig())) if other.ledger == "sglang")
-    assert (rules["sglang"].kv_tokens < sglang.kv_tokens) == bool(machine)  # its share is of the memory that is free
+    whole = next(other for other in under_other_rules(deploy(ServingConfig())) if other.ledger == "sglang")
+    assert (rules["sglang"].kv_tokens != whole.kv_tokens) == bool(machine)  # its share is of the memory that is free
 
 
 def test_a_rule_under_which_the_engine_does_not_start_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pagedkv.allocation import Allocator, KVPoolSettings, StepBatch
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.catalogue import load_model, model_names
+from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings, Step
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -36,10 +37,12 @@ def held_for_state(allocator: Allocator) -> int:
 # --- a whole simulation ---------------------------------------------------------------------------------------------
 
 
-def scenario(name: str, heap: str, *, model: str = "qwen3.5-27b", num_blocks: int = 700) -> Scenario:
-    load = LoadConfig(request_rate=2.0, num_prompts=25, random_input_len=600, random_output_len=150, random_range_ratio=0.9)
+LOAD = LoadConfig(request_rate=2.0, num_prompts=25, random_input_len=600, random_output_len=150, random_range_ratio=0.9)
+
+
+def scenario(name: str, heap: str, load: LoadConfig = LOAD, *, num_blocks: int = 700, **settings: Any) -> Scenario:
     serving = ServingConfig(
-        model=model, num_gpu_blocks_override=num_blocks, max_model_len=1500, contiguous_heap=heap, watermark=0.0
+        model="qwen3.5-27b", num_gpu_blocks_override=num_blocks, max_model_len=1500, contiguous_heap=heap, **settings
     )
     return resolve(SimulationConfig(load=load, serving=serving, measurement=MeasurementConfig(allocator=(name,))))
 
@@ -86,8 +89,10 @@ def test_every_slot_is_accounted_for_at_every_step(name: str, heap: str, steps: 
 
 @pytest.mark.parametrize(("name", "heap"), [("paged", "buddy"), ("contiguous-oracle", "first-fit")])
 def test_a_pool_too_small_for_the_state_rejects_everybody(name: str, heap: str) -> None:
-    # 130 blocks hold 2,064 tokens; the state alone takes as much as 2,340.
-    result = simulate(scenario(name, heap, num_blocks=130)).by_allocator[name]
+    # A budget would refuse it: 130 blocks hold 2,064 tokens; the state alone takes as much as 2,340.
+    enough = scenario(name, heap)
+    few = replace(enough.deployment, pool=replace(enough.deployment.pool, num_blocks=130))
+    result = simulate(replace(enough, deployment=few)).by_allocator[name]
     assert result.figures["num_rejected"] == len(result.runs[0].log.of(Outcome.REJECTED)) == 25
     assert result.verdict.status == "rejecting"
     assert result.verdict.binding == "kv_memory"
@@ -194,14 +199,10 @@ def test_narrower_keys_and_values_do_not_make_the_state_smaller() -> None:
     assert narrow == pytest.approx(2 * wide, abs=1)
 
 
-@pytest.mark.parametrize(
-    "num_blocks",
-    [
-        276,
-        pytest.param(275, marks=pytest.mark.xfail(strict=True, reason="the budget's check for one request leaves its state out")),
-    ],
-)
-def test_an_engine_that_starts_can_serve_the_longest_request(num_blocks: int) -> None:
+def test_an_engine_that_starts_can_serve_the_longest_request() -> None:
     # 128 blocks for 2,048 tokens, 147 for the state, and the null block.
-    deployment = deploy(ServingConfig(model="qwen3.5-27b", max_model_len=2048, num_gpu_blocks_override=num_blocks))
+    serving = ServingConfig(model="qwen3.5-27b", max_model_len=2048, num_gpu_blocks_override=276)
+    with pytest.raises(ConfigError, match="--max-model-len 2048"):
+        deploy(replace(serving, num_gpu_blocks_override=275))
+    deployment = deploy(serving)
     assert ALLOCATORS.load("paged")(deployment.pool).admission_slots(2047, 1) is not None

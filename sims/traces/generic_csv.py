@@ -7,10 +7,10 @@ from typing import ClassVar
 from pagedkv.sims.traces import TRACE_FORMATS, Rows, parse_seconds
 from pagedkv.sims.traces._csv_table import CsvTable
 
-_ARRIVAL_S = ("arrival_s", "timestamp_s", "arrival_time", "arrived_at")
+_ARRIVAL_S = ("arrival_s", "timestamp_s", "arrival_time", "arrived_at", "arrival")
 _ARRIVAL_MS = ("arrival_ms", "timestamp_ms")
-_PROMPT = ("prompt_tokens", "input_tokens", "input_len", "input_length", "prompt_len", "num_prefill_tokens")
-_OUTPUT = ("output_tokens", "output_len", "output_length", "num_decode_tokens", "generated_tokens")
+_PROMPT = ("prompt_tokens", "input_tokens", "input_len", "input_length", "prompt_len", "num_prefill_tokens", "input", "prompt")
+_OUTPUT = ("output_tokens", "output_len", "output_length", "num_decode_tokens", "generated_tokens", "output")
 
 
 @TRACE_FORMATS.register("generic-csv")
