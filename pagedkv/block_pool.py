@@ -1,4 +1,4 @@
-"""The blocks of the KV cache: who is free, in which order, and how many hold each."""
+"""The blocks of the KV cache: who is free, in which order, how many hold each, and which are kept for their prefix."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,8 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.jit import jit
+from pagedkv.prefix_cache import PrefixCache, PrefixCacheArrays, carry_keys, insert_block, remove_block
 
 NULL_BLOCK = 0
 """Never handed out. It stands for "no block" in tables, and closes the ring of the free queue."""
@@ -59,10 +61,63 @@ def release_blocks(pool: BlockPoolArrays, table: Int32Array, num_blocks: int) ->
     pool.prev_free[head] = behind
 
 
+@jit
+def take_evicting(pool: BlockPoolArrays, index: PrefixCacheArrays, num_blocks: int, table: Int32Array, offset: int) -> None:
+    """Like `take_blocks`; a block that carried a key loses it, since its content will be overwritten. O(num_blocks) expected."""
+    block = pool.next_free[NULL_BLOCK]
+    for _ in range(num_blocks):
+        if index.next_same[block] != NULL_BLOCK:
+            remove_block(index, block)
+        block = pool.next_free[block]
+    take_blocks(pool, num_blocks, table, offset)
+
+
+@jit
+def release_keeping(pool: BlockPoolArrays, index: PrefixCacheArrays, table: Int32Array, num_blocks: int) -> None:
+    """Like `release_blocks`; but blocks that carry a key keep it and go, in this order, to the back of the free queue."""
+    head = pool.next_free[NULL_BLOCK]
+    behind = NULL_BLOCK
+    for i in range(num_blocks - 1, -1, -1):
+        block = table[i]
+        pool.ref_cnt[block] -= 1
+        if pool.ref_cnt[block] > 0:
+            continue
+        pool.num_free[0] += 1
+        if index.next_same[block] == NULL_BLOCK:
+            pool.next_free[behind] = block
+            pool.prev_free[block] = behind
+            behind = block
+        else:
+            last = pool.prev_free[NULL_BLOCK]
+            if last == NULL_BLOCK:  # the queue was empty: this is what the batch at the front will be joined to
+                head = block
+            else:
+                pool.next_free[last] = block
+            pool.prev_free[block] = last
+            pool.prev_free[NULL_BLOCK] = block
+            pool.next_free[block] = NULL_BLOCK
+    pool.next_free[behind] = head
+    pool.prev_free[head] = behind
+
+
+@jit
+def touch_blocks(pool: BlockPoolArrays, blocks: Int32Array) -> None:
+    """Add one reference to each of `blocks`; those that nobody held leave the free queue, wherever they are. O(len(blocks))."""
+    for i in range(blocks.size):
+        block = blocks[i]
+        if pool.ref_cnt[block] == 0:
+            before, following = pool.prev_free[block], pool.next_free[block]
+            pool.next_free[before] = following
+            pool.prev_free[following] = before
+            pool.num_free[0] -= 1
+        pool.ref_cnt[block] += 1
+
+
 class BlockPool:
     """`num_blocks` blocks of which block 0 is the null block and the others are free or held, with reference counts.
 
-    12 bytes of state per block. Prefix caching will add a hash per block; the queue's back links are there for it.
+    With `enable_caching` a block may carry the key of its content, which survives `free_blocks` and ends when the block is handed
+    out again: until then the block can be found and held again. 12 bytes of state per block, at most 48 with caching.
 
     Example:
         >>> pool = BlockPool(num_blocks=6)
@@ -75,7 +130,7 @@ class BlockPool:
         True
     """
 
-    def __init__(self, *, num_blocks: int) -> None:
+    def __init__(self, *, num_blocks: int, enable_caching: bool = False) -> None:
         if not 2 <= num_blocks <= np.iinfo(np.int32).max:
             raise ConfigError(f"a pool of {num_blocks} blocks: needs 2 or more, since block 0 is the null block")
         ids = np.arange(num_blocks, dtype=np.int32)
@@ -86,6 +141,7 @@ class BlockPool:
             ref_cnt=np.zeros(num_blocks, np.int32),
             num_free=np.array([num_blocks - 1]),
         )
+        self.cache = PrefixCache(num_blocks=num_blocks) if enable_caching else None
 
     @property
     def num_free_blocks(self) -> int:
@@ -103,7 +159,10 @@ class BlockPool:
         if num_blocks > self.num_free_blocks:
             return None
         blocks = np.empty(num_blocks, np.int32)
-        take_blocks(self.arrays, num_blocks, blocks, 0)
+        if self.cache is None:
+            take_blocks(self.arrays, num_blocks, blocks, 0)
+        else:
+            take_evicting(self.arrays, self.cache.arrays, num_blocks, blocks, 0)
         return blocks
 
     def free_blocks(self, blocks: Sequence[int] | Int32Array) -> None:
@@ -114,12 +173,54 @@ class BlockPool:
         """
         table = np.asarray(blocks, np.int32)
         ids, drops = np.unique(table, return_counts=True)
-        if ids.size and not (ids[0] > NULL_BLOCK and ids[-1] < self.num_blocks):
-            raise ConfigError(f"cannot free blocks {ids.tolist()}: this pool hands out 1 to {self.num_blocks - 1}")
+        self._expect_own(ids, "free")
         over = ids[self.arrays.ref_cnt[ids] < drops]
         if over.size:
             raise ConfigError(f"double free of block {over[0]}: it is held {self.arrays.ref_cnt[over[0]]} times")
-        release_blocks(self.arrays, table, table.size)
+        if self.cache is None:
+            release_blocks(self.arrays, table, table.size)
+        else:
+            release_keeping(self.arrays, self.cache.arrays, table, table.size)
+
+    def touch(self, blocks: Sequence[int] | Int32Array, keys: BlockKeys) -> None:
+        """Hold each of `blocks`, cached under `keys`, once more: a prefix hit. O(len(blocks)).
+
+        Raises:
+            ConfigError: If a block does not carry its key any more; nothing has changed then.
+        """
+        table = np.asarray(blocks, np.int32)
+        if self.cache is None or len(keys) != table.size or not carry_keys(self.cache.arrays, table, keys):
+            raise ConfigError(f"cannot hold blocks {table.tolist()}: they are not cached under these {len(keys)} keys")
+        touch_blocks(self.arrays, table)
+
+    def cache_full_blocks(self, blocks: Sequence[int] | Int32Array, keys: BlockKeys) -> None:
+        """Let each of `blocks`, held and full, be found under its key from now on. O(len(blocks)) expected.
+
+        Raises:
+            ConfigError: If caching is off, or a block is not held or carries a key already; nothing has changed then.
+        """
+        table = np.asarray(blocks, np.int32)
+        if self.cache is None or len(keys) != table.size:
+            raise ConfigError(f"cannot cache {table.size} blocks under {len(keys)} keys: needs a key each, and a pool with caching")
+        self._expect_own(np.sort(table), "cache")
+        index = self.cache.arrays
+        if np.unique(table).size < table.size or (self.arrays.ref_cnt[table] == 0).any() or index.next_same[table].any():
+            raise ConfigError(f"cannot cache blocks {table.tolist()}: each must be held, and carry no key yet")
+        for i, block in enumerate(table.tolist()):
+            insert_block(index, block, keys, i)
+
+    def reset_prefix_cache(self) -> bool:
+        """Drop all keys and return True, if no block is held; else change nothing and return False. The queue keeps its order."""
+        if self.num_free_blocks < self.num_blocks - 1:
+            return False
+        if self.cache is not None:
+            self.cache.clear()
+        return True
+
+    def _expect_own(self, ids: Int32Array, verb: str) -> None:
+        """Refuse sorted `ids` unless all are blocks that this pool hands out."""
+        if ids.size and not (ids[0] > NULL_BLOCK and ids[-1] < self.num_blocks):
+            raise ConfigError(f"cannot {verb} blocks {ids.tolist()}: this pool hands out 1 to {self.num_blocks - 1}")
 
     def free_queue(self) -> Int32Array:
         """Return the free blocks, the next to be handed out first. O(free blocks)."""
@@ -144,3 +245,5 @@ class BlockPool:
             block = following
         if block != NULL_BLOCK or np.unique(self.free_queue()).size != self.num_free_blocks:
             raise IntegrityError(f"the free queue does not come back after {self.num_free_blocks} blocks: {state}")
+        if self.cache is not None:
+            self.cache.check_integrity()

@@ -1,17 +1,21 @@
-"""The block pool against a list: the free queue in vLLM's order, reference counts, and calls that must change nothing."""
+"""The block pool against a list: the free queue in vLLM's order, reference counts, keys, and calls that must change nothing."""
 
 from collections import Counter
 
+import numpy as np
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from pagedkv.block_hash import BlockKeys
 from pagedkv.block_pool import NULL_BLOCK, BlockPool
-from pagedkv.errors import ConfigError
+from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.prefix_cache import PrefixCache, insert_block, remove_block
 
 
 def state(pool: BlockPool) -> list[list[int]]:
-    return [column.tolist() for column in pool.arrays]
+    return [column.tolist() for column in (*pool.arrays, *(pool.cache.arrays if pool.cache else ()))]
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
@@ -108,3 +112,124 @@ def test_the_number_of_blocks_must_make_sense() -> None:
             BlockPool(num_blocks=num_blocks)
     with pytest.raises(ConfigError, match="cannot take -1"):
         BlockPool(num_blocks=4).get_new_blocks(-1)
+
+
+def keys_of(*numbers: int) -> BlockKeys:
+    return np.frombuffer(b"".join(number.to_bytes(16, "little") for number in numbers), np.uint64).reshape(-1, 2)
+
+
+def caching_pool(num_blocks: int = 8) -> tuple[BlockPool, PrefixCache]:
+    pool = BlockPool(num_blocks=num_blocks, enable_caching=True)
+    assert pool.cache is not None
+    return pool, pool.cache
+
+
+def test_freed_blocks_with_a_key_wait_at_the_back_and_can_be_revived_from_the_middle() -> None:
+    pool, cache = caching_pool()
+    pool.get_new_blocks(4)
+    pool.cache_full_blocks([1, 2, 3], keys_of(11, 12, 13))
+    pool.free_blocks([1, 2, 3, 4])
+    assert pool.free_queue().tolist() == [4, 5, 6, 7, 3, 2, 1]
+    pool.touch([2], keys_of(12))
+    assert pool.free_queue().tolist() == [4, 5, 6, 7, 3, 1]
+    pool.get_new_blocks(5)
+    assert cache.blocks().tolist() == [1, 2]  # 3 was handed out again
+    assert cache.lookup(keys_of(11, 12, 13)).tolist() == [1, 2]
+    pool.check_integrity()
+
+
+def test_all_free_blocks_may_carry_a_key() -> None:
+    pool, _ = caching_pool(4)
+    pool.get_new_blocks(3)
+    pool.cache_full_blocks([1, 3], keys_of(11, 13))
+    pool.free_blocks([1, 2, 3])
+    assert pool.free_queue().tolist() == [2, 3, 1]
+    pool.check_integrity()
+
+
+def test_the_cache_is_reset_only_when_no_block_is_held() -> None:
+    pool, cache = caching_pool(4)
+    pool.get_new_blocks(2)
+    pool.cache_full_blocks([1], keys_of(11))
+    assert not pool.reset_prefix_cache()
+    assert cache.blocks().tolist() == [1]
+    pool.free_blocks([1, 2])
+    queue = pool.free_queue().tolist()
+    assert pool.reset_prefix_cache()
+    assert cache.blocks().size == 0
+    assert pool.free_queue().tolist() == queue
+    assert BlockPool(num_blocks=4).reset_prefix_cache()
+
+
+def test_keys_are_for_blocks_that_are_held_and_have_none() -> None:
+    pool, _ = caching_pool()
+    pool.get_new_blocks(2)
+    pool.cache_full_blocks([1], keys_of(11))
+    before = state(pool)
+    for blocks in ([1], [3], [0], [9], [2, 2]):
+        with pytest.raises(ConfigError, match="cannot cache"):
+            pool.cache_full_blocks(blocks, keys_of(*range(len(blocks))))
+    for blocks in ([2], [1], [9], [0]):
+        with pytest.raises(ConfigError, match="cannot hold"):
+            pool.touch(blocks, keys_of(12))
+    with pytest.raises(ConfigError, match="a pool with caching"):
+        BlockPool(num_blocks=4).cache_full_blocks([1], keys_of(1))
+    assert state(pool) == before
+    pool.check_integrity()
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), max_size=60), st.sampled_from([0, 40, 64, 126]))
+def test_the_first_registered_of_those_left_is_found(changes: list[tuple[int, int]], first_bit: int) -> None:
+    """Blocks come and go under three keys, which from bit 40 on share a bucket."""
+    cache, carriers = PrefixCache(num_blocks=10), dict[int, list[int]]()
+    for block, number in changes:
+        for others in carriers.values():
+            if block in others:
+                remove_block(cache.arrays, block)
+                others.remove(block)
+                break
+        else:
+            insert_block(cache.arrays, block, keys_of(number << first_bit), 0)
+            carriers.setdefault(number, []).append(block)
+        cache.check_integrity()
+        for each in (1, 2, 3):
+            assert cache.lookup(keys_of(each << first_bit)).tolist() == carriers.get(each, [])[:1]
+
+
+@pytest.mark.parametrize("bit", range(128))
+def test_every_bit_of_a_key_is_compared(bit: int) -> None:
+    cache, key = PrefixCache(num_blocks=4), 0x0123_4567_89AB_CDEF_0123_4567_89AB_CDEF
+    other = key ^ (1 << bit)
+    insert_block(cache.arrays, 1, keys_of(key), 0)
+    assert cache.lookup(keys_of(key)).tolist() == [1]
+    assert cache.lookup(keys_of(other)).tolist() == []
+    insert_block(cache.arrays, 2, keys_of(other), 0)
+    assert cache.lookup(keys_of(key, other)).tolist() == [1, 2]
+    remove_block(cache.arrays, 1)
+    assert cache.lookup(keys_of(key)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("array", "at", "value"),
+    [
+        ("key", (1, 0), 77),
+        ("next_same", 1, 0),
+        ("next_same", 3, 3),
+        ("prev_same", 1, 1),
+        ("first_in_bucket", 1, 0),
+        ("next_same", 1, 9),
+    ],
+)
+def test_corruption_of_the_cache_is_noticed(array: str, at: int | tuple[int, int], value: int) -> None:
+    pool, cache = caching_pool()
+    pool.get_new_blocks(3)
+    pool.cache_full_blocks([1, 2], keys_of(1, 1))
+    getattr(cache.arrays, array)[at] = value
+    with pytest.raises(IntegrityError):
+        pool.check_integrity()
+
+
+def test_state_stays_within_64_bytes_per_block() -> None:
+    for num_blocks in (2, 5, 1000, 1025):
+        pool, cache = caching_pool(num_blocks)
+        assert sum(array.nbytes for array in (*pool.arrays, *cache.arrays)) <= 64 * num_blocks + 8

@@ -274,6 +274,33 @@ def test_the_command_that_is_printed_is_the_same_deployment(command: str, capsys
     assert deployed(["fit", *arguments]) == with_vllm_defaults(read(command).serving)[0]
 
 
+def test_what_the_command_leaves_open_is_as_vllm_has_it() -> None:
+    open_serving, flags = with_vllm_defaults(read("vllm serve Qwen/Qwen3-8B").serving)
+    assert open_serving == replace(BASE, model=QWEN, gpu_memory_utilization=0.92, max_model_len=40_960)
+    assert flags == ("--gpu-memory-utilization 0.92", "--max-model-len 40960")
+    said = read("vllm serve Qwen/Qwen3-8B --max-model-len 2k --gpu-memory-utilization 0.5").serving
+    assert with_vllm_defaults(said) == (said, ())
+    sized = read("vllm serve Qwen/Qwen3-8B --max-model-len 2k --kv-cache-memory-bytes 8G").serving
+    assert with_vllm_defaults(sized) == (sized, ())
+
+
+@pytest.mark.parametrize(
+    ("model", "catalogued", "quantization"),
+    [
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8", "llama-3.1-8b", "fp8"),
+        ("nvidia/Llama-3.1-8B-Instruct-NVFP4", "llama-3.1-8b", "nvfp4"),
+        ("Qwen/Qwen3-8B-AWQ", "qwen3-8b", "int4"),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B", None),
+        ("me/nothing-known-FP8", "me/nothing-known-FP8", None),
+    ],
+)
+def test_a_repository_of_quantized_weights_is_its_model_and_their_format(
+    model: str, catalogued: str, quantization: str | None
+) -> None:
+    assert read(f"vllm serve {model}").serving == replace(BASE, model=catalogued, quantization=quantization)
+    assert read(f"vllm serve {model} -q bitsandbytes").serving.quantization == "bitsandbytes"
+
+
 def test_without_users_it_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     main(["from-vllm", "docker run vllm/vllm-openai --model openai/gpt-oss-20b --port 1 --swap-space 4", "--hardware", "rtx-4090"])
     text = capsys.readouterr().out
@@ -288,12 +315,12 @@ def test_without_users_it_says_what_fits(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_with_users_it_simulates(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["from-vllm", "vllm serve Qwen/Qwen3-8B --max-model-len 4k --host ::1", "--users", "2", "--hardware", "h100"])
+    main(["from-vllm", "vllm serve Qwen/Qwen3-8B --max-model-len 4k --host ::1", "--users", "1", "--hardware", "h100"])
     out = capsys.readouterr().out
     program, *arguments = shown(out)
     assert program == "simulate"
     with contextlib.redirect_stdout(io.StringIO()) as again:
         main(arguments)
     assert out.endswith("\n\n" + again.getvalue())
-    assert "2 users on NVIDIA H100" in out
+    assert "1 user on NVIDIA H100" in out
     assert "no effect on memory or scheduling: --host ::1\n" in out

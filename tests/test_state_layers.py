@@ -37,13 +37,9 @@ def held_for_state(allocator: Allocator) -> int:
 # --- a whole simulation ---------------------------------------------------------------------------------------------
 
 
-LOAD = LoadConfig(request_rate=2.0, num_prompts=25, random_input_len=600, random_output_len=150, random_range_ratio=0.9)
-
-
-def scenario(name: str, heap: str, load: LoadConfig = LOAD, *, num_blocks: int = 700, **settings: Any) -> Scenario:
-    serving = ServingConfig(
-        model="qwen3.5-27b", num_gpu_blocks_override=num_blocks, max_model_len=1500, contiguous_heap=heap, **settings
-    )
+def scenario(name: str, heap: str) -> Scenario:
+    load = LoadConfig(request_rate=2.0, num_prompts=25, random_input_len=600, random_output_len=150, random_range_ratio=0.9)
+    serving = ServingConfig(model="qwen3.5-27b", num_gpu_blocks_override=700, max_model_len=1500, contiguous_heap=heap)
     return resolve(SimulationConfig(load=load, serving=serving, measurement=MeasurementConfig(allocator=(name,))))
 
 

@@ -1,0 +1,56 @@
+"""How one block table grows by cached and by new blocks, or not at all."""
+
+from pagedkv.arrays import Int32Array
+from pagedkv.block_hash import BlockKeys
+from pagedkv.block_pool import BlockPoolArrays, take_blocks, take_evicting, touch_blocks
+from pagedkv.jit import jit
+from pagedkv.prefix_cache import PrefixCacheArrays, insert_block
+
+
+@jit
+def grant_blocks(
+    pool: BlockPoolArrays,
+    index: PrefixCacheArrays | None,
+    table: Int32Array,
+    held: int,
+    hits: Int32Array,
+    num_needed: int,
+    num_gated: int,
+    num_kept_free: int,
+    keys: BlockKeys,
+    num_registered: int,
+    num_full: int,
+) -> bool:
+    """Grow `table` from `held` blocks by `hits` and new blocks to `num_needed`; on a shortage change nothing and return False.
+
+    Hits that nobody holds leave the free queue, so they need room like new blocks. O(hits + new blocks + newly full blocks).
+
+    Args:
+        pool: The pool.
+        index: Its prefix cache; None if caching is off.
+        table: One request's block table.
+        held: Blocks in it.
+        hits: Cached blocks that come next.
+        num_needed: Blocks it must have.
+        num_gated: Blocks for which there must be room.
+        num_kept_free: Blocks that must stay free.
+        keys: Keys of the request's full blocks.
+        num_registered: Blocks that carry their key already.
+        num_full: Blocks that must carry it afterwards.
+    """
+    revived = 0
+    for block in hits:
+        revived += pool.ref_cnt[block] == 0
+    num_new = max(num_needed - held - hits.size, 0)
+    num_gated = max(num_gated - held - hits.size, num_new)
+    if num_gated + revived + num_kept_free > pool.num_free[0]:
+        return False
+    touch_blocks(pool, hits)
+    table[held : held + hits.size] = hits
+    if index is None:
+        take_blocks(pool, num_new, table, held + hits.size)
+    else:
+        take_evicting(pool, index, num_new, table, held + hits.size)
+        for i in range(num_registered, num_full):
+            insert_block(index, table[i], keys, i)
+    return True

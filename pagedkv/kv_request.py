@@ -1,0 +1,52 @@
+"""What the cache manager must know of a request."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pagedkv.block_hash import BlockHashChain, BlockKeys
+from pagedkv.errors import ConfigError
+
+_NO_KEYS: BlockKeys = np.empty((0, 2), np.uint64)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class KVRequest:
+    """A request as its owner, the scheduler, keeps it up to date. It is told apart by identity."""
+
+    request_id: int | str
+    """Its name in messages."""
+    num_tokens: int
+    """Tokens known: prompt and outputs so far, drafts excluded."""
+    block_keys: BlockKeys = field(default_factory=lambda: _NO_KEYS)
+    """Keys of its full blocks, at least num_tokens // block_size of them unless caching is off."""
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the cache, or will be after the step being scheduled."""
+
+    def update(self, chain: BlockHashChain) -> None:
+        """Take over the tokens and keys of `chain`."""
+        self.num_tokens, self.block_keys = chain.num_tokens, chain.keys
+
+    def check_known(self, *, max_model_len: int, num_keys: int) -> None:
+        """Raise ConfigError unless it has 1 to `max_model_len` tokens and at least `num_keys` keys."""
+        if not 1 <= self.num_tokens <= max_model_len:
+            raise self.error(f"{self.num_tokens} known tokens: needs 1 or more, up to max_model_len {max_model_len}")
+        if num_keys and not (self.block_keys.dtype == np.uint64 and self.block_keys.ndim == 2 and self.block_keys.shape[1] == 2):
+            raise self.error(f"block keys of type {self.block_keys.dtype}, shape {self.block_keys.shape}: needs uint64 [blocks, 2]")
+        if len(self.block_keys) < num_keys:
+            raise self.error(
+                f"{len(self.block_keys)} block keys for {num_keys} full blocks of {self.num_tokens} tokens: extend them"
+            )
+
+    def check_slots(self, *, num_new_tokens: int, num_lookahead_tokens: int, num_slots_held: int) -> None:
+        """Raise ConfigError unless new slots can follow its computed tokens, which must lie within the slots held."""
+        if num_new_tokens < 1 or num_lookahead_tokens < 0:
+            raise self.error(f"{num_new_tokens} new and {num_lookahead_tokens} look-ahead tokens: needs 1 or more, and 0 or more")
+        if not 0 <= self.num_computed_tokens <= num_slots_held:
+            raise self.error(
+                f"{self.num_computed_tokens} computed tokens, but it holds {num_slots_held} slots: set it to what is held"
+            )
+
+    def error(self, problem: str) -> ConfigError:
+        """Return the error that tells this request's `problem`."""
+        return ConfigError(f"request {self.request_id!r}: {problem}")
