@@ -5,9 +5,8 @@ Sizes are strings such as "16GiB", times such as "20s" or "500ms"; None means th
 
 import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Literal
-
-import numpy as np
 
 from pagedkv.errors import ConfigError
 
@@ -50,7 +49,8 @@ def parse_seconds(text: str, *, name: str) -> float:
 
 def time_text(seconds: float) -> str:
     """Return the shortest text that `parse_seconds` reads as exactly `seconds`."""
-    return f"{np.format_float_positional(seconds, trim='-')}s"
+    positional = format(Decimal(repr(seconds)), "f")
+    return (positional.rstrip("0").rstrip(".") if "." in positional else positional) + "s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
