@@ -194,7 +194,10 @@ def _load_rises(run: Run) -> bool:
 
 
 def _attained(runs: list[Run], goals: tuple[Goal, ...]) -> float | None:
-    """Return the share of requests that met the goals among those whose fate is known: not unfinished within the goals so far."""
+    """Return the share of requests that met the goals, leaving out unfinished ones that are within them so far.
+
+    An unfinished one that is beyond a TTFT or E2E goal has missed it for good; beyond a TPOT goal it counts as missed by its pace.
+    """
     if not goals:
         return None
     met = missed = 0
