@@ -1,41 +1,142 @@
-"""The contract between a scheduler and an allocator: one batched call per step.
+"""The contract of an allocator: requests come, grow, share what is alike, and go.
 
-The scheduler writes what it would like to run into a `StepBatch`; the allocator grants slots in that order and stops at the first
-entry that does not fit now. A slot is room for the keys and values of one token in every layer. A row is a place in the running
-batch; a request owns one from admission until it finishes or is preempted.
+A slot is room for the keys and values of one token in every layer. A request's tokens lie in slots; which ones, the allocator
+decides. It has no clock, no randomness and no I/O. A shortage is a value, None, and a refusal changes nothing.
+
+The owner of a request (a scheduler) keeps `KVRequest` up to date:
+
+    grant = allocator.allocate_slots(request, num_new_tokens)           # None: does not fit now
+    if grant is not None:
+        request.num_computed_tokens += grant.num_cached_tokens + num_new_tokens
+        ...copy grant.copies, compute the step...
+        allocator.note_computed(request)
+    ...
+    allocator.free(request)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError
+from pagedkv.kv_request import KVRequest
+
+NO_SLOT = -1
+"""Stands, in a request's slots, for a token that has none any more: it has left the window."""
+NO_COPIES: Int64Array = np.empty((0, 2), np.int64)
 
 
-class StepBatch(NamedTuple):
-    """What one step computes, in scheduling order: first running requests, then admissions. Arrays of length max_num_seqs."""
+class Grant(NamedTuple):
+    """What a request got."""
 
-    request: Int64Array
-    """Index of the request in the request table."""
-    row: Int32Array
-    """Row of the running batch that holds its block table."""
-    num_scheduled_tokens: Int64Array
-    """Tokens that the step computes for it."""
-    num_slots_needed: Int64Array
-    """Slots it must hold for the step: tokens computed before plus those scheduled now."""
-    num_known_tokens: Int64Array
-    """Prompt and outputs so far: what vLLM's full-prompt gate wants to fit at admission."""
-    admission_slots: Int64Array
-    """Slots that `Allocator.admission_slots` set for it at arrival."""
+    num_cached_tokens: int = 0
+    """Tokens found in the cache, to count as computed: at admission the leading ones, else 0. Never all that are known."""
+    copies: Int64Array = NO_COPIES
+    """Slots to copy, in order, before the step computes anything: int64 [n, 2], source and destination."""
 
-    @classmethod
-    def empty(cls, max_num_seqs: int) -> "StepBatch":
-        """Return a batch for up to `max_num_seqs` entries."""
-        n = max_num_seqs
-        ints = [np.zeros(n, np.int64) for _ in range(4)]
-        return cls(np.zeros(n, np.int64), np.zeros(n, np.int32), *ints)
+
+class Allocator(Protocol):
+    """Hands out KV slots, request by request."""
+
+    name: str
+    """Its name in the registry."""
+    placement: str
+    """How it finds room: "block", "cell", "page", or the name of the heap."""
+    num_slots: int
+    """Slot ids are 0 to num_slots - 1."""
+    usable_slots: int
+    """Slots that requests can get: the denominator of every share."""
+    max_model_len: int
+    """Longest request, in tokens."""
+    max_num_seqs: int
+    """Most requests that hold slots at once."""
+    state_slots: int
+    """Slots' worth of memory that each running request takes for its state besides."""
+    num_groups: int
+    """Layer groups that keep slots of their own; 1 but for hybrid models."""
+
+    def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
+        """Return the slots to take in one piece at admission, 0 if the request grows step by step, None if it can never fit.
+
+        The owner writes it to `KVRequest.admission_slots`. The last output token never needs a slot.
+        """
+
+    def get_computed_tokens(self, request: KVRequest) -> int:
+        """Return how many leading tokens an admission now would find cached, at most num_tokens - 1. Nothing is taken."""
+
+    def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
+        """Give `request` slots for `num_new_tokens` beyond its computed and its cached tokens.
+
+        A request that holds nothing is admitted: its cached prefix is looked up and held first.
+
+        Args:
+            request: The request. Its owner counts cached and new tokens as computed afterwards, not the allocator.
+            num_new_tokens: Known tokens to compute now, 1 or more.
+            has_scheduled_reqs: Something runs, so an admission must leave the watermark free.
+
+        Returns:
+            None if they do not fit now: nothing has changed then.
+
+        Raises:
+            ConfigError: If the numbers cannot be; nothing has changed then.
+        """
+
+    def note_computed(self, request: KVRequest) -> None:
+        """Hear that the keys and values of all `request.num_computed_tokens` tokens are in their slots now."""
+
+    def free(self, request: KVRequest) -> None:
+        """Take back what a finished request holds. Its content may stay for others until the room is needed.
+
+        Raises:
+            ConfigError: If it holds nothing: it was never admitted, or freed before.
+        """
+
+    def preempt(self, request: KVRequest) -> None:
+        """Take back what `request` holds; it will come again. Its num_computed_tokens is 0 afterwards.
+
+        Raises:
+            ConfigError: As `free`.
+        """
+
+    def live_requests(self) -> Sequence[KVRequest]:
+        """Return the requests that hold slots, in order of admission."""
+
+    def num_slots_held(self, request: KVRequest) -> int:
+        """Return the slots taken for the tokens of `request`, shared and unfilled ones included; 0 if it holds nothing. O(1)."""
+
+    def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
+        """Return them: entry t is the slot of its token t (NO_SLOT if given back); entries beyond its tokens are unfilled."""
+
+    def cached_slots(self) -> Int64Array:
+        """Return the slots that nobody holds but that keep content for reuse: free for anyone who needs them."""
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody holds, cached ones included."""
+
+    @property
+    def rounding_slots(self) -> int:
+        """Slots lost to a heap's rounding of live reservations: neither held nor free."""
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError, with the state dumped, if an invariant is broken."""
+
+
+@runtime_checkable
+class Forkable(Protocol):
+    """An allocator under which requests can share what they have computed, and part ways."""
+
+    def fork(self, parent: KVRequest, child: KVRequest) -> None:
+        """Let `child`, which holds nothing and knows the same tokens, share all slots of `parent`.
+
+        Whoever writes first into a slot that both hold gets one of its own: the copies are in the grant of that allocation.
+
+        Raises:
+            ConfigError: If `parent` holds nothing, or `child` holds something; nothing has changed then.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +157,15 @@ class KVPoolSettings:
     """Share of the blocks that an admission must leave free while something runs."""
     reserve_full_isl: bool = True
     """Admit a request only if all its known tokens fit now (vLLM's scheduler_reserve_full_isl)."""
-
     state_slots: int = 0
     """Slots' worth of memory that each running request takes for state of fixed size (linear attention, Mamba)."""
+    enable_prefix_caching: bool = False
+    """Keep what finished and preempted requests computed, and give it to requests that begin alike."""
+    eviction: str = "lru"
+    """What leaves the prefix cache first: a name in `pagedkv.eviction`."""
+    page_tokens: int = 64
+    """Tokens in one physical page of one layer's keys (virtual contiguous memory): page bytes / (KV heads * head size * element
+    bytes)."""
 
     def __post_init__(self) -> None:
         """Refuse what no allocator can work with.
@@ -66,7 +173,7 @@ class KVPoolSettings:
         Raises:
             ConfigError: With the values that would work.
         """
-        for name in ("num_blocks", "block_size", "max_num_seqs", "max_model_len"):
+        for name in ("num_blocks", "block_size", "max_num_seqs", "max_model_len", "page_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
         if not 0 <= self.watermark < 1 or self.state_slots < 0:
@@ -76,52 +183,3 @@ class KVPoolSettings:
     def num_slots(self) -> int:
         """Slots in the pool."""
         return self.num_blocks * self.block_size
-
-
-class Allocator(Protocol):
-    """Hands out KV slots. It has no clock and no randomness; a shortage is a value, and a refusal changes nothing."""
-
-    name: str
-    """Its name in the registry."""
-    placement: str
-    """How it finds room: "block", or the name of the heap."""
-    usable_slots: int
-    """Slots that requests can get: the denominator of every share."""
-    max_model_len: int
-    """Longest request, in tokens, that its tables have room for."""
-    unit_slots: int
-    """Slots in one unit of `units_held`: the block size, or 1."""
-    units_held: Int32Array
-    """Units that each row holds for tokens now, by row."""
-    state_units: int
-    """Units that each running request holds for its state besides."""
-
-    def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
-        """Return the slots to take in one piece at admission, 0 if the request grows step by step, None if it can never fit."""
-
-    def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
-        """Grant slots to entries `first` to `last` of `batch`, in order, until one does not fit.
-
-        Args:
-            batch: The step; entries from `num_running` on are admissions.
-            first: First entry to serve.
-            last: One past the last entry to serve.
-            num_running: How many entries run already.
-
-        Returns:
-            The index of the first entry not served: `last` if all were.
-        """
-
-    def free(self, row: int) -> None:
-        """Take back all that `row` holds."""
-
-    @property
-    def free_slots(self) -> int:
-        """Slots that nobody holds."""
-
-    @property
-    def rounding_slots(self) -> int:
-        """Slots lost to the heap's rounding of live reservations."""
-
-    def check_integrity(self) -> None:
-        """Raise IntegrityError, with the state dumped, if an invariant is broken."""

@@ -26,7 +26,20 @@ def jit(function: F) -> F:
     cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache_file is not None:  # no writable cache folder, or NUMBA_DISABLE_JIT
         cache_file._source_stamp = (cache_file._source_stamp, _package_digest())
+        cache_file._load_index = _forgiving(cache_file._load_index)
     return cast("F", compiled)
+
+
+def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[Any, Any]]:
+    """Let an index count as empty that names a class of an earlier version which is gone: numba reads names before stamps."""
+
+    def load() -> dict[Any, Any]:
+        try:
+            return load_index()
+        except (AttributeError, ImportError):
+            return {}
+
+    return load
 
 
 @cache

@@ -9,7 +9,7 @@ from pagedkv.arrays import Int32Array
 from pagedkv.block_grant import grant_blocks
 from pagedkv.block_pool import NULL_BLOCK, BlockPool, release_blocks, release_keeping
 from pagedkv.block_table import BlockTables
-from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.prefix_cache import carry_keys
 
@@ -41,8 +41,6 @@ class KVCacheManager:
     """
 
     def __init__(self, settings: KVPoolSettings, *, enable_caching: bool = True) -> None:
-        if settings.state_slots:
-            raise ConfigError(f"state_slots is {settings.state_slots}: a cache of full attention only has no such state, needs 0")
         self.block_size = settings.block_size
         self.max_model_len = settings.max_model_len
         self.enable_caching = enable_caching
@@ -50,6 +48,9 @@ class KVCacheManager:
         self.tables = BlockTables(
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
         )
+        self.num_state_blocks = -(-settings.state_slots // settings.block_size)
+        """Blocks that each request takes at admission for state of fixed size."""
+        self._states: Int32Array = np.zeros((settings.max_num_seqs, self.num_state_blocks), np.int32)
         self._num_registered: Int32Array = np.zeros(settings.max_num_seqs, np.int32)
         """By row: leading blocks that carry their key."""
         self._rows: dict[KVRequest, int] = {}
@@ -71,6 +72,10 @@ class KVCacheManager:
         """Return the blocks that `request` holds, a view; empty if none."""
         row = self._rows.get(request)
         return _NO_BLOCKS if row is None else self.tables.of(row)
+
+    def live_requests(self) -> tuple[KVRequest, ...]:
+        """Return the requests that hold blocks, in order of admission."""
+        return tuple(self._rows)
 
     def get_computed_blocks(self, request: KVRequest) -> tuple[Int32Array, int]:
         """Return the cached blocks of its longest known prefix, and their tokens. Changes nothing. O(hits) expected.
@@ -130,7 +135,7 @@ class KVCacheManager:
                 raise request.error(f"all {len(self._rows)} rows are in use: free a request first, or raise max_num_seqs")
             gate = self._reserve_full_isl if full_sequence_must_fit is None else full_sequence_must_fit
             gated = self._blocks(request.num_tokens) if gate else 0
-            kept_free = self._watermark_blocks if has_scheduled_reqs else 0
+            kept_free = self.num_state_blocks + (self._watermark_blocks if has_scheduled_reqs else 0)
         needed = max(self._blocks(min(num_slots + num_lookahead_tokens, self.max_model_len)), held)
         place = self._free_rows[-1] if row is None else row
         table, registered = self.tables.blocks[place], max(int(self._num_registered[place]), hits.size)
@@ -140,6 +145,9 @@ class KVCacheManager:
             return None
         if row is None:
             self._rows[request] = self._free_rows.pop()
+            states = self.pool.get_new_blocks(self.num_state_blocks)
+            assert states is not None  # the grant has kept them free
+            self._states[place] = states
         self.tables.num_blocks[place], self._num_registered[place] = needed, full
         taken: Int32Array = table[held + hits.size : needed].copy()
         return taken
@@ -167,6 +175,7 @@ class KVCacheManager:
         """
         row = self._row(request)
         self._release(self.tables.of(row))
+        self._release(self._states[row])
         self.tables.num_blocks[row] = self._num_registered[row] = 0
         del self._rows[request]
         self._free_rows.append(row)
@@ -187,7 +196,9 @@ class KVCacheManager:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless reference counts, tables, rows and keys fit together. O(num_blocks + blocks held)."""
         self.pool.check_integrity()
-        tables = {request.request_id: self.tables.of(row).tolist() for request, row in self._rows.items()}
+        tables = {
+            request.request_id: [*self.tables.of(row).tolist(), *self._states[row].tolist()] for request, row in self._rows.items()
+        }
         held = np.array([block for table in tables.values() for block in table], np.int64)
         inside = ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all() and len(tables) == len(self._rows)
         if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.arrays.ref_cnt):
@@ -205,7 +216,7 @@ class KVCacheManager:
     def _row(self, request: KVRequest) -> int:
         row = self._rows.get(request)
         if row is None:
-            raise request.error("holds no blocks: it was never allocated, or was freed before")
+            raise request.holds_nothing()
         return row
 
     def _check_known(self, request: KVRequest) -> None:

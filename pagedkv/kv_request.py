@@ -1,13 +1,15 @@
-"""What the cache manager must know of a request."""
+"""What an allocator must know of a request."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockHashChain, BlockKeys
 from pagedkv.errors import ConfigError
 
 _NO_KEYS: BlockKeys = np.empty((0, 2), np.uint64)
+_NO_TOKENS: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -20,6 +22,14 @@ class KVRequest:
     """Tokens known: prompt and outputs so far, drafts excluded."""
     block_keys: BlockKeys = field(default_factory=lambda: _NO_KEYS)
     """Keys of its full blocks, at least num_tokens // block_size of them unless caching is off."""
+    token_ids: Int32Array = field(default_factory=lambda: _NO_TOKENS)
+    """The known tokens, int32 [num_tokens], for allocators that compare tokens and not keys; empty: it shares nothing there."""
+    namespace: str = ""
+    """Salt and adapter: only requests of one namespace share. Keys contain theirs already."""
+    priority: int = 0
+    """For eviction by priority: what it leaves behind is worth the more the higher this is."""
+    admission_slots: int = 0
+    """What `Allocator.admission_slots` said at its arrival."""
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the cache, or will be after the step being scheduled."""
 
@@ -38,7 +48,7 @@ class KVRequest:
                 f"{len(self.block_keys)} block keys for {num_keys} full blocks of {self.num_tokens} tokens: extend them"
             )
 
-    def check_slots(self, *, num_new_tokens: int, num_lookahead_tokens: int, num_slots_held: int) -> None:
+    def check_slots(self, *, num_new_tokens: int, num_lookahead_tokens: int = 0, num_slots_held: int) -> None:
         """Raise ConfigError unless new slots can follow its computed tokens, which must lie within the slots held."""
         if num_new_tokens < 1 or num_lookahead_tokens < 0:
             raise self.error(f"{num_new_tokens} new and {num_lookahead_tokens} look-ahead tokens: needs 1 or more, and 0 or more")
@@ -46,6 +56,15 @@ class KVRequest:
             raise self.error(
                 f"{self.num_computed_tokens} computed tokens, but it holds {num_slots_held} slots: set it to what is held"
             )
+
+    def check_place(self, num_live: int, max_num_seqs: int) -> None:
+        """Raise ConfigError unless one more request can hold slots besides `num_live`."""
+        if num_live >= max_num_seqs:
+            raise self.error(f"{num_live} requests hold slots already: free one first, or raise max_num_seqs {max_num_seqs}")
+
+    def holds_nothing(self) -> ConfigError:
+        """Return the error for a request that should hold slots and does not."""
+        return self.error("holds no blocks: it was never allocated, or was freed before")
 
     def error(self, problem: str) -> ConfigError:
         """Return the error that tells this request's `problem`."""

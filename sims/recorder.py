@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.allocation import StepBatch
 from pagedkv.arrays import Float64Array, Int32Array, Int64Array, joined
 from pagedkv.jit import jit
 from pagedkv.scheduling.requests import RequestArrays
@@ -13,6 +12,7 @@ from pagedkv.scheduling.state import NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.sims.records import Outcome, RequestLog, TokenTimes
 from pagedkv.sims.step_time import StepCost
 from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe
+from pagedkv.step_batch import StepBatch
 
 KV_KINDS = ("tokens", "reserved", "internal", "external", "cached", "state", "free")
 """What a slot of the pool can be: docs/metrics.md. `cached` stays 0 until prefixes are modelled."""

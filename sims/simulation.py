@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import simpy
 
-from pagedkv.allocation import Allocator
-from pagedkv.allocators import ALLOCATORS
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.scenario import Scenario
+from pagedkv.step_allocation import StepAllocator, step_allocator
 
 Progress = Callable[[str, int, float], None]
 """Told (allocator, repeat, share of its simulated time that has passed)."""
@@ -25,7 +24,7 @@ _EVENTS_BETWEEN_REPORTS = 500
 class Run:
     """One allocator's run with one seed."""
 
-    allocator: Allocator
+    allocator: StepAllocator
     """In its final state."""
     recorder: Recorder
     """What was measured."""
@@ -47,7 +46,7 @@ class Run:
 def run(scenario: Scenario, allocator_name: str, *, seed: int, progress: Callable[[float], None] | None = None) -> Run:
     """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed."""
     env = simpy.Environment(initial_time=0.0)
-    allocator = ALLOCATORS.load(allocator_name)(scenario.deployment.pool)
+    allocator = step_allocator(allocator_name, scenario.deployment.pool)
     scheduler = Scheduler(scenario.deployment.scheduler, allocator)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
     recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)

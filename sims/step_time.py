@@ -4,12 +4,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pagedkv.allocation import StepBatch
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.jit import jit
 from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.model_spec import ModelSpec
+from pagedkv.step_batch import StepBatch
 from pagedkv.weight_format import WeightFormat
 
 NO_WINDOW = np.iinfo(np.int64).max

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from pagedkv.allocation import StepBatch
 from pagedkv.catalogue import hardware_names, load_hardware
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
@@ -19,6 +18,7 @@ from pagedkv.sims.config import LoadConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.scenario import resolve
 from pagedkv.sims.step_time import StepCost
+from pagedkv.step_batch import StepBatch
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "examples" / "my-machine.toml"
 SHORT = "--users 2 --think-time 1s --random-input-len 900 --random-output-len 20 --duration 20s --warmup 0s --allocator paged"

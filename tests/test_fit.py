@@ -11,8 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pagedkv.allocation import StepBatch
-from pagedkv.allocators import ALLOCATORS
 from pagedkv.catalogue import load_model
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
@@ -21,6 +19,8 @@ from pagedkv.sims.cli import main
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.fit import CONTEXTS, fit, under_other_rules
+from pagedkv.step_allocation import step_allocator
+from pagedkv.step_batch import StepBatch
 
 PLAIN: dict[str, Any] = {"model": "qwen2.5-0.5b", "hardware": "rtx-4090"}
 WITH_STATE: dict[str, Any] = {"model": "qwen3.5-27b", "hardware": "dgx-spark"}
@@ -31,13 +31,13 @@ def filled(deployment: Deployment, allocator: str, context: int, *, most: int | 
     pool = deployment.pool
     if most is None:
         most = pool.num_slots // (pool.state_slots + 1) + 1
-    one = ALLOCATORS.load(allocator)(replace(pool, max_num_seqs=most, watermark=0.0))
+    one = step_allocator(allocator, replace(pool, max_num_seqs=most, watermark=0.0))
     slots = one.admission_slots(context, 1)
     if slots is None:
         return 0
     batch = StepBatch.empty(most)
     batch.row[:] = range(most)
-    batch.num_slots_needed[:] = batch.num_known_tokens[:] = context
+    batch.num_slots_needed[:] = batch.num_known_tokens[:] = batch.num_scheduled_tokens[:] = context
     batch.admission_slots[:] = slots
     number = one.allocate_slots(batch, 0, most, 0)
     one.check_integrity()

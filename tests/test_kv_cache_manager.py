@@ -169,9 +169,15 @@ def test_misuse_is_told_and_changes_nothing(message: str) -> None:
     cache.check_integrity()
 
 
-def test_state_of_other_layers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="state_slots is 4"):
-        manager(state_slots=4)
+def test_state_is_taken_at_admission_and_given_back() -> None:
+    cache, live = manager(state_slots=5), request(range(8))
+    free = cache.num_free_blocks
+    assert cache.allocate_slots(live, 8) is not None
+    assert cache.num_state_blocks == -(-5 // cache.block_size)
+    assert cache.num_free_blocks == free - 8 // cache.block_size - cache.num_state_blocks
+    cache.check_integrity()
+    cache.free(live)
+    assert cache.num_free_blocks == free
 
 
 @pytest.mark.parametrize("where", ["tables", "rows", "keys"])

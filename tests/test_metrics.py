@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pagedkv.allocation import StepBatch
 from pagedkv.heaps import HEAPS
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
 from pagedkv.sims import simulation
@@ -21,6 +20,7 @@ from pagedkv.sims.recorder import ITL_BIN_RATIO, KV_KINDS, Recorder
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.step_time import StepCost
+from pagedkv.step_batch import StepBatch
 
 
 class OneSecondSteps:

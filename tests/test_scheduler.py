@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagedkv.allocation import KVPoolSettings, StepBatch
-from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, SchedulerSettings, Step
 from pagedkv.scheduling.state import NUM_RUNNING, WAITING_HEAD
+from pagedkv.step_allocation import step_allocator
+from pagedkv.step_batch import StepBatch
 
 
 def scheduler(*, num_blocks: int = 100, watermark: float = 0.0, allocator: str = "paged", **limits: Any) -> Scheduler:
@@ -23,7 +24,7 @@ def scheduler(*, num_blocks: int = 100, watermark: float = 0.0, allocator: str =
         max_model_len=settings.max_model_len,
         watermark=watermark,
     )
-    return Scheduler(settings, ALLOCATORS.load(allocator)(pool))
+    return Scheduler(settings, step_allocator(allocator, pool))
 
 
 def add(to: Scheduler, *lengths: tuple[int, int]) -> list[int | None]:
@@ -181,7 +182,7 @@ def test_limits_must_let_every_request_run(limits: dict[str, Any], message: str)
 def test_the_allocator_must_have_room_for_the_limits(limits: dict[str, Any]) -> None:
     pool = KVPoolSettings(num_blocks=100, block_size=4, max_num_seqs=8, max_model_len=64)
     with pytest.raises(ConfigError):
-        Scheduler(SchedulerSettings(**{"max_num_seqs": 8, "max_model_len": 64, **limits}), ALLOCATORS.load("paged")(pool))
+        Scheduler(SchedulerSettings(**{"max_num_seqs": 8, "max_model_len": 64, **limits}), step_allocator("paged", pool))
 
 
 class Refusing:

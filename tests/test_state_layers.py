@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagedkv.allocation import Allocator, KVPoolSettings, StepBatch
+from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.catalogue import load_model, model_names
 from pagedkv.errors import ConfigError
@@ -23,12 +23,14 @@ from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.step_time import StepCost
+from pagedkv.step_allocation import StepAllocator, step_allocator
+from pagedkv.step_batch import StepBatch
 
 PLACEMENTS = [("paged", "buddy"), *product([name for name in ALLOCATORS.names() if name != "paged"], HEAPS.names())]
 MODELS = [name for name in model_names() if load_model(name).kv_spec("auto").state_bytes_per_sequence]
 
 
-def held_for_state(allocator: Allocator) -> int:
+def held_for_state(allocator: StepAllocator) -> int:
     """Return the slots that are neither free nor held for tokens nor lost to rounding, as the pool or the heap counts them."""
     tokens = int(allocator.units_held.sum()) * allocator.unit_slots
     return allocator.usable_slots - allocator.free_slots - tokens - allocator.rounding_slots
@@ -104,10 +106,10 @@ def pool(heap: str = "buddy", **changes: Any) -> KVPoolSettings:
     return replace(SMALL, contiguous_heap=heap, **changes)
 
 
-def admit(allocator: Allocator, number: int, *, tokens: int) -> int:
+def admit(allocator: StepAllocator, number: int, *, tokens: int) -> int:
     batch = StepBatch.empty(4)
     batch.row[:] = range(4)
-    batch.num_slots_needed[:] = batch.num_known_tokens[:] = tokens
+    batch.num_slots_needed[:] = batch.num_known_tokens[:] = batch.num_scheduled_tokens[:] = tokens
     slots = allocator.admission_slots(tokens - 1, 1)
     assert slots is not None
     batch.admission_slots[:] = slots
@@ -117,25 +119,25 @@ def admit(allocator: Allocator, number: int, *, tokens: int) -> int:
 @pytest.mark.parametrize(("name", "heap"), [("paged", "buddy"), ("contiguous-oracle", "buddy"), ("contiguous-oracle", "first-fit")])
 @pytest.mark.parametrize("reserve_full_isl", [True, False])
 def test_who_fits_with_tokens_but_not_with_state_is_not_admitted(name: str, heap: str, reserve_full_isl: bool) -> None:
-    allocator = ALLOCATORS.load(name)(pool(heap, reserve_full_isl=reserve_full_isl))
+    allocator = step_allocator(name, pool(heap, reserve_full_isl=reserve_full_isl))
     assert admit(allocator, 4, tokens=4) == 2  # 16 slots each of 40 or 44
     assert allocator.free_slots >= 4
     assert held_for_state(allocator) == 24
     allocator.check_integrity()
-    without_state = ALLOCATORS.load(name)(pool(heap, state_slots=0))
+    without_state = step_allocator(name, pool(heap, state_slots=0))
     assert admit(without_state, 4, tokens=4) == 4
 
 
 @pytest.mark.parametrize(("name", "heap"), PLACEMENTS)
 def test_who_could_only_run_without_state_is_refused_at_arrival(name: str, heap: str) -> None:
     tight = {"num_blocks": 5, "max_model_len": 8}  # 16 usable slots, 20 with the null block
-    assert ALLOCATORS.load(name)(pool(heap, state_slots=0, **tight)).admission_slots(7, 1) is not None
-    assert ALLOCATORS.load(name)(pool(heap, state_slots=4, **tight)).admission_slots(7, 1) is not None
-    assert ALLOCATORS.load(name)(pool(heap, state_slots=13, **tight)).admission_slots(7, 1) is None
+    assert step_allocator(name, pool(heap, state_slots=0, **tight)).admission_slots(7, 1) is not None
+    assert step_allocator(name, pool(heap, state_slots=4, **tight)).admission_slots(7, 1) is not None
+    assert step_allocator(name, pool(heap, state_slots=13, **tight)).admission_slots(7, 1) is None
 
 
 def test_who_is_preempted_gives_its_state_back_and_takes_it_again() -> None:
-    allocator = ALLOCATORS.load("paged")(pool(num_blocks=12))  # 11 blocks: two requests of 3 + 2, and one to grow into
+    allocator = step_allocator("paged", pool(num_blocks=12))  # 11 blocks: two requests of 3 + 2, and one to grow into
     scheduler = Scheduler(SchedulerSettings(max_num_seqs=4, max_model_len=16), allocator)
     for _ in range(2):
         assert scheduler.add(prompt_tokens=7, output_tokens=9) is not None
@@ -165,7 +167,7 @@ def test_more_state_never_admits_more(state_slots: int, num_blocks: int, block_s
         admitted = []
         for slots in (state_slots, state_slots + 1):
             small = pool(heap, state_slots=slots, num_blocks=num_blocks, block_size=block_size)
-            allocator = ALLOCATORS.load(name)(small)
+            allocator = step_allocator(name, small)
             admitted.append(admit(allocator, 4, tokens=5) if allocator.admission_slots(4, 1) is not None else 0)
             assert held_for_state(allocator) == admitted[-1] * -(-slots // allocator.unit_slots) * allocator.unit_slots
         assert admitted[0] >= admitted[1]
@@ -201,4 +203,4 @@ def test_an_engine_that_starts_can_serve_the_longest_request() -> None:
     with pytest.raises(ConfigError, match="--max-model-len 2048"):
         deploy(replace(serving, num_gpu_blocks_override=275))
     deployment = deploy(serving)
-    assert ALLOCATORS.load("paged")(deployment.pool).admission_slots(2047, 1) is not None
+    assert step_allocator("paged", deployment.pool).admission_slots(2047, 1) is not None

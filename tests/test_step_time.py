@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedkv.allocation import StepBatch
 from pagedkv.catalogue import load_hardware, load_model
 from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.step_time import EAGER_S_PER_LAYER, RooflineStepTime, StepCost
+from pagedkv.step_batch import StepBatch
 from pagedkv.weight_format import load_weight_format
 
 Entry = tuple[int, int]

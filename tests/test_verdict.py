@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pagedkv.allocation import StepBatch
+from pagedkv.allocation import Grant
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.paged import PagedAllocator
+from pagedkv.kv_request import KVRequest
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import resolve
+from pagedkv.step_allocation import RequestByRequest
 
 WINDOW = "--duration 30s --warmup 10s --allocator paged"
 
@@ -143,11 +145,10 @@ def test_more_users_end_up_saturated(capsys: pytest.CaptureFixture[str]) -> None
 class NeverAgain(PagedAllocator):
     """Accepts every request at arrival, and never has room for a prompt of more than 300 tokens."""
 
-    def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
-        for i in range(first, last):
-            if batch.num_known_tokens[i] > 300:
-                return super().allocate_slots(batch, first, i, num_running)
-        return super().allocate_slots(batch, first, last, num_running)
+    def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
+        if request.num_tokens > 300:
+            return None
+        return super().allocate_slots(request, num_new_tokens, has_scheduled_reqs=has_scheduled_reqs)
 
 
 @pytest.fixture
@@ -166,7 +167,9 @@ def test_a_request_given_up_is_a_failure(broken: str) -> None:
     scenario = replace(resolve(config), allocators=(broken,))
     result = simulate(scenario).by_allocator[broken]
     figures, verdict = result.figures, result.verdict
-    assert isinstance(result.runs[0].allocator, NeverAgain)
+    stepped = result.runs[0].allocator
+    assert isinstance(stepped, RequestByRequest)
+    assert isinstance(stepped.allocator, NeverAgain)
     assert figures["num_failed"] > 0
     assert figures["num_finished"] > 0
     assert sum(figures[f"num_{outcome}"] for outcome in ("finished", "failed", "unfinished")) == figures["num_injected"]

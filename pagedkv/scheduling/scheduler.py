@@ -5,7 +5,6 @@ from enum import Enum
 
 import numpy as np
 
-from pagedkv.allocation import Allocator, StepBatch
 from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
@@ -20,6 +19,8 @@ from pagedkv.scheduling.state import (
     plan_step,
     preempt_last,
 )
+from pagedkv.step_allocation import StepAllocator
+from pagedkv.step_batch import StepBatch
 
 
 class Blocker(Enum):
@@ -92,8 +93,8 @@ class Scheduler:
 
     Example:
         >>> from pagedkv.allocation import KVPoolSettings
-        >>> from pagedkv.allocators import ALLOCATORS
-        >>> allocator = ALLOCATORS.load("paged")(KVPoolSettings(num_blocks=9, block_size=4, max_model_len=32))
+        >>> from pagedkv.step_allocation import step_allocator
+        >>> allocator = step_allocator("paged", KVPoolSettings(num_blocks=9, block_size=4, max_model_len=32))
         >>> scheduler = Scheduler(SchedulerSettings(max_model_len=32), allocator)
         >>> scheduler.add(prompt_tokens=10, output_tokens=2)
         0
@@ -103,7 +104,7 @@ class Scheduler:
         ([0], [])
     """
 
-    def __init__(self, settings: SchedulerSettings, allocator: Allocator) -> None:
+    def __init__(self, settings: SchedulerSettings, allocator: StepAllocator) -> None:
         for name, room in (("max_num_seqs", allocator.units_held.size), ("max_model_len", allocator.max_model_len)):
             if getattr(settings, name) > room:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(settings, name)}, the allocator was built for {room}")

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.allocation import StepBatch
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.jit import jit
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
+from pagedkv.step_batch import StepBatch
 
 NUM_RUNNING, WAITING_HEAD, NUM_WAITING = 0, 1, 2
 

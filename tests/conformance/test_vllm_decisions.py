@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.allocators import ALLOCATORS
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.step_allocation import step_allocator
 
 Workload = dict[str, Any]
 
@@ -30,7 +30,8 @@ def supported(config: dict[str, Any]) -> bool:
 
 def replay(workload: Workload) -> int:
     config = workload["config"]
-    allocator = ALLOCATORS.load("paged")(
+    allocator = step_allocator(
+        "paged",
         KVPoolSettings(
             num_blocks=config["num_gpu_blocks"],
             block_size=config["block_size"],
@@ -38,7 +39,7 @@ def replay(workload: Workload) -> int:
             max_model_len=config["max_model_len"],
             watermark=config["watermark"],
             reserve_full_isl=config["scheduler_reserve_full_isl"],
-        )
+        ),
     )
     scheduler = Scheduler(
         SchedulerSettings(

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import simpy
 
-from pagedkv.allocation import KVPoolSettings, StepBatch
-from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Float64Array
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.sims.engine import Engine
@@ -19,6 +18,8 @@ from pagedkv.sims.load import OpenLoop
 from pagedkv.sims.recorder import RUNNING, WAITING, Recorder
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.step_time import StepCost
+from pagedkv.step_allocation import step_allocator
+from pagedkv.step_batch import StepBatch
 
 ARRIVALS_PER_S = 0.5
 SERVICE_S = 1.0
@@ -43,7 +44,7 @@ class Queue:
 
     def __init__(self, draw: Callable[[], float], num_requests: int) -> None:
         env = simpy.Environment(initial_time=0.0)
-        allocator = ALLOCATORS.load("paged")(KVPoolSettings(num_blocks=2, max_num_seqs=1, max_model_len=2))
+        allocator = step_allocator("paged", KVPoolSettings(num_blocks=2, max_num_seqs=1, max_model_len=2))
         scheduler = Scheduler(SchedulerSettings(max_num_seqs=1, max_model_len=2), allocator)
         self.recorder = Recorder(scheduler, warmup_s=0.0, end_s=float("inf"))
         self.steps = Steps(draw)

@@ -1,9 +1,10 @@
-"""Every registered allocator, on every heap that it places with: laws of memory after each step, and exact predictions."""
+"""Paged and contiguous allocators a step at a time, on every heap: laws of memory after each step, and exact predictions."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from pagedkv.allocation import Allocator, KVPoolSettings, StepBatch
-from pagedkv.allocators import ALLOCATORS
-from pagedkv.allocators.paged import PagedAllocator
-from pagedkv.contiguous_allocator import ContiguousAllocator
-from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.allocation import KVPoolSettings
+from pagedkv.errors import IntegrityError
 from pagedkv.heaps import HEAPS
+from pagedkv.kv_request import KVRequest
+from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.step_allocation import RequestByRequest, StepAllocator, step_allocator
+from pagedkv.step_batch import StepBatch
 
 MAX_NUM_SEQS = 5
 MAX_MODEL_LEN = 24
@@ -26,9 +28,9 @@ MAX_MODEL_LEN = 24
 def placements() -> list[tuple[str, str]]:
     """(allocator, heap) without those that differ only in a heap that is not used."""
     seen: dict[tuple[str, str], tuple[str, str]] = {}
-    for name, heap in product(ALLOCATORS.names(), HEAPS.names()):
+    for name, heap in product(("paged", *RESERVATIONS), HEAPS.names()):
         pool = KVPoolSettings(num_blocks=4, max_model_len=16, contiguous_heap=heap)
-        seen.setdefault((name, ALLOCATORS.load(name)(pool).placement), (name, heap))
+        seen.setdefault((name, step_allocator(name, pool).placement), (name, heap))
     return list(seen.values())
 
 
@@ -36,8 +38,14 @@ def state_of(thing: Any) -> Any:
     """Everything an object is made of, as plain values."""
     if isinstance(thing, np.ndarray):
         return thing.tolist()
-    if isinstance(thing, tuple):
+    if isinstance(thing, tuple | list):
         return [state_of(part) for part in thing]
+    if isinstance(thing, dict):
+        return [(state_of(name), state_of(part)) for name, part in thing.items()]
+    if isinstance(thing, KVRequest):
+        return thing.request_id, thing.num_tokens, thing.num_computed_tokens, thing.admission_slots
+    if isinstance(thing, MethodType):
+        return thing.__name__
     return {name: state_of(part) for name, part in vars(thing).items()} if hasattr(thing, "__dict__") else thing
 
 
@@ -62,9 +70,9 @@ class PagedOracle:
         need = self.blocks(batch.num_slots_needed[i]) - len(table)
         if need + kept_free > len(self.queue):
             return False
+        self.tables[int(batch.row[i])] = table + self.taken(need)
         if admission:
             self.states[int(batch.row[i])] = self.taken(state)
-        self.tables[int(batch.row[i])] = table + self.taken(need)
         return True
 
     def taken(self, count: int) -> list[int]:
@@ -74,7 +82,7 @@ class PagedOracle:
     def free(self, row: int) -> None:
         self.queue = self.states.pop(row)[::-1] + self.tables.pop(row)[::-1] + self.queue
 
-    def agrees_with(self, allocator: PagedAllocator) -> None:
+    def agrees_with(self, allocator: PagedStepAllocator) -> None:
         assert allocator.pool.free_queue().tolist() == self.queue
         held = [block for table in (*self.tables.values(), *self.states.values()) for block in table]
         assert sorted(held + self.queue) == list(range(1, self.pool.num_blocks))
@@ -113,9 +121,11 @@ class ContiguousOracle:
     def free(self, row: int) -> None:
         self.heap.release(self.intervals.pop(row)[0])
 
-    def agrees_with(self, allocator: ContiguousAllocator) -> None:
-        rows = {row: (int(allocator.address[row]), int(allocator.units_held[row])) for row in range(MAX_NUM_SEQS)}
-        assert rows == {row: self.intervals.get(row, (-1, 0)) for row in range(MAX_NUM_SEQS)}
+    def agrees_with(self, allocator: RequestByRequest) -> None:
+        sizes = [self.intervals.get(row, (0, 0))[1] for row in range(MAX_NUM_SEQS)]
+        assert allocator.units_held.tolist() == sizes
+        placed = [allocator.allocator.slots_held(request).tolist() for request in allocator.allocator.live_requests()]
+        assert sorted(placed) == sorted(list(range(address, address + size)) for address, size in self.intervals.values())
         asked = {address: size + self.state for address, size in self.intervals.values()}
         slots = [slot for address, size in asked.items() for slot in range(address, address + self.heap.rounded(size))]
         assert len(set(slots)) == len(slots)
@@ -147,7 +157,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             reserve_full_isl=reserve_full_isl,
             state_slots=state_slots,
         )
-        self.allocator: Allocator = ALLOCATORS.load(self.name)(self.pool)
+        self.allocator: StepAllocator = step_allocator(self.name, self.pool)
         self.oracle: Any = PagedOracle(self.pool) if self.allocator.placement == "block" else ContiguousOracle(self.pool)
         self.running: list[int] = []
         """Rows, in the order of admission."""
@@ -172,6 +182,7 @@ class AllocatorMachine(RuleBasedStateMachine):
                 entries.append((row, min(chunk, prompt), prompt, admission_slots, prompt + output - 1))
         for i, (row, slots, known, admission_slots, _) in enumerate(entries):
             batch.row[i], batch.num_slots_needed[i], batch.num_known_tokens[i] = row, slots, known
+            batch.num_scheduled_tokens[i] = slots - self.slots.get(row, (0, 0))[0]
             batch.admission_slots[i] = admission_slots
 
         one_by_one = copy.deepcopy(self.allocator)
@@ -240,7 +251,7 @@ def test_allocator_keeps_the_laws(name: str, heap: str) -> None:
 
 
 def test_both_kinds_of_placement_are_covered() -> None:
-    assert ("paged", "block") in {(name, ALLOCATORS.load(name)(POOL).placement) for name, _ in placements()}
+    assert ("paged", "block") in {(name, step_allocator(name, POOL).placement) for name, _ in placements()}
     assert {heap for name, heap in placements() if name == "contiguous-oracle"} == set(HEAPS.names())
 
 
@@ -249,11 +260,11 @@ POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=3, max_model_len=
 
 def admitted(name: str, *slots: int, pool: KVPoolSettings = POOL) -> Any:
     """An allocator in which row i holds slots[i]."""
-    allocator = ALLOCATORS.load(name)(pool)
+    allocator = step_allocator(name, pool)
     batch = StepBatch.empty(POOL.max_num_seqs)
     batch.row[:] = range(POOL.max_num_seqs)
     for i, n in enumerate(slots):
-        batch.num_slots_needed[i] = batch.num_known_tokens[i] = batch.admission_slots[i] = n
+        batch.num_slots_needed[i] = batch.num_known_tokens[i] = batch.admission_slots[i] = batch.num_scheduled_tokens[i] = n
     assert allocator.allocate_slots(batch, 0, len(slots), 0) == len(slots)
     allocator.check_integrity()
     return allocator
@@ -293,9 +304,9 @@ def test_paged_notices_corruption(corrupt: Callable[[Any], None]) -> None:
         allocator.check_integrity()
 
 
-@pytest.mark.parametrize("block", [0, 3, 7, 99, -1])
+@pytest.mark.parametrize("block", [0, 2, 7, 99, -1])
 def test_paged_notices_a_state_block_that_is_not_its_own(block: int) -> None:
-    allocator = admitted("paged", 8, pool=replace(POOL, state_slots=4))  # state [1], table [2, 3]
+    allocator = admitted("paged", 8, pool=replace(POOL, state_slots=4))  # table [1, 2], state [3]
     put(allocator.state_tables, (0, 0), block)
     with pytest.raises(IntegrityError):
         allocator.check_integrity()
@@ -304,42 +315,35 @@ def test_paged_notices_a_state_block_that_is_not_its_own(block: int) -> None:
 @pytest.mark.parametrize(
     "corrupt",
     [
-        pytest.param(lambda a: put(a.address, 1, 2), id="two rows overlap"),
-        pytest.param(lambda a: put(a.address, 1, -1), id="address lost"),
-        pytest.param(lambda a: put(a.address, 2, 20), id="address of a row that holds nothing"),
-        pytest.param(lambda a: put(a.units_held, 1, 0), id="size lost"),
-        pytest.param(lambda a: put(a.units_held, 1, 2), id="wrong size, rounded otherwise"),
-        pytest.param(lambda a: put(a.units_held, 1, 4), id="wrong size, rounded alike"),
-        pytest.param(lambda a: setattr(a, "rounding_slots", 0), id="wrong count of rounding"),
-        pytest.param(lambda a: a.heap.reserve(1), id="reservation that no row has"),
-        pytest.param(lambda a: put(a.address, 1, 16), id="address in a free extent"),
-        pytest.param(lambda a: put(a.address, 1, 999), id="address out of the heap"),
+        pytest.param(lambda a, r: put(a.allocator._addresses, r[1], 2), id="two requests overlap"),
+        pytest.param(lambda a, r: a.allocator._addresses.pop(r[1]), id="address lost"),
+        pytest.param(lambda a, r: put(a.allocator._addresses, KVRequest(request_id="x", num_tokens=1), 20), id="held by nobody"),
+        pytest.param(lambda a, r: setattr(r[1], "admission_slots", 2), id="wrong size, rounded otherwise"),
+        pytest.param(lambda a, r: setattr(r[1], "admission_slots", 4), id="wrong size, rounded alike"),
+        pytest.param(lambda a, r: put(a.units_held, 1, 2), id="row with a wrong size"),
+        pytest.param(lambda a, r: setattr(a.allocator, "rounding_slots", 0), id="wrong count of rounding"),
+        pytest.param(lambda a, r: a.allocator.heap.reserve(1), id="reservation that no request has"),
+        pytest.param(lambda a, r: put(a.allocator._addresses, r[1], 16), id="address in a free extent"),
+        pytest.param(lambda a, r: put(a.allocator._addresses, r[1], 999), id="address out of the heap"),
     ],
 )
-def test_contiguous_notices_corruption(corrupt: Callable[[Any], None]) -> None:
+def test_contiguous_notices_corruption(corrupt: Callable[[Any, Any], None]) -> None:
     allocator = admitted("contiguous-oracle", 4, 3)  # 4 slots at 0, 3 (as 4) at 4
-    corrupt(allocator)
+    corrupt(allocator, allocator.allocator.live_requests())
     with pytest.raises(IntegrityError):
         allocator.check_integrity()
 
 
 def test_freeing_a_row_that_holds_nothing_changes_nothing() -> None:
-    allocator = ALLOCATORS.load("paged")(replace(POOL, state_slots=4))
-    before = state_of(allocator)
-    allocator.free(0)
-    assert state_of(allocator) == before
-
-
-def test_a_row_that_holds_nothing_cannot_be_freed_in_a_heap() -> None:
-    allocator = admitted("contiguous-max", 16)
-    before = state_of(allocator)
-    with pytest.raises(ConfigError, match="no reservation"):
-        allocator.free(1)
-    assert state_of(allocator) == before
+    for name in ("paged", "contiguous-max"):
+        allocator = step_allocator(name, replace(POOL, state_slots=4))
+        before = state_of(allocator)
+        allocator.free(0)
+        assert state_of(allocator) == before
 
 
 @pytest.mark.parametrize(("prompt", "output", "slots"), [(10, 25, 42), (10, 32, 42), (10, 1, 11), (900, 120, 1000)])
 def test_pow2_rounds_the_output_up_but_not_beyond_the_longest_request(prompt: int, output: int, slots: int) -> None:
     # Source of 25 -> 32: PagedAttention paper (Kwon et al., SOSP 2023), section 6.1.
     pool = KVPoolSettings(num_blocks=100, max_model_len=1000)
-    assert ALLOCATORS.load("contiguous-pow2")(pool).admission_slots(prompt, output) == slots
+    assert step_allocator("contiguous-pow2", pool).admission_slots(prompt, output) == slots

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from pagedkv.allocation import Allocator, KVPoolSettings
+from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.allocators.paged import PagedAllocator
 from pagedkv.heaps import HEAPS
+from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, SchedulerSettings
+from pagedkv.step_allocation import StepAllocator, step_allocator
 
 
 class Arrival(NamedTuple):
@@ -154,7 +155,7 @@ class OracleScheduler:
 @settings(max_examples=300)
 def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
     limits, pool = workload.limits, workload.pool
-    allocator = PagedAllocator(pool)
+    allocator = PagedStepAllocator(pool)
     scheduler, oracle = Scheduler(limits, allocator), OracleScheduler(limits, pool)
     pending = list(workload.arrivals)
     num_preempted = steps = 0
@@ -194,7 +195,7 @@ def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
 @settings(max_examples=60)
 def test_over_any_allocator_everyone_is_served_in_turn(name: str, workload: Workload) -> None:
     limits = workload.limits
-    allocator: Allocator = ALLOCATORS.load(name)(workload.pool)
+    allocator: StepAllocator = step_allocator(name, workload.pool)
     scheduler = Scheduler(limits, allocator)
     pending = list(workload.arrivals)
     asked: dict[int, Arrival] = {}

@@ -1,0 +1,114 @@
+"""The paged allocator for a whole step at once, in compiled code, without prefix caching."""
+
+import numpy as np
+
+from pagedkv.allocation import KVPoolSettings
+from pagedkv.arrays import Int32Array
+from pagedkv.block_pool import NULL_BLOCK, BlockPool, BlockPoolArrays, release_blocks, take_blocks
+from pagedkv.block_table import BlockTables
+from pagedkv.errors import IntegrityError
+from pagedkv.jit import jit
+from pagedkv.step_batch import StepBatch
+
+
+@jit
+def _allocate_slots(
+    pool: BlockPoolArrays,
+    tables: Int32Array,
+    num_blocks: Int32Array,
+    states: Int32Array,
+    block_size: int,
+    batch: StepBatch,
+    first: int,
+    last: int,
+    num_running: int,
+    watermark_blocks: int,
+    reserve_full_isl: bool,  # noqa: FBT001
+) -> int:
+    for i in range(first, last):
+        row = batch.row[i]
+        free = pool.num_free[0]
+        if i >= num_running:
+            free -= watermark_blocks if i > 0 else 0  # nothing runs before entry 0: then the watermark is waived
+            free -= states.shape[1]
+            if reserve_full_isl and -(-batch.num_known_tokens[i] // block_size) > free:
+                return i
+        held = num_blocks[row]
+        need = -(-batch.num_slots_needed[i] // block_size) - held
+        if need > free:
+            return i
+        if need > 0:
+            take_blocks(pool, need, tables[row], held)
+            num_blocks[row] = held + need
+        if i >= num_running:
+            take_blocks(pool, states.shape[1], states[row], 0)
+    return last
+
+
+class PagedStepAllocator:
+    """Blocks of `block_size` tokens, taken as tokens come and given back tail first. Semantics of vLLM without prefix caching."""
+
+    name = "paged"
+    placement = "block"
+
+    def __init__(self, settings: KVPoolSettings) -> None:
+        self.pool = BlockPool(num_blocks=settings.num_blocks)
+        self.tables = BlockTables(
+            max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
+        )
+        self.unit_slots = settings.block_size
+        self.state_units = -(-settings.state_slots // settings.block_size)
+        self.state_tables: Int32Array = np.zeros((settings.max_num_seqs, self.state_units), np.int32)
+        """By row: the blocks that hold a running request's state."""
+        self.max_model_len = settings.max_model_len
+        self.usable_slots = (settings.num_blocks - 1) * settings.block_size
+        self.units_held = self.tables.num_blocks
+        self.rounding_slots = 0
+        self._watermark_blocks = int(settings.watermark * settings.num_blocks)
+        self._reserve_full_isl = settings.reserve_full_isl
+
+    def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
+        """Return 0, or None if even the empty pool is too small (the last output token never needs a slot)."""
+        blocks = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) + self.state_units
+        return 0 if blocks * self.unit_slots <= self.usable_slots else None
+
+    def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
+        """Grant blocks in order until one entry does not fit; return its index. O(entries + blocks taken)."""
+        return int(
+            _allocate_slots(
+                self.pool.arrays,
+                self.tables.blocks,
+                self.tables.num_blocks,
+                self.state_tables,
+                self.unit_slots,
+                batch,
+                first,
+                last,
+                num_running,
+                self._watermark_blocks,
+                self._reserve_full_isl,
+            )
+        )
+
+    def free(self, row: int) -> None:
+        """Give all blocks of `row` back. O(blocks)."""
+        release_blocks(self.pool.arrays, self.tables.blocks[row], self.tables.num_blocks[row])
+        if self.tables.num_blocks[row]:  # a row that holds nothing has a stale state table
+            release_blocks(self.pool.arrays, self.state_tables[row], self.state_units)
+        self.tables.num_blocks[row] = 0
+
+    @property
+    def free_slots(self) -> int:
+        """Slots in free blocks."""
+        return self.pool.num_free_blocks * self.unit_slots
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless every block's reference count is the number of tables that hold it."""
+        self.pool.check_integrity()
+        lengths, width = self.tables.num_blocks, self.tables.blocks.shape[1]
+        tables = {row: self.tables.of(row).tolist() for row in np.flatnonzero(lengths).tolist()}
+        states = self.state_tables[list(tables)].reshape(-1)
+        held = np.array([*(block for table in tables.values() for block in table), *states], np.int64)
+        inside = ((lengths >= 0) & (lengths <= width)).all() and ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all()
+        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.arrays.ref_cnt):
+            raise IntegrityError(f"reference counts {self.pool.arrays.ref_cnt.tolist()} do not match the tables {tables}")

@@ -1,0 +1,133 @@
+"""The contract between a scheduler and an allocator: one batched call per step.
+
+The scheduler writes what it would like to run into a `StepBatch`; the allocator grants slots in that order and stops at the first
+entry that does not fit now. A row is a place in the running batch; a request owns one from admission until it finishes or is
+preempted. Every allocator of the registry can be driven so; `paged` has compiled code for it.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from pagedkv.allocation import Allocator, KVPoolSettings
+from pagedkv.allocators import ALLOCATORS
+from pagedkv.arrays import Int32Array
+from pagedkv.errors import IntegrityError
+from pagedkv.kv_request import KVRequest
+from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.step_batch import StepBatch
+
+
+class StepAllocator(Protocol):
+    """Hands out KV slots, a step at a time. A shortage is a value, and the entry that is refused changes nothing."""
+
+    name: str
+    """Its name in the registry."""
+    placement: str
+    """How it finds room: "block", or the name of the heap."""
+    usable_slots: int
+    """Slots that requests can get: the denominator of every share."""
+    max_model_len: int
+    """Longest request, in tokens, that its tables have room for."""
+    unit_slots: int
+    """Slots in one unit of `units_held`: the block size, or 1."""
+    units_held: Int32Array
+    """Units that each row holds for tokens now, by row."""
+    state_units: int
+    """Units that each running request holds for its state besides."""
+
+    def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
+        """Return the slots to take in one piece at admission, 0 if the request grows step by step, None if it can never fit."""
+
+    def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
+        """Grant slots to entries `first` to `last` of `batch`, in order, until one does not fit.
+
+        Args:
+            batch: The step; entries from `num_running` on are admissions.
+            first: First entry to serve.
+            last: One past the last entry to serve.
+            num_running: How many entries run already.
+
+        Returns:
+            The index of the first entry not served: `last` if all were.
+        """
+
+    def free(self, row: int) -> None:
+        """Take back all that `row` holds."""
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody holds."""
+
+    @property
+    def rounding_slots(self) -> int:
+        """Slots lost to the heap's rounding of live reservations."""
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError, with the state dumped, if an invariant is broken."""
+
+
+class RequestByRequest:
+    """Drives an allocator entry by entry: the plain path, for those without compiled code of their own."""
+
+    unit_slots = 1
+
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator = allocator
+        self.name, self.placement = allocator.name, allocator.placement
+        self.usable_slots, self.max_model_len = allocator.usable_slots, allocator.max_model_len
+        self.state_units = allocator.state_slots
+        self.units_held: Int32Array = np.zeros(allocator.max_num_seqs, np.int32)
+        self.admission_slots = allocator.admission_slots
+        self._requests: list[KVRequest | None] = [None] * allocator.max_num_seqs
+
+    def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
+        """Grant slots in order until one entry does not fit; return its index. What was reserved at admission needs no call."""
+        for i in range(first, last):
+            row, new = int(batch.row[i]), int(batch.num_scheduled_tokens[i])
+            request = self._requests[row]
+            if request is None:
+                request = KVRequest(request_id=int(batch.request[i]), num_tokens=0, admission_slots=int(batch.admission_slots[i]))
+            elif request.admission_slots:
+                continue
+            request.num_tokens = int(batch.num_known_tokens[i])
+            request.num_computed_tokens = int(batch.num_slots_needed[i]) - new
+            if self.allocator.allocate_slots(request, new, has_scheduled_reqs=i > 0) is None:
+                return i
+            self._requests[row] = request
+            self.units_held[row] = self.allocator.num_slots_held(request)
+        return last
+
+    def free(self, row: int) -> None:
+        """Take back all that `row` holds."""
+        request = self._requests[row]
+        if request is not None:
+            self.allocator.free(request)
+            self._requests[row] = None
+            self.units_held[row] = 0
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody holds."""
+        return self.allocator.free_slots
+
+    @property
+    def rounding_slots(self) -> int:
+        """Slots lost to the heap's rounding of live reservations."""
+        return self.allocator.rounding_slots
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless rows and allocator agree on who holds how much."""
+        self.allocator.check_integrity()
+        held = [0 if request is None else self.allocator.num_slots_held(request) for request in self._requests]
+        if self.units_held.tolist() != held or len(self.allocator.live_requests()) != sum(r is not None for r in self._requests):
+            raise IntegrityError(f"rows hold {self.units_held.tolist()} slots, the allocator says {held}")
+
+
+def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:
+    """Return the allocator `name` for a scheduler: its compiled code where there is some, else the plain path.
+
+    Raises:
+        ConfigError: If there is no such allocator.
+    """
+    return PagedStepAllocator(settings) if name == PagedStepAllocator.name else RequestByRequest(ALLOCATORS.load(name)(settings))
