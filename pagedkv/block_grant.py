@@ -2,15 +2,18 @@
 
 from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockKeys
-from pagedkv.block_pool import BlockPoolArrays, take_blocks, take_evicting, touch_blocks
+from pagedkv.block_moves import register_blocks, take_blocks, touch_blocks
+from pagedkv.free_queue import NUM_FREE, Blocks, FreeQueue
 from pagedkv.jit import jit
-from pagedkv.prefix_cache import PrefixCacheArrays, insert_block
+from pagedkv.prefix_cache import Buckets, KeyIndex
 
 
 @jit
 def grant_blocks(
-    pool: BlockPoolArrays,
-    index: PrefixCacheArrays | None,
+    blocks: Blocks,
+    queue: FreeQueue,
+    index: KeyIndex,
+    buckets: Buckets,
     table: Int32Array,
     held: int,
     hits: Int32Array,
@@ -26,8 +29,10 @@ def grant_blocks(
     Hits that nobody holds leave the free queue, so they need room like new blocks. O(hits + new blocks + newly full blocks).
 
     Args:
-        pool: The pool.
-        index: Its prefix cache; None if caching is off.
+        blocks: The pool.
+        queue: Its free queue.
+        index: Its prefix cache.
+        buckets: The same.
         table: One request's block table.
         held: Blocks in it.
         hits: Cached blocks that come next.
@@ -40,17 +45,14 @@ def grant_blocks(
     """
     revived = 0
     for block in hits:
-        revived += pool.ref_cnt[block] == 0
+        revived += blocks["ref_cnt"][block] == 0
     num_new = max(num_needed - held - hits.size, 0)
     num_gated = max(num_gated - held - hits.size, num_new)
-    if num_gated + revived + num_kept_free > pool.num_free[0]:
+    if num_gated + revived + num_kept_free > queue[NUM_FREE]:
         return False
-    touch_blocks(pool, hits)
-    table[held : held + hits.size] = hits
-    if index is None:
-        take_blocks(pool, num_new, table, held + hits.size)
-    else:
-        take_evicting(pool, index, num_new, table, held + hits.size)
-        for i in range(num_registered, num_full):
-            insert_block(index, table[i], keys, i)
+    touch_blocks(blocks, queue, hits)
+    for i in range(hits.size):
+        table[held + i] = hits[i]
+    take_blocks(blocks, queue, index, buckets, num_new, table, held + hits.size)
+    register_blocks(blocks, index, buckets, table, keys, num_registered, num_full)
     return True

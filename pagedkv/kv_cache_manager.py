@@ -7,11 +7,12 @@ import numpy as np
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Int32Array
 from pagedkv.block_grant import grant_blocks
-from pagedkv.block_pool import NULL_BLOCK, BlockPool, release_blocks, release_keeping
+from pagedkv.block_moves import release_blocks
+from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
 from pagedkv.errors import IntegrityError
+from pagedkv.free_queue import NULL_BLOCK
 from pagedkv.kv_request import KVRequest
-from pagedkv.prefix_cache import carry_keys
 
 _NO_BLOCKS: Int32Array = np.empty(0, np.int32)
 
@@ -86,7 +87,7 @@ class KVCacheManager:
             ConfigError: If the request has too few keys.
         """
         self._check_known(request)
-        if self.pool.cache is None:
+        if not self.enable_caching:
             return _NO_BLOCKS, 0
         hits = self.pool.cache.lookup(request.block_keys[: (request.num_tokens - 1) // self.block_size])
         return hits, hits.size * self.block_size
@@ -140,8 +141,10 @@ class KVCacheManager:
         place = self._free_rows[-1] if row is None else row
         table, registered = self.tables.blocks[place], max(int(self._num_registered[place]), hits.size)
         full = max(min(num_slots, request.num_tokens) // self.block_size, registered) if self.enable_caching else 0
-        index, keys = None if self.pool.cache is None else self.pool.cache.arrays, request.block_keys
-        if not grant_blocks(self.pool.arrays, index, table, held, hits, needed, gated, kept_free, keys, registered, full):
+        pool, cache, keys = self.pool, self.pool.cache, request.block_keys
+        if not grant_blocks(
+            pool.blocks, pool.queue, cache.index, cache.buckets, table, held, hits, needed, gated, kept_free, keys, registered, full
+        ):
             return None
         if row is None:
             self._rows[request] = self._free_rows.pop()
@@ -201,13 +204,13 @@ class KVCacheManager:
         }
         held = np.array([block for table in tables.values() for block in table], np.int64)
         inside = ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all() and len(tables) == len(self._rows)
-        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.arrays.ref_cnt):
-            raise IntegrityError(f"reference counts {self.pool.arrays.ref_cnt.tolist()} do not match the tables {tables}")
+        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.ref_cnt):
+            raise IntegrityError(f"reference counts {self.pool.ref_cnt.tolist()} do not match the tables {tables}")
         if sorted([*self._rows.values(), *self._free_rows]) != list(range(len(self.tables.num_blocks))):
             raise IntegrityError(f"rows {sorted(self._rows.values())} in use, {sorted(self._free_rows)} free: not each once")
         for request, row in self._rows.items():
             registered = self.tables.of(row)[: self._num_registered[row]]
-            if self.pool.cache is not None and not carry_keys(self.pool.cache.arrays, registered, request.block_keys):
+            if self.enable_caching and not self.pool.cache.carry(registered, request.block_keys):
                 raise IntegrityError(f"blocks {registered.tolist()} of request {request.request_id!r} do not carry its keys")
 
     def _blocks(self, num_slots: int) -> int:
@@ -228,11 +231,8 @@ class KVCacheManager:
             raise request.error(f"hits {hits.tolist()}, but it holds blocks already: only an admission takes hits")
         if hits.size * self.block_size >= request.num_tokens:
             raise request.error(f"{hits.size} hits leave none of {request.num_tokens} tokens to compute: the last one must be")
-        if self.pool.cache is None or not carry_keys(self.pool.cache.arrays, hits, request.block_keys):
+        if not self.pool.cache.carry(hits, request.block_keys):
             raise request.error(f"hits {hits.tolist()} do not carry its keys (any more): look them up again")
 
     def _release(self, blocks: Int32Array) -> None:
-        if self.pool.cache is None:
-            release_blocks(self.pool.arrays, blocks, blocks.size)
-        else:
-            release_keeping(self.pool.arrays, self.pool.cache.arrays, blocks, blocks.size)
+        release_blocks(self.pool.blocks, self.pool.queue, blocks, blocks.size)

@@ -4,16 +4,22 @@ import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Int32Array
-from pagedkv.block_pool import NULL_BLOCK, BlockPool, BlockPoolArrays, release_blocks, take_blocks
+from pagedkv.block_moves import release_blocks, take_blocks
+from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
 from pagedkv.errors import IntegrityError
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
 from pagedkv.jit import jit
+from pagedkv.prefix_cache import Buckets, KeyIndex
 from pagedkv.step_batch import StepBatch
 
 
 @jit
 def _allocate_slots(
-    pool: BlockPoolArrays,
+    blocks: Blocks,
+    queue: FreeQueue,
+    index: KeyIndex,
+    buckets: Buckets,
     tables: Int32Array,
     num_blocks: Int32Array,
     states: Int32Array,
@@ -27,7 +33,7 @@ def _allocate_slots(
 ) -> int:
     for i in range(first, last):
         row = batch.row[i]
-        free = pool.num_free[0]
+        free = queue[NUM_FREE]
         if i >= num_running:
             free -= watermark_blocks if i > 0 else 0  # nothing runs before entry 0: then the watermark is waived
             free -= states.shape[1]
@@ -38,10 +44,10 @@ def _allocate_slots(
         if need > free:
             return i
         if need > 0:
-            take_blocks(pool, need, tables[row], held)
+            take_blocks(blocks, queue, index, buckets, need, tables[row], held)
             num_blocks[row] = held + need
         if i >= num_running:
-            take_blocks(pool, states.shape[1], states[row], 0)
+            take_blocks(blocks, queue, index, buckets, states.shape[1], states[row], 0)
     return last
 
 
@@ -76,7 +82,10 @@ class PagedStepAllocator:
         """Grant blocks in order until one entry does not fit; return its index. O(entries + blocks taken)."""
         return int(
             _allocate_slots(
-                self.pool.arrays,
+                self.pool.blocks,
+                self.pool.queue,
+                self.pool.cache.index,
+                self.pool.cache.buckets,
                 self.tables.blocks,
                 self.tables.num_blocks,
                 self.state_tables,
@@ -92,9 +101,9 @@ class PagedStepAllocator:
 
     def free(self, row: int) -> None:
         """Give all blocks of `row` back. O(blocks)."""
-        release_blocks(self.pool.arrays, self.tables.blocks[row], self.tables.num_blocks[row])
+        release_blocks(self.pool.blocks, self.pool.queue, self.tables.blocks[row], self.tables.num_blocks[row])
         if self.tables.num_blocks[row]:  # a row that holds nothing has a stale state table
-            release_blocks(self.pool.arrays, self.state_tables[row], self.state_units)
+            release_blocks(self.pool.blocks, self.pool.queue, self.state_tables[row], self.state_units)
         self.tables.num_blocks[row] = 0
 
     @property
@@ -110,5 +119,5 @@ class PagedStepAllocator:
         states = self.state_tables[list(tables)].reshape(-1)
         held = np.array([*(block for table in tables.values() for block in table), *states], np.int64)
         inside = ((lengths >= 0) & (lengths <= width)).all() and ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all()
-        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.arrays.ref_cnt):
-            raise IntegrityError(f"reference counts {self.pool.arrays.ref_cnt.tolist()} do not match the tables {tables}")
+        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.ref_cnt):
+            raise IntegrityError(f"reference counts {self.pool.ref_cnt.tolist()} do not match the tables {tables}")

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pagedkv.block_hash import BlockKeys
-from pagedkv.block_pool import NULL_BLOCK, BlockPool
+from pagedkv.block_pool import BlockPool
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.prefix_cache import PrefixCache, insert_block, remove_block
+from pagedkv.free_queue import NULL_BLOCK, new_queue
+from pagedkv.prefix_cache import PrefixCache
 
 
 def state(pool: BlockPool) -> list[list[int]]:
-    return [column.tolist() for column in (*pool.arrays, *(pool.cache.arrays if pool.cache else ()))]
+    return [column.tolist() for column in (pool.blocks, pool.queue, pool.cache.index, pool.cache.buckets)]
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
@@ -45,7 +46,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         """What a prefix hit will do: another table holds the same blocks."""
         table = data.draw(st.sampled_from([[], *self.tables]))
         prefix = table[: data.draw(st.integers(0, len(table)))]
-        self.pool.arrays.ref_cnt[prefix] += 1
+        self.pool.share(prefix)
         self.tables.append(list(prefix))
 
     @rule(data=st.data())
@@ -70,7 +71,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert self.pool.free_queue().tolist() == self.queue
         assert self.pool.num_free_blocks == len(self.queue)
         held = Counter(block for table in self.tables for block in table)
-        assert self.pool.arrays.ref_cnt.tolist() == [held[block] for block in range(self.pool.num_blocks)]
+        assert self.pool.ref_cnt.tolist() == [held[block] for block in range(self.pool.num_blocks)]
 
 
 TestBlockPool = BlockPoolMachine.TestCase
@@ -130,7 +131,7 @@ def test_freed_blocks_with_a_key_wait_at_the_back_and_can_be_revived_from_the_mi
     pool.cache_full_blocks([1, 2, 3], keys_of(11, 12, 13))
     pool.free_blocks([1, 2, 3, 4])
     assert pool.free_queue().tolist() == [4, 5, 6, 7, 3, 2, 1]
-    pool.touch([2], keys_of(12))
+    assert pool.hold_prefix(keys_of(12, 99)).tolist() == [2]
     assert pool.free_queue().tolist() == [4, 5, 6, 7, 3, 1]
     pool.get_new_blocks(5)
     assert cache.blocks().tolist() == [1, 2]  # 3 was handed out again
@@ -181,15 +182,15 @@ def test_keys_are_for_blocks_that_are_held_and_have_none() -> None:
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), max_size=60), st.sampled_from([0, 40, 64, 126]))
 def test_the_first_registered_of_those_left_is_found(changes: list[tuple[int, int]], first_bit: int) -> None:
     """Blocks come and go under three keys, which from bit 40 on share a bucket."""
-    cache, carriers = PrefixCache(num_blocks=10), dict[int, list[int]]()
+    cache, carriers = PrefixCache(new_queue(10)[0]), dict[int, list[int]]()
     for block, number in changes:
         for others in carriers.values():
             if block in others:
-                remove_block(cache.arrays, block)
+                cache.remove(block)
                 others.remove(block)
                 break
         else:
-            insert_block(cache.arrays, block, keys_of(number << first_bit), 0)
+            cache.insert(block, keys_of(number << first_bit), 0)
             carriers.setdefault(number, []).append(block)
         cache.check_integrity()
         for each in (1, 2, 3):
@@ -198,33 +199,35 @@ def test_the_first_registered_of_those_left_is_found(changes: list[tuple[int, in
 
 @pytest.mark.parametrize("bit", range(128))
 def test_every_bit_of_a_key_is_compared(bit: int) -> None:
-    cache, key = PrefixCache(num_blocks=4), 0x0123_4567_89AB_CDEF_0123_4567_89AB_CDEF
+    cache, key = PrefixCache(new_queue(4)[0]), 0x0123_4567_89AB_CDEF_0123_4567_89AB_CDEF
     other = key ^ (1 << bit)
-    insert_block(cache.arrays, 1, keys_of(key), 0)
+    cache.insert(1, keys_of(key), 0)
     assert cache.lookup(keys_of(key)).tolist() == [1]
     assert cache.lookup(keys_of(other)).tolist() == []
-    insert_block(cache.arrays, 2, keys_of(other), 0)
+    cache.insert(2, keys_of(other), 0)
     assert cache.lookup(keys_of(key, other)).tolist() == [1, 2]
-    remove_block(cache.arrays, 1)
+    cache.remove(1)
     assert cache.lookup(keys_of(key)).tolist() == []
 
 
 @pytest.mark.parametrize(
-    ("array", "at", "value"),
+    ("column", "at", "value"),
     [
-        ("key", (1, 0), 77),
+        ("key_a", 1, 77),
         ("next_same", 1, 0),
         ("next_same", 3, 3),
         ("prev_same", 1, 1),
-        ("first_in_bucket", 1, 0),
+        ("buckets", 1, 0),
         ("next_same", 1, 9),
     ],
 )
-def test_corruption_of_the_cache_is_noticed(array: str, at: int | tuple[int, int], value: int) -> None:
+def test_corruption_of_the_cache_is_noticed(column: str, at: int, value: int) -> None:
     pool, cache = caching_pool()
     pool.get_new_blocks(3)
     pool.cache_full_blocks([1, 2], keys_of(1, 1))
-    getattr(cache.arrays, array)[at] = value
+    columns = {"buckets": cache.buckets, "key_a": cache.index["key_a"]}
+    columns |= {name: pool.blocks[name] for name in ("next_same", "prev_same")}
+    columns[column][at] = value
     with pytest.raises(IntegrityError):
         pool.check_integrity()
 
@@ -232,4 +235,4 @@ def test_corruption_of_the_cache_is_noticed(array: str, at: int | tuple[int, int
 def test_state_stays_within_64_bytes_per_block() -> None:
     for num_blocks in (2, 5, 1000, 1025):
         pool, cache = caching_pool(num_blocks)
-        assert sum(array.nbytes for array in (*pool.arrays, *cache.arrays)) <= 64 * num_blocks + 8
+        assert pool.num_bytes <= 64 * num_blocks + 64

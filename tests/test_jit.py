@@ -11,7 +11,7 @@ import pytest
 
 import pagedkv
 import pagedkv.sims
-from pagedkv.block_pool import take_blocks
+from pagedkv.block_moves import take_blocks
 from pagedkv.jit import _package_digest
 
 CALLER = """

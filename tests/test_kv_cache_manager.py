@@ -161,7 +161,14 @@ MISUSE: dict[str, Callable[[KVCacheManager, KVRequest], Any]] = {
 def test_misuse_is_told_and_changes_nothing(message: str) -> None:
     cache, live = manager(max_num_seqs=1), request(range(8))
     cache.allocate_slots(live, 8)
-    arrays = (*cache.pool.arrays, *cache.pool.cache.arrays, cache.tables.blocks, cache.tables.num_blocks)  # type: ignore[union-attr]
+    arrays = (
+        cache.pool.blocks,
+        cache.pool.queue,
+        cache.pool.cache.index,
+        cache.pool.cache.buckets,
+        cache.tables.blocks,
+        cache.tables.num_blocks,
+    )  # type: ignore[union-attr]
     before = [array.tolist() for array in arrays]
     with pytest.raises(ConfigError, match=message):
         MISUSE[message](cache, live)

@@ -75,10 +75,8 @@ class PagedAllocator:
     def cached_slots(self) -> Int64Array:
         """Return the slots of blocks that carry a key and that nobody holds."""
         pool = self.manager.pool
-        if pool.cache is None:
-            return self._slots(_NO_BLOCKS)
         keyed = pool.cache.blocks()
-        return self._slots(keyed[pool.arrays.ref_cnt[keyed] == 0])
+        return self._slots(keyed[pool.ref_cnt[keyed] == 0])
 
     @property
     def free_slots(self) -> int:

@@ -96,8 +96,8 @@ class Replay:
 
     def state(self) -> Op:
         manager = self.manager
-        ref_cnt = manager.pool.arrays.ref_cnt
-        cached = [] if manager.pool.cache is None else manager.pool.cache.blocks().tolist()
+        ref_cnt = manager.pool.ref_cnt
+        cached = manager.pool.cache.blocks().tolist()
         shared = [[block, int(ref_cnt[block])] for block in np.flatnonzero(ref_cnt >= 2).tolist()]
         return {"q": manager.free_queue().tolist(), "k": cached, "ref": shared}
 

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import IntegrityError
+from pagedkv.free_queue import FIRST, HEAD, NUM_FREE, SPAN
 from pagedkv.heaps import HEAPS
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
@@ -86,7 +87,7 @@ class PagedOracle:
         assert allocator.pool.free_queue().tolist() == self.queue
         held = [block for table in (*self.tables.values(), *self.states.values()) for block in table]
         assert sorted(held + self.queue) == list(range(1, self.pool.num_blocks))
-        assert allocator.pool.arrays.ref_cnt.tolist() == [held.count(block) for block in range(self.pool.num_blocks)]
+        assert allocator.pool.ref_cnt.tolist() == [held.count(block) for block in range(self.pool.num_blocks)]
         for row in range(self.pool.max_num_seqs):
             assert allocator.tables.of(row).tolist() == self.tables.get(row, [])
         for row, state in self.states.items():
@@ -277,15 +278,15 @@ def put(array: Any, at: Any, value: int) -> None:
 @pytest.mark.parametrize(
     "corrupt",
     [
-        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 1, 2), id="one reference too many"),
-        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 1, 0), id="held block without a reference"),
-        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 7, 1), id="free block with a reference"),
-        pytest.param(lambda a: put(a.pool.arrays.ref_cnt, 7, -1), id="negative reference count"),
-        pytest.param(lambda a: put(a.pool.arrays.next_free, 6, 6), id="block twice in the queue"),
-        pytest.param(lambda a: put(a.pool.arrays.next_free, 6, 1), id="held block in the queue"),
-        pytest.param(lambda a: put(a.pool.arrays.prev_free, 7, 1), id="wrong back link"),
-        pytest.param(lambda a: put(a.pool.arrays.num_free, 0, 1), id="too few counted"),
-        pytest.param(lambda a: put(a.pool.arrays.num_free, 0, 3), id="too many counted"),
+        pytest.param(lambda a: put(a.pool.ref_cnt, 1, 2), id="one reference too many"),
+        pytest.param(lambda a: put(a.pool.ref_cnt, 1, 0), id="held block without a reference"),
+        pytest.param(lambda a: put(a.pool.ref_cnt, 7, 1), id="free block with a reference"),
+        pytest.param(lambda a: put(a.pool.ref_cnt, 7, -1), id="negative reference count"),
+        pytest.param(lambda a: put(a.pool.queue, FIRST + 5, 7), id="block twice in the queue"),
+        pytest.param(lambda a: put(a.pool.queue, FIRST + 5, 1), id="held block in the queue"),
+        pytest.param(lambda a: put(a.pool.blocks["place"], 7, 5), id="wrong place"),
+        pytest.param(lambda a: put(a.pool.queue, NUM_FREE, 1), id="too few counted"),
+        pytest.param(lambda a: put(a.pool.queue, NUM_FREE, 3), id="too many counted"),
         pytest.param(lambda a: put(a.tables.blocks, (0, 1), 3), id="another row's block in a table"),
         pytest.param(lambda a: put(a.tables.blocks, (0, 1), 6), id="free block in a table"),
         pytest.param(lambda a: put(a.tables.blocks, (0, 1), 99), id="unknown block in a table"),
@@ -293,8 +294,8 @@ def put(array: Any, at: Any, value: int) -> None:
         pytest.param(lambda a: put(a.tables.num_blocks, 1, 4), id="table too long"),
         pytest.param(lambda a: put(a.tables.num_blocks, 0, 5), id="table beyond its row"),
         pytest.param(lambda a: put(a.tables.blocks, (0, 1), -1), id="negative block in a table"),
-        pytest.param(lambda a: put(a.pool.arrays.next_free, 0, 99), id="link out of the pool"),
-        pytest.param(lambda a: put(a.pool.arrays.num_free, 0, -1), id="negative count"),
+        pytest.param(lambda a: put(a.pool.queue, HEAD, 99), id="head out of the ring"),
+        pytest.param(lambda a: put(a.pool.queue, SPAN, -1), id="negative count"),
     ],
 )
 def test_paged_notices_corruption(corrupt: Callable[[Any], None]) -> None:

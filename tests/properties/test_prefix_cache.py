@@ -109,7 +109,7 @@ class Sequence:
 
     def __init__(self, name: str, salt: str, tokens: list[int], block_size: int, digest: Digest) -> None:
         self.name, self.salt, self.tokens = name, salt, list(tokens)
-        self.chain = BlockHashChain(block_size=block_size, salt=salt, digest=digest)
+        self.chain = BlockHashChain(block_size=block_size, salt=salt, hash_algorithm=digest)
         self.chain.extend(tokens)
         self.request = KVRequest(request_id=name, num_tokens=len(tokens), block_keys=self.chain.keys)
 
@@ -120,8 +120,16 @@ class Sequence:
 
 
 def state_of(manager: KVCacheManager) -> list[Any]:
-    cache = () if manager.pool.cache is None else manager.pool.cache.arrays
-    arrays = [*manager.pool.arrays, *cache, manager.tables.num_blocks, manager.tables.blocks, manager._num_registered]
+    pool = manager.pool
+    arrays = [
+        pool.blocks,
+        pool.queue,
+        pool.cache.index,
+        pool.cache.buckets,
+        manager.tables.num_blocks,
+        manager.tables.blocks,
+        manager._num_registered,
+    ]
     return [[array.tolist() for array in arrays], dict(manager._rows), list(manager._free_rows)]
 
 
@@ -267,9 +275,9 @@ class ManagerMachine(RuleBasedStateMachine):
         manager.check_integrity()
         assert manager.free_queue().tolist() == list(oracle.queue)
         held = Counter(block for table in oracle.tables.values() for block in table)
-        assert manager.pool.arrays.ref_cnt.tolist() == [held[block] for block in range(manager.pool.num_blocks)]
+        assert manager.pool.ref_cnt.tolist() == [held[block] for block in range(manager.pool.num_blocks)]
         assert manager.num_free_blocks + len(held) == manager.pool.num_blocks - 1
-        assert ([] if manager.pool.cache is None else manager.pool.cache.blocks().tolist()) == sorted(oracle.prefix_of)
+        assert manager.pool.cache.blocks().tolist() == sorted(oracle.prefix_of)
         for name, sequence in self.sequences.items():
             assert manager.block_table(sequence.request).tolist() == oracle.tables.get(name, [])
             self.look(sequence)
