@@ -1,0 +1,191 @@
+"""Server slots as in llama.cpp: each runs one request, and remembers the tokens of its last one until it is needed for another.
+
+Not modelled: the cache of prompts in host memory (--cache-ram), chunks moved to other positions (--cache-reuse), context shift, and
+cells given up behind a sliding window. State of fixed size (recurrent layers) is taken to be there for every prefix, as the context
+checkpoints of llama.cpp aim at.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pagedkv.allocation import KVPoolSettings
+from pagedkv.arrays import Int32Array
+from pagedkv.errors import IntegrityError
+from pagedkv.kv_request import KVRequest
+
+SLOT_PROMPT_SIMILARITY = 0.1
+"""An idle slot is preferred if it has more than this share of the prompt. Source: llama.cpp, --slot-prompt-similarity's default."""
+_NO_TOKENS: Int32Array = np.empty(0, np.int32)
+
+
+def common_prefix(a: Int32Array, b: Int32Array) -> int:
+    """Return how many leading tokens are the same. O(shorter one), O(1) if the first token differs."""
+    n = min(a.size, b.size)
+    if n == 0 or a[0] != b[0]:
+        return 0
+    differs = a[:n] != b[:n]
+    first = int(differs.argmax())
+    return first if differs[first] else n
+
+
+@dataclass(eq=False, kw_only=True)
+class ServerSlot:
+    """One of the places where requests run."""
+
+    index: int
+    """Its number."""
+    request: KVRequest | None = None
+    """What runs here; None: it is idle."""
+    tokens: Int32Array = field(default_factory=lambda: _NO_TOKENS)
+    """While it is idle: the tokens whose keys and values it still has."""
+    namespace: str = ""
+    """What they were computed under."""
+    num_computed: int = 0
+    """While it runs: leading tokens whose keys and values are known to be there."""
+    last_used: int = -1
+    """How many requests had ended when its last one did; -1: it never ran one."""
+
+
+class ServerSlots:
+    """The server slots, the requests in them, and the choice of a slot for the next one."""
+
+    def __init__(self, settings: KVPoolSettings, num_server_slots: int) -> None:
+        self.slots = tuple(ServerSlot(index=i) for i in range(num_server_slots))
+        self._settings = settings
+        self._running: dict[KVRequest, ServerSlot] = {}
+        self._num_ended = 0
+
+    def of(self, request: KVRequest) -> ServerSlot | None:
+        """Return the slot that `request` runs in."""
+        return self._running.get(request)
+
+    def running(self) -> tuple[KVRequest, ...]:
+        """Return the requests that run, in order of admission."""
+        return tuple(self._running)
+
+    def idle(self) -> Iterator[ServerSlot]:
+        """Yield the slots in which nothing runs, by number."""
+        return (slot for slot in self.slots if slot.request is None)
+
+    def choose(self, request: KVRequest) -> tuple[ServerSlot, int] | None:
+        """Return the slot that an admission would get now and the leading tokens it would find there; None if none is idle.
+
+        The idle slot that has the largest part of the request's tokens at its beginning, if that is more than a tenth of them; else
+        the one that ended longest ago, the last one of several that never ran. What it has is cut to the common prefix either way,
+        and the last token is always computed. O(server slots + tokens compared).
+
+        Raises:
+            ConfigError: If the request knows fewer token_ids than tokens.
+        """
+        tokens = self._tokens(request, request.num_tokens)
+        best, longest = None, SLOT_PROMPT_SIMILARITY * request.num_tokens
+        oldest: ServerSlot | None = None
+        for slot in self.idle():
+            length = self._common(slot, request, tokens)
+            if length > longest:
+                best, longest = slot, length
+            if oldest is None or slot.last_used <= oldest.last_used:
+                oldest = slot
+        chosen = best or oldest
+        return None if chosen is None else (chosen, min(self._common(chosen, request, tokens), request.num_tokens - 1))
+
+    def check(self, request: KVRequest, num_new_tokens: int, num_slots_held: int) -> None:
+        """Raise ConfigError unless `request` can ask for slots for `num_new_tokens` more tokens."""
+        request.check_known(max_model_len=self._settings.max_model_len, num_keys=0)
+        request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=num_slots_held)
+        end, longest = request.num_computed_tokens + num_new_tokens, self._settings.max_model_len
+        if end > longest:
+            raise request.error(
+                f"{end} tokens are more than max_model_len {longest}: {num_new_tokens} new ones are {end - longest} too many"
+            )
+        self._tokens(request, request.num_tokens)
+        if request not in self._running:
+            request.check_place(len(self._running), self._settings.max_num_seqs)
+
+    def start(self, slot: ServerSlot, request: KVRequest, num_cached: int) -> None:
+        """Let `request` run in `slot`, which has its first `num_cached` tokens."""
+        self.forget(slot)
+        slot.request, slot.num_computed = request, num_cached
+        self._running[request] = slot
+
+    def fork(self, parent: KVRequest, child: KVRequest) -> tuple[ServerSlot, ServerSlot]:
+        """Let `child` run in the first idle slot, whose prompt is forgotten; return the slots of `parent` and `child`.
+
+        Raises:
+            ConfigError: If `parent` does not run, `child` runs, knows too few tokens, or no slot is idle.
+        """
+        slot = self.running_slot(parent)
+        if child in self._running:
+            raise child.error("holds slots already: only a request that holds nothing can be forked into")
+        if child.num_tokens < parent.num_computed_tokens:
+            raise child.error(
+                f"{child.num_tokens} known tokens: needs the {parent.num_computed_tokens} that its parent has computed"
+            )
+        child.check_place(len(self._running), self._settings.max_num_seqs)
+        target = next(self.idle(), None)
+        if target is None:
+            raise child.error(f"all {len(self.slots)} server slots run requests: free one first, or give the pool room for more")
+        self.start(target, child, min(slot.num_computed, parent.num_computed_tokens))
+        return slot, target
+
+    def running_slot(self, request: KVRequest) -> ServerSlot:
+        """Return the slot that `request` runs in.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        slot = self._running.get(request)
+        if slot is None:
+            raise request.holds_nothing()
+        return slot
+
+    def note_computed(self, request: KVRequest, num_slots_held: int) -> None:
+        """Hear that all its num_computed_tokens, of which each must have a slot, are there now."""
+        slot = self.running_slot(request)
+        if not 0 <= request.num_computed_tokens <= num_slots_held:
+            raise request.error(f"{request.num_computed_tokens} computed tokens, but it holds {num_slots_held} slots")
+        slot.num_computed = request.num_computed_tokens
+
+    def end(self, request: KVRequest) -> ServerSlot:
+        """Make the slot of `request` idle and return it. All tokens known to be computed stay, if they can be told to others.
+
+        Raises:
+            ConfigError: If it does not run, or knows fewer token_ids than stay.
+        """
+        slot = self.running_slot(request)
+        num_kept = min(slot.num_computed, request.num_computed_tokens, request.num_tokens)
+        tokens = self._tokens(request, num_kept).copy()
+        del self._running[request]
+        slot.request, slot.tokens, slot.namespace = None, tokens, request.namespace
+        slot.num_computed, slot.last_used = 0, self._num_ended
+        self._num_ended += 1
+        return slot
+
+    def forget(self, slot: ServerSlot) -> None:
+        """Let an idle slot know nothing."""
+        slot.tokens, slot.namespace = _NO_TOKENS, ""
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless slots and requests point to each other, and what they remember can be."""
+        for slot in self.slots:
+            running = slot.request is not None
+            known = self._running.get(slot.request) if slot.request is not None else slot
+            if known is not slot or (running and slot.tokens.size) or (not running and slot.num_computed):
+                raise IntegrityError(f"{slot} does not fit the running requests {[r.request_id for r in self._running]}")
+        if len(self._running) != sum(slot.request is not None for slot in self.slots):
+            raise IntegrityError(f"{len(self._running)} requests run in {self.slots}")
+
+    def _tokens(self, request: KVRequest, num_tokens: int) -> Int32Array:
+        """Return its first `num_tokens` tokens, none if it shares nothing."""
+        if not self._settings.enable_prefix_caching or not request.token_ids.size:
+            return _NO_TOKENS
+        if request.token_ids.size < num_tokens:
+            raise request.error(
+                f"{request.token_ids.size} token_ids, but {num_tokens} tokens are known: extend them, or leave them out"
+            )
+        return request.token_ids[:num_tokens]
+
+    def _common(self, slot: ServerSlot, request: KVRequest, tokens: Int32Array) -> int:
+        return common_prefix(slot.tokens, tokens) if slot.namespace == request.namespace else 0
