@@ -23,6 +23,7 @@ import numpy as np
 from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError
 from pagedkv.kv_request import KVRequest
+from pagedkv.kv_spec import LayerGroup
 
 NO_SLOT = -1
 """Stands, in a request's slots, for a token that has none any more: it has left the window."""
@@ -163,6 +164,12 @@ class KVPoolSettings:
     """Keep what finished and preempted requests computed, and give it to requests that begin alike."""
     eviction: str = "lru"
     """What leaves the prefix cache first: a name in `pagedkv.eviction`."""
+    offload_blocks: int = 0
+    """Blocks of a second tier, in host memory or on NVMe, that keeps what leaves the prefix cache."""
+    prefix_match_unit: int = 0
+    """Tokens in which a hit may end inside a block: a divisor of block_size; 0: hits end with a block."""
+    layer_groups: tuple[LayerGroup, ...] = ()
+    """What the model's layers cache, for an allocator that gives each group blocks of its own; empty: all layers alike."""
     page_tokens: int = 64
     """Tokens in one physical page of one layer's keys (virtual contiguous memory): page bytes / (KV heads * head size * element
     bytes)."""
@@ -176,6 +183,11 @@ class KVPoolSettings:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_model_len", "page_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        unit = self.prefix_match_unit
+        if unit < 0 or (unit and self.block_size % unit):
+            raise ConfigError(f"prefix-match-unit is {unit}: needs 0, or a divisor of block-size {self.block_size}")
+        if self.offload_blocks < 0:
+            raise ConfigError(f"offload-blocks is {self.offload_blocks}: needs 0 or more")
         if not 0 <= self.watermark < 1 or self.state_slots < 0:
             raise ConfigError(f"watermark {self.watermark} needs 0 or more, below 1; state_slots {self.state_slots} 0 or more")
 

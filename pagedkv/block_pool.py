@@ -36,6 +36,7 @@ class BlockPool:
         self.enable_caching = enable_caching
         self.blocks, self.queue = new_queue(num_blocks)
         self.cache = PrefixCache(self.blocks, enable_caching=enable_caching)
+        self._arrays = (self.blocks, self.queue, self.cache.index, self.cache.buckets)
 
     @property
     def num_free_blocks(self) -> int:
@@ -59,13 +60,12 @@ class BlockPool:
         Raises:
             ConfigError: If `num_blocks` is negative.
         """
-        if num_blocks < 0:
-            raise ConfigError(f"cannot take {num_blocks} blocks: the number must be 0 or more")
-        if num_blocks > self.num_blocks:
+        if not 0 <= num_blocks < self.num_blocks:
+            if num_blocks < 0:
+                raise ConfigError(f"cannot take {num_blocks} blocks: the number must be 0 or more")
             return None
         table = np.empty(num_blocks, np.int32)
-        cache = self.cache
-        return table if take_blocks(self.blocks, self.queue, cache.index, cache.buckets, num_blocks, table, 0) else None
+        return table if take_blocks(*self._arrays, num_blocks, table, 0) else None
 
     def free_blocks(self, table: Sequence[int] | Int32Array) -> None:
         """Drop one reference to each block of `table`. O(len(table)).
@@ -73,7 +73,8 @@ class BlockPool:
         Raises:
             ConfigError: If a block is not of this pool or has fewer references than are dropped; nothing has changed then.
         """
-        table = np.asarray(table, np.int32)
+        if type(table) is not np.ndarray:
+            table = np.asarray(table, np.int32)
         wrong = release_blocks(self.blocks, self.queue, table, table.size)
         if wrong >= 0:
             raise self._not_held(table, wrong)
@@ -91,8 +92,8 @@ class BlockPool:
 
     def hold_prefix(self, keys: BlockKeys) -> Int32Array:
         """Look up the longest run of `keys` from its start and hold its blocks once more. O(hits) expected."""
-        hits, cache = np.empty(len(keys), np.int32), self.cache
-        return hits[: hold_prefix(self.blocks, self.queue, cache.index, cache.buckets, keys, hits)]
+        hits = np.empty(len(keys), np.int32)
+        return hits[: hold_prefix(*self._arrays, keys, hits)]
 
     def share(self, table: Sequence[int] | Int32Array) -> None:
         """Hold each block of `table`, which somebody holds, once more: a fork. O(len(table)).
@@ -130,7 +131,7 @@ class BlockPool:
         chosen = self.blocks[victims]
         if np.unique(victims).size < victims.size or chosen["ref_cnt"].any() or not chosen["next_same"].all():
             raise ConfigError(f"cannot evict blocks {victims.tolist()}: each must be free, and carry a key")
-        evict_blocks(self.blocks, self.queue, self.cache.index, self.cache.buckets, victims)
+        evict_blocks(*self._arrays, victims)
 
     def reset_prefix_cache(self) -> bool:
         """Drop all keys and return True, if no block is held; else change nothing and return False. The queue keeps its order."""

@@ -15,6 +15,30 @@ from pagedkv.step_batch import StepBatch
 
 
 @jit
+def _append_slots(
+    blocks: Blocks,
+    queue: FreeQueue,
+    index: KeyIndex,
+    buckets: Buckets,
+    tables: Int32Array,
+    num_blocks: Int32Array,
+    block_size: int,
+    batch: StepBatch,
+    num_entries: int,
+) -> int:
+    rows, needed = batch["row"], batch["num_slots_needed"]
+    for i in range(num_entries):
+        row = rows[i]
+        held = num_blocks[row]
+        if needed[i] >= held * block_size:
+            if not take_blocks(blocks, queue, index, buckets, 1, tables[row], held):
+                return i
+            num_blocks[row] = held + 1
+        needed[i] += 1
+    return num_entries
+
+
+@jit
 def _allocate_slots(
     blocks: Blocks,
     queue: FreeQueue,
@@ -32,15 +56,15 @@ def _allocate_slots(
     reserve_full_isl: bool,  # noqa: FBT001
 ) -> int:
     for i in range(first, last):
-        row = batch.row[i]
+        row = batch["row"][i]
         free = queue[NUM_FREE]
         if i >= num_running:
             free -= watermark_blocks if i > 0 else 0  # nothing runs before entry 0: then the watermark is waived
             free -= states.shape[1]
-            if reserve_full_isl and -(-batch.num_known_tokens[i] // block_size) > free:
+            if reserve_full_isl and -(-batch["num_known_tokens"][i] // block_size) > free:
                 return i
         held = num_blocks[row]
-        need = -(-batch.num_slots_needed[i] // block_size) - held
+        need = -(-batch["num_slots_needed"][i] // block_size) - held
         if need > free:
             return i
         if need > 0:
@@ -96,6 +120,30 @@ class PagedStepAllocator:
                 num_running,
                 self._watermark_blocks,
                 self._reserve_full_isl,
+            )
+        )
+
+    def append_slots(self, batch: StepBatch, num_entries: int) -> int:
+        """Let each of the first entries, which run, need one slot more, and grant it; stop at the first that does not fit.
+
+        What a step of pure decoding asks for, without the caller's counting. O(entries).
+
+        Returns:
+            The index of the first entry not served: it and those behind it are as they were.
+        """
+        pool = self.pool
+        cache = pool.cache
+        return int(
+            _append_slots(
+                pool.blocks,
+                pool.queue,
+                cache.index,
+                cache.buckets,
+                self.tables.blocks,
+                self.units_held,
+                self.unit_slots,
+                batch,
+                num_entries,
             )
         )
 

@@ -84,14 +84,14 @@ class RequestByRequest:
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant slots in order until one entry does not fit; return its index. What was reserved at admission needs no call."""
         for i in range(first, last):
-            row, new = int(batch.row[i]), int(batch.num_scheduled_tokens[i])
+            row, new = int(batch["row"][i]), int(batch["num_scheduled_tokens"][i])
             request = self._requests[row]
             if request is None:
-                request = KVRequest(request_id=int(batch.request[i]), num_tokens=0, admission_slots=int(batch.admission_slots[i]))
+                request = KVRequest(request_id=int(batch["request"][i]), num_tokens=0, admission_slots=int(batch["admission_slots"][i]))
             elif request.admission_slots:
                 continue
-            request.num_tokens = int(batch.num_known_tokens[i])
-            request.num_computed_tokens = int(batch.num_slots_needed[i]) - new
+            request.num_tokens = int(batch["num_known_tokens"][i])
+            request.num_computed_tokens = int(batch["num_slots_needed"][i]) - new
             if self.allocator.allocate_slots(request, new, has_scheduled_reqs=i > 0) is None:
                 return i
             self._requests[row] = request

@@ -76,7 +76,7 @@ def _set_gauges(
         gauges[g] = 0
     for i in range(state.counts[NUM_RUNNING]):
         request = state.running[i]
-        tokens = batch.num_slots_needed[i] if i < num_entries else requests.num_computed_tokens[request]
+        tokens = batch["num_slots_needed"][i] if i < num_entries else requests.num_computed_tokens[request]
         held = units_held[requests.row[request]] * unit_slots
         final = requests.prompt_tokens[request] + requests.output_tokens[request] - 1  # the last output token needs no slot
         gauges[TOKENS] += tokens
@@ -119,8 +119,8 @@ def _integrate(
 @jit
 def _stamp_start(times: TokenTimes, batch: StepBatch, first: int, last: int, now_s: float) -> None:
     for i in range(first, last):
-        if np.isnan(times.scheduled_s[batch.request[i]]):
-            times.scheduled_s[batch.request[i]] = now_s
+        if np.isnan(times.scheduled_s[batch["request"][i]]):
+            times.scheduled_s[batch["request"][i]] = now_s
 
 
 @jit

@@ -9,7 +9,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.jit import jit
 from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.model_spec import ModelSpec
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import StepBatch, empty_batch
 from pagedkv.weight_format import WeightFormat
 
 NO_WINDOW = np.iinfo(np.int64).max
@@ -73,7 +73,7 @@ def _step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> t
     num_tokens = 0
     kv_s = attention_s = 0.0
     for i in range(num_entries):
-        new, context = batch.num_scheduled_tokens[i], batch.num_slots_needed[i]
+        new, context = batch["num_scheduled_tokens"][i], batch["num_slots_needed"][i]
         before = context - new
         num_tokens += new
         for g in range(c.windows.size):
@@ -141,12 +141,12 @@ class RooflineStepTime:
 
         Exact for the prompt's chunks; decode steps are costed at their mean context, where the roofline is linear in it.
         """
-        batch = StepBatch.empty(1)
+        batch = empty_batch(1)
         total_s, computed = 0.0, 0
         while computed < prompt_tokens:
             chunk = min(max_num_batched_tokens, prompt_tokens - computed)
             computed += chunk
-            batch.num_scheduled_tokens[0], batch.num_slots_needed[0] = chunk, computed
+            batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = chunk, computed
             total_s += self.cost(batch, 1).total_s
-        batch.num_scheduled_tokens[0], batch.num_slots_needed[0] = 1, prompt_tokens + output_tokens // 2
+        batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = 1, prompt_tokens + output_tokens // 2
         return total_s + (output_tokens - 1) * self.cost(batch, 1).total_s

@@ -18,7 +18,7 @@ from pagedkv.sims.config import LoadConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.scenario import resolve
 from pagedkv.sims.step_time import StepCost
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import empty_batch
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "examples" / "my-machine.toml"
 SHORT = "--users 2 --think-time 1s --random-input-len 900 --random-output-len 20 --duration 20s --warmup 0s --allocator paged"
@@ -92,8 +92,8 @@ def test_equal_scenarios_have_equal_settings() -> None:
 
 
 def cost(deployment: Deployment, *, new: int, context: int, requests: int = 1) -> StepCost:
-    batch = StepBatch.empty(requests)
-    batch.num_scheduled_tokens[:], batch.num_slots_needed[:] = new, context
+    batch = empty_batch(requests)
+    batch["num_scheduled_tokens"][:], batch["num_slots_needed"][:] = new, context
     return deployment.step_time.cost(batch, requests)
 
 

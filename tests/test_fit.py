@@ -20,7 +20,7 @@ from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.fit import CONTEXTS, fit, under_other_rules
 from pagedkv.step_allocation import step_allocator
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import empty_batch
 
 PLAIN: dict[str, Any] = {"model": "qwen2.5-0.5b", "hardware": "rtx-4090"}
 WITH_STATE: dict[str, Any] = {"model": "qwen3.5-27b", "hardware": "dgx-spark"}
@@ -35,10 +35,10 @@ def filled(deployment: Deployment, allocator: str, context: int, *, most: int | 
     slots = one.admission_slots(context, 1)
     if slots is None:
         return 0
-    batch = StepBatch.empty(most)
-    batch.row[:] = range(most)
-    batch.num_slots_needed[:] = batch.num_known_tokens[:] = batch.num_scheduled_tokens[:] = context
-    batch.admission_slots[:] = slots
+    batch = empty_batch(most)
+    batch["row"][:] = range(most)
+    batch["num_slots_needed"][:] = batch["num_known_tokens"][:] = batch["num_scheduled_tokens"][:] = context
+    batch["admission_slots"][:] = slots
     number = one.allocate_slots(batch, 0, most, 0)
     one.check_integrity()
     return number

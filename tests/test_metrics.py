@@ -136,7 +136,7 @@ class Witness(Recorder):
         running = []
         for i, request in enumerate(scheduler.arrays.running[: scheduler.num_running].tolist()):
             computed = int(requests.num_computed_tokens[request])
-            computed += int(step.batch.num_scheduled_tokens[i]) if i < step.num_entries else 0
+            computed += int(step.batch["num_scheduled_tokens"][i]) if i < step.num_entries else 0
             held = int(pool.units_held[requests.row[request]]) * pool.unit_slots
             final = int(requests.prompt_tokens[request] + requests.output_tokens[request]) - 1
             running.append(Held(computed, held, final))

@@ -34,7 +34,7 @@ def add(to: Scheduler, *lengths: tuple[int, int]) -> list[int | None]:
 def entries(step: Step) -> list[tuple[int, int]]:
     """(request, tokens) in scheduling order."""
     n = step.num_entries
-    return list(zip(step.batch.request[:n].tolist(), step.batch.num_scheduled_tokens[:n].tolist(), strict=True))
+    return list(zip(step.batch["request"][:n].tolist(), step.batch["num_scheduled_tokens"][:n].tolist(), strict=True))
 
 
 def advance(one: Scheduler) -> list[tuple[int, int]]:
@@ -231,7 +231,7 @@ def put(array: Any, at: int, value: int) -> None:
         pytest.param(lambda s: put(s.requests.arrays.num_computed_tokens, 0, 9), id="more tokens than slots"),
         pytest.param(lambda s: put(s.requests.arrays.num_computed_tokens, 2, 1), id="waiting request with computed tokens"),
         pytest.param(lambda s: s.allocator.free(1), id="running request without slots"),
-        pytest.param(lambda s: put(s.allocator.pool.arrays.ref_cnt, 1, 2), id="corrupt allocator"),
+        pytest.param(lambda s: put(s.allocator.pool.ref_cnt, 1, 2), id="corrupt allocator"),
     ],
 )
 def test_corruption_is_noticed(corrupt: Callable[[Any], None]) -> None:

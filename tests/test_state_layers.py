@@ -24,7 +24,7 @@ from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.step_time import StepCost
 from pagedkv.step_allocation import StepAllocator, step_allocator
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import empty_batch
 
 PLACEMENTS = [("paged", "buddy"), *product([name for name in ALLOCATORS.names() if name != "paged"], HEAPS.names())]
 MODELS = [name for name in model_names() if load_model(name).kv_spec("auto").state_bytes_per_sequence]
@@ -107,12 +107,12 @@ def pool(heap: str = "buddy", **changes: Any) -> KVPoolSettings:
 
 
 def admit(allocator: StepAllocator, number: int, *, tokens: int) -> int:
-    batch = StepBatch.empty(4)
-    batch.row[:] = range(4)
-    batch.num_slots_needed[:] = batch.num_known_tokens[:] = batch.num_scheduled_tokens[:] = tokens
+    batch = empty_batch(4)
+    batch["row"][:] = range(4)
+    batch["num_slots_needed"][:] = batch["num_known_tokens"][:] = batch["num_scheduled_tokens"][:] = tokens
     slots = allocator.admission_slots(tokens - 1, 1)
     assert slots is not None
-    batch.admission_slots[:] = slots
+    batch["admission_slots"][:] = slots
     return allocator.allocate_slots(batch, 0, number, 0)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pagedkv.catalogue import load_hardware, load_model
 from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.step_time import EAGER_S_PER_LAYER, RooflineStepTime, StepCost
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import empty_batch
 from pagedkv.weight_format import load_weight_format
 
 Entry = tuple[int, int]
@@ -30,10 +30,10 @@ def roofline(
 
 
 def cost(step_time: RooflineStepTime, entries: list[Entry]) -> StepCost:
-    batch = StepBatch.empty(len(entries) + 1)
-    batch.num_scheduled_tokens[:], batch.num_slots_needed[:] = 10**6, 10**6  # what lies beyond the entries must not count
+    batch = empty_batch(len(entries) + 1)
+    batch["num_scheduled_tokens"][:], batch["num_slots_needed"][:] = 10**6, 10**6  # what lies beyond the entries must not count
     for i, (new, context) in enumerate(entries):
-        batch.num_scheduled_tokens[i], batch.num_slots_needed[i] = new, context
+        batch["num_scheduled_tokens"][i], batch["num_slots_needed"][i] = new, context
     return step_time.cost(batch, len(entries))
 
 

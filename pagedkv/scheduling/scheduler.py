@@ -20,7 +20,7 @@ from pagedkv.scheduling.state import (
     preempt_last,
 )
 from pagedkv.step_allocation import StepAllocator
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import StepBatch, empty_batch
 
 
 class Blocker(Enum):
@@ -115,7 +115,7 @@ class Scheduler:
         self._limits = SchedulerLimits(
             settings.max_num_batched_tokens, settings.long_prefill_token_threshold, settings.enable_chunked_prefill
         )
-        self._step = Step(StepBatch.empty(settings.max_num_seqs))
+        self._step = Step(empty_batch(settings.max_num_seqs))
         self._sampled = np.zeros(settings.max_num_seqs, np.int64)
         self._finished = np.zeros(settings.max_num_seqs, np.int64)
         self._num_sampled = self._num_finished = 0

@@ -40,12 +40,12 @@ class SchedulerLimits(NamedTuple):
 
 @jit
 def _add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
-    batch.request[i] = request
-    batch.row[i] = row
-    batch.num_scheduled_tokens[i] = num_tokens
-    batch.num_slots_needed[i] = requests.num_computed_tokens[request] + num_tokens
-    batch.num_known_tokens[i] = requests.num_known_tokens[request]
-    batch.admission_slots[i] = requests.admission_slots[request]
+    batch["request"][i] = request
+    batch["row"][i] = row
+    batch["num_scheduled_tokens"][i] = num_tokens
+    batch["num_slots_needed"][i] = requests.num_computed_tokens[request] + num_tokens
+    batch["num_known_tokens"][i] = requests.num_known_tokens[request]
+    batch["admission_slots"][i] = requests.admission_slots[request]
 
 
 @jit
@@ -112,8 +112,8 @@ def preempt_last(state: SchedulerArrays, requests: RequestArrays) -> int:
 def admit(state: SchedulerArrays, requests: RequestArrays, batch: StepBatch, first: int, last: int) -> None:
     """Move the requests of entries `first` to `last` from the head of the queue to the running ones. O(last - first)."""
     for i in range(first, last):
-        request = batch.request[i]
-        requests.row[request] = batch.row[i]
+        request = batch["request"][i]
+        requests.row[request] = batch["row"][i]
         state.running[state.counts[NUM_RUNNING]] = request
         state.counts[NUM_RUNNING] += 1
     state.counts[WAITING_HEAD] = (state.counts[WAITING_HEAD] + last - first) % state.waiting.size
@@ -139,8 +139,8 @@ def complete_step(
     """
     num_sampled = num_finished = 0
     for i in range(num_entries):
-        request = batch.request[i]
-        requests.num_computed_tokens[request] += batch.num_scheduled_tokens[i]
+        request = batch["request"][i]
+        requests.num_computed_tokens[request] += batch["num_scheduled_tokens"][i]
         if requests.num_computed_tokens[request] == requests.num_known_tokens[request]:
             requests.num_known_tokens[request] += 1
             sampled[num_sampled] = request

@@ -64,13 +64,13 @@ def replay(workload: Workload) -> int:
         step = scheduler.schedule()
         entries = range(step.num_entries)
         where = f"workload {workload['id']}, step {i}"
-        scheduled = [[ids[step.batch.request[e]], int(step.batch.num_scheduled_tokens[e])] for e in entries]
+        scheduled = [[ids[step.batch["request"][e]], int(step.batch["num_scheduled_tokens"][e])] for e in entries]
         assert scheduled == recorded.get("s", []), where
         assert step.num_preempted == len(recorded.get("p", [])), where
         preemptions += step.num_preempted
         for request_id, blocks in recorded.get("nb", []):
-            entry = next(e for e in entries if ids[step.batch.request[e]] == request_id)
-            row = int(step.batch.row[entry])
+            entry = next(e for e in entries if ids[step.batch["request"][e]] == request_id)
+            row = int(step.batch["row"][entry])
             already = held[row] if entry < step.num_running_before else 0
             assert allocator.tables.of(row)[already:].tolist() == blocks, where
         scheduler.complete()

@@ -24,7 +24,7 @@ from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run, run
 from pagedkv.step_allocation import step_allocator
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import empty_batch
 
 LENGTHS: dict[str, Any] = {"random_input_len": 300, "random_output_len": 60, "random_range_ratio": 0.9}
 TRACE = "arrival_s,input_tokens,output_tokens\n" + "".join(
@@ -246,16 +246,16 @@ def test_law_13_what_fits_in_n_blocks_fits_in_one_more(
             watermark=watermark,
             reserve_full_isl=reserve_full_isl,
         )
-        allocator, step = step_allocator(name, pool), StepBatch.empty(10)
-        step.row[:] = range(10)
+        allocator, step = step_allocator(name, pool), empty_batch(10)
+        step["row"][:] = range(10)
         for i, (chunk, known) in enumerate([(tokens, tokens) for tokens in live] + batch):
-            step.num_slots_needed[i] = step.num_scheduled_tokens[i] = min(chunk, known)
-            step.num_known_tokens[i] = known
-            step.admission_slots[i] = allocator.admission_slots(known, known) or 10 * pool.num_slots + 100
+            step["num_slots_needed"][i] = step["num_scheduled_tokens"][i] = min(chunk, known)
+            step["num_known_tokens"][i] = known
+            step["admission_slots"][i] = allocator.admission_slots(known, known) or 10 * pool.num_slots + 100
         assume(allocator.allocate_slots(step, 0, len(live), 0) == len(live))
-        step.num_scheduled_tokens[: len(live)] = step.num_slots_needed[: len(live)] // 2 + 1
-        step.num_slots_needed[: len(live)] += step.num_scheduled_tokens[: len(live)]
-        step.num_known_tokens[: len(live)] = step.num_slots_needed[: len(live)]
+        step["num_scheduled_tokens"][: len(live)] = step["num_slots_needed"][: len(live)] // 2 + 1
+        step["num_slots_needed"][: len(live)] += step["num_scheduled_tokens"][: len(live)]
+        step["num_known_tokens"][: len(live)] = step["num_slots_needed"][: len(live)]
         served.append(allocator.allocate_slots(step, 0, len(live) + len(batch), len(live)))
     assert served[0] <= served[1]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
@@ -20,7 +20,7 @@ from pagedkv.heaps import HEAPS
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.step_allocation import RequestByRequest, StepAllocator, step_allocator
-from pagedkv.step_batch import StepBatch
+from pagedkv.step_batch import StepBatch, empty_batch
 
 MAX_NUM_SEQS = 5
 MAX_MODEL_LEN = 24
@@ -63,17 +63,17 @@ class PagedOracle:
         return (tokens + self.pool.block_size - 1) // self.pool.block_size
 
     def grant(self, batch: StepBatch, i: int, *, admission: bool) -> bool:
-        table = self.tables.get(int(batch.row[i]), [])
+        table = self.tables.get(int(batch["row"][i]), [])
         state = self.blocks(self.pool.state_slots) if admission else 0
         kept_free = state + (int(self.pool.watermark * self.pool.num_blocks) if admission and i > 0 else 0)
-        if admission and self.pool.reserve_full_isl and self.blocks(batch.num_known_tokens[i]) + kept_free > len(self.queue):
+        if admission and self.pool.reserve_full_isl and self.blocks(batch["num_known_tokens"][i]) + kept_free > len(self.queue):
             return False
-        need = self.blocks(batch.num_slots_needed[i]) - len(table)
+        need = self.blocks(batch["num_slots_needed"][i]) - len(table)
         if need + kept_free > len(self.queue):
             return False
-        self.tables[int(batch.row[i])] = table + self.taken(need)
+        self.tables[int(batch["row"][i])] = table + self.taken(need)
         if admission:
-            self.states[int(batch.row[i])] = self.taken(state)
+            self.states[int(batch["row"][i])] = self.taken(state)
         return True
 
     def taken(self, count: int) -> list[int]:
@@ -112,11 +112,11 @@ class ContiguousOracle:
 
     def grant(self, batch: StepBatch, i: int, *, admission: bool) -> bool:
         if admission:
-            size = int(batch.admission_slots[i])
+            size = int(batch["admission_slots"][i])
             address = self.heap.reserve(size + self.state)
             if address is None:
                 return False
-            self.intervals[int(batch.row[i])] = (address, size)
+            self.intervals[int(batch["row"][i])] = (address, size)
         return True
 
     def free(self, row: int) -> None:
@@ -170,7 +170,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         arrivals=st.lists(st.tuples(st.integers(1, 16), st.integers(1, 8), st.integers(1, 16)), max_size=3),
     )
     def step(self, growth: list[int], arrivals: list[tuple[int, int, int]]) -> None:
-        batch, entries = StepBatch.empty(MAX_NUM_SEQS), []
+        batch, entries = empty_batch(MAX_NUM_SEQS), []
         for row, more in zip(self.running, growth, strict=False):
             used, most = self.slots[row]
             entries.append((row, min(used + more, most), most, 0, most))
@@ -182,9 +182,9 @@ class AllocatorMachine(RuleBasedStateMachine):
             if admission_slots is not None:
                 entries.append((row, min(chunk, prompt), prompt, admission_slots, prompt + output - 1))
         for i, (row, slots, known, admission_slots, _) in enumerate(entries):
-            batch.row[i], batch.num_slots_needed[i], batch.num_known_tokens[i] = row, slots, known
-            batch.num_scheduled_tokens[i] = slots - self.slots.get(row, (0, 0))[0]
-            batch.admission_slots[i] = admission_slots
+            batch["row"][i], batch["num_slots_needed"][i], batch["num_known_tokens"][i] = row, slots, known
+            batch["num_scheduled_tokens"][i] = slots - self.slots.get(row, (0, 0))[0]
+            batch["admission_slots"][i] = admission_slots
 
         one_by_one = copy.deepcopy(self.allocator)
         granted = self.allocator.allocate_slots(batch, 0, len(entries), num_running)
@@ -262,10 +262,12 @@ POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=3, max_model_len=
 def admitted(name: str, *slots: int, pool: KVPoolSettings = POOL) -> Any:
     """An allocator in which row i holds slots[i]."""
     allocator = step_allocator(name, pool)
-    batch = StepBatch.empty(POOL.max_num_seqs)
-    batch.row[:] = range(POOL.max_num_seqs)
+    batch = empty_batch(POOL.max_num_seqs)
+    batch["row"][:] = range(POOL.max_num_seqs)
     for i, n in enumerate(slots):
-        batch.num_slots_needed[i] = batch.num_known_tokens[i] = batch.admission_slots[i] = batch.num_scheduled_tokens[i] = n
+        batch["num_slots_needed"][i] = batch["num_known_tokens"][i] = batch["admission_slots"][i] = batch["num_scheduled_tokens"][
+            i
+        ] = n
     assert allocator.allocate_slots(batch, 0, len(slots), 0) == len(slots)
     allocator.check_integrity()
     return allocator
@@ -348,3 +350,24 @@ def test_pow2_rounds_the_output_up_but_not_beyond_the_longest_request(prompt: in
     # Source of 25 -> 32: PagedAttention paper (Kwon et al., SOSP 2023), section 6.1.
     pool = KVPoolSettings(num_blocks=100, max_model_len=1000)
     assert step_allocator("contiguous-pow2", pool).admission_slots(prompt, output) == slots
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(2, 14), st.sampled_from([1, 2, 4]), st.integers(1, 30))
+def test_appending_is_allocating_one_slot_more_for_each(prompts: list[int], num_blocks: int, block_size: int, steps: int) -> None:
+    pool = KVPoolSettings(num_blocks=num_blocks, block_size=block_size, max_num_seqs=5, max_model_len=64, reserve_full_isl=False)
+    appended, allocated = PagedStepAllocator(pool), PagedStepAllocator(pool)
+    batches = []
+    for allocator in (appended, allocated):
+        batch = empty_batch(5)
+        batch["row"] = range(5)
+        batch["num_slots_needed"][: len(prompts)] = batch["num_known_tokens"][: len(prompts)] = prompts
+        admitted = allocator.allocate_slots(batch, 0, len(prompts), 0)
+        batches.append(batch)
+    for _ in range(steps):
+        served = appended.append_slots(batches[0], admitted)
+        batches[1]["num_slots_needed"][:admitted] += 1
+        assert allocated.allocate_slots(batches[1], 0, admitted, admitted) == served
+        batches[1]["num_slots_needed"][served:admitted] -= 1
+        assert state_of(appended) == state_of(allocated)
+        assert batches[0].tolist() == batches[1].tolist()
+        appended.check_integrity()

@@ -170,13 +170,13 @@ def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
         scheduled, preempted, num_running = oracle.schedule()
         step = scheduler.schedule()
         entries = range(step.num_entries)
-        batch = [(int(step.batch.request[e]), int(step.batch.num_scheduled_tokens[e])) for e in entries]
+        batch = [(int(step.batch["request"][e]), int(step.batch["num_scheduled_tokens"][e])) for e in entries]
         assert batch == [(request.id, tokens) for request, tokens in scheduled]
         assert step.num_running_before == num_running
         assert step.num_preempted == len(preempted)
         assert scheduler.waiting().tolist() == [request.id for request in oracle.waiting]
         for e, (request, _) in zip(entries, scheduled, strict=True):
-            assert allocator.tables.of(int(step.batch.row[e])).tolist() == request.table
+            assert allocator.tables.of(int(step.batch["row"][e])).tolist() == request.table
         assert allocator.pool.free_queue().tolist() == oracle.queue
         scheduler.check_integrity()
         sampled, finished = oracle.complete(scheduled)
@@ -212,13 +212,13 @@ def test_over_any_allocator_everyone_is_served_in_turn(name: str, workload: Work
         anyone = scheduler.num_running + scheduler.num_waiting > 0
         step = scheduler.schedule()
         scheduler.check_integrity()
-        tokens = step.batch.num_scheduled_tokens[: step.num_entries]
+        tokens = step.batch["num_scheduled_tokens"][: step.num_entries]
         assert (tokens > 0).all()
         assert tokens.sum() <= limits.max_num_batched_tokens
         assert scheduler.num_running <= limits.max_num_seqs
         assert (step.num_entries > 0) == anyone  # somebody always gets on: no request that was accepted waits for ever
         assert (step.blocker is Blocker.NONE) == (scheduler.num_waiting == 0)
-        order_of_start += [r for r in step.batch.request[: step.num_entries].tolist() if r not in order_of_start]
+        order_of_start += [r for r in step.batch["request"][: step.num_entries].tolist() if r not in order_of_start]
         num_preemptions += step.num_preempted
         scheduler.complete()
         scheduler.check_integrity()
