@@ -158,6 +158,8 @@ class KVPoolSettings:
     """Share of the blocks that an admission must leave free while something runs."""
     reserve_full_isl: bool = True
     """Admit a request only if all its known tokens fit now (vLLM's scheduler_reserve_full_isl)."""
+    freed_to_front: bool = True
+    """Blocks freed without a key are handed out next; False: last, as in vLLM 0.19."""
     state_slots: int = 0
     """Slots' worth of memory that each running request takes for state of fixed size (linear attention, Mamba)."""
     enable_prefix_caching: bool = False

@@ -93,6 +93,16 @@ def release_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_bloc
 
 
 @jit
+def release_behind(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_blocks: int) -> None:
+    """Drop one reference to each of table[:num_blocks], from the last to the first; all go to the back: vLLM 0.19's order."""
+    make_room(blocks, queue, num_blocks)
+    for i in range(num_blocks - 1, -1, -1):
+        blocks["ref_cnt"][table[i]] -= 1
+        if blocks["ref_cnt"][table[i]] == 0:
+            put_behind(blocks, queue, table[i])
+
+
+@jit
 def register_blocks(
     blocks: Blocks, index: KeyIndex, buckets: Buckets, table: Int32Array, keys: BlockKeys, first: int, last: int
 ) -> bool:

@@ -1,10 +1,12 @@
-"""The paged allocator for a whole step at once, in compiled code, without prefix caching."""
+"""The paged allocator for a whole step at once, in compiled code, and the arrays that a compiled scheduler works on."""
+
+from typing import NamedTuple
 
 import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Int32Array
-from pagedkv.block_moves import release_blocks, take_blocks
+from pagedkv.block_moves import release_behind, release_blocks, take_blocks
 from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
 from pagedkv.errors import IntegrityError
@@ -12,6 +14,49 @@ from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
 from pagedkv.jit import jit
 from pagedkv.prefix_cache import Buckets, KeyIndex
 from pagedkv.step_batch import StepBatch
+
+
+class PagedArrays(NamedTuple):
+    """Paged KV memory of the running batch."""
+
+    blocks: Blocks
+    queue: FreeQueue
+    key_index: KeyIndex
+    buckets: Buckets
+    tables: Int32Array
+    """Block tables, int32 [max_num_seqs, max_blocks]."""
+    num_blocks: Int32Array
+    """By row: blocks in its table."""
+    num_registered: Int32Array
+    """By row: leading blocks that carry their key."""
+    states: Int32Array
+    """By row: blocks of its state of fixed size, int32 [max_num_seqs, state blocks]."""
+    hits: Int32Array
+    """Room for one request's hits."""
+
+
+class PagedRules(NamedTuple):
+    """How paged KV memory is given, as plain numbers."""
+
+    block_size: int
+    watermark_blocks: int
+    reserve_full_isl: bool
+    freed_to_front: bool
+    """Freed blocks without a key are handed out next; if not (vLLM 0.19), last."""
+
+
+@jit
+def free_row(pool: PagedArrays, rules: PagedRules, row: int) -> None:
+    """Give back all that `row` holds. O(blocks)."""
+    if rules.freed_to_front:
+        release_blocks(pool.blocks, pool.queue, pool.tables[row], pool.num_blocks[row])
+        if pool.num_blocks[row] > 0:  # a row that holds nothing has a stale state table
+            release_blocks(pool.blocks, pool.queue, pool.states[row], pool.states.shape[1])
+    else:
+        release_behind(pool.blocks, pool.queue, pool.tables[row], pool.num_blocks[row])
+        if pool.num_blocks[row] > 0:
+            release_behind(pool.blocks, pool.queue, pool.states[row], pool.states.shape[1])
+    pool.num_blocks[row] = pool.num_registered[row] = 0
 
 
 @jit
@@ -76,13 +121,16 @@ def _allocate_slots(
 
 
 class PagedStepAllocator:
-    """Blocks of `block_size` tokens, taken as tokens come and given back tail first. Semantics of vLLM without prefix caching."""
+    """Blocks of `block_size` tokens, taken as tokens come and given back tail first.
+
+    Prefixes are looked up by a compiled scheduler (`pagedkv.scheduling.vllm_step`), not by the calls of this class.
+    """
 
     name = "paged"
     placement = "block"
 
     def __init__(self, settings: KVPoolSettings) -> None:
-        self.pool = BlockPool(num_blocks=settings.num_blocks)
+        self.pool = BlockPool(num_blocks=settings.num_blocks, enable_caching=settings.enable_prefix_caching)
         self.tables = BlockTables(
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
         )
@@ -94,8 +142,23 @@ class PagedStepAllocator:
         self.usable_slots = (settings.num_blocks - 1) * settings.block_size
         self.units_held = self.tables.num_blocks
         self.rounding_slots = 0
-        self._watermark_blocks = int(settings.watermark * settings.num_blocks)
-        self._reserve_full_isl = settings.reserve_full_isl
+        self.rules = PagedRules(
+            settings.block_size,
+            int(settings.watermark * settings.num_blocks),
+            settings.reserve_full_isl,
+            settings.freed_to_front,
+        )
+        self.arrays = PagedArrays(
+            self.pool.blocks,
+            self.pool.queue,
+            self.pool.cache.index,
+            self.pool.cache.buckets,
+            self.tables.blocks,
+            self.tables.num_blocks,
+            np.zeros(settings.max_num_seqs, np.int32),
+            self.state_tables,
+            np.zeros(self.tables.blocks.shape[1], np.int32),
+        )
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if even the empty pool is too small (the last output token never needs a slot)."""
@@ -118,8 +181,8 @@ class PagedStepAllocator:
                 first,
                 last,
                 num_running,
-                self._watermark_blocks,
-                self._reserve_full_isl,
+                self.rules.watermark_blocks,
+                self.rules.reserve_full_isl,
             )
         )
 
@@ -149,10 +212,7 @@ class PagedStepAllocator:
 
     def free(self, row: int) -> None:
         """Give all blocks of `row` back. O(blocks)."""
-        release_blocks(self.pool.blocks, self.pool.queue, self.tables.blocks[row], self.tables.num_blocks[row])
-        if self.tables.num_blocks[row]:  # a row that holds nothing has a stale state table
-            release_blocks(self.pool.blocks, self.pool.queue, self.state_tables[row], self.state_units)
-        self.tables.num_blocks[row] = 0
+        free_row(self.arrays, self.rules, row)
 
     @property
     def free_slots(self) -> int:

@@ -8,7 +8,7 @@ from pagedkv.arrays import Float64Array, Int32Array, Int64Array, joined
 from pagedkv.jit import jit
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
-from pagedkv.scheduling.state import NUM_RUNNING, NUM_WAITING, SchedulerArrays
+from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.sims.records import Outcome, RequestLog, TokenTimes
 from pagedkv.sims.step_time import StepCost
 from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe

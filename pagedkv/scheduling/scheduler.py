@@ -6,19 +6,13 @@ from enum import Enum
 import numpy as np
 
 from pagedkv.arrays import Int64Array
-from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.block_hash import BlockKeys
+from pagedkv.errors import ConfigError, IntegrityError, unknown_name
+from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
-from pagedkv.scheduling.state import (
-    NUM_RUNNING,
-    NUM_WAITING,
-    WAITING_HEAD,
-    SchedulerArrays,
-    SchedulerLimits,
-    admit,
-    complete_step,
-    plan_step,
-    preempt_last,
-)
+from pagedkv.scheduling.state import admit, complete_step, plan_step, preempt_last
+from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
+from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, WAITING_HEAD, SchedulerArrays, drop_head, push_waiting
 from pagedkv.step_allocation import StepAllocator
 from pagedkv.step_batch import StepBatch, empty_batch
 
@@ -36,6 +30,13 @@ class Blocker(Enum):
     """The step's tokens were spent: prefill waits for compute."""
 
 
+BLOCKERS = tuple(Blocker)
+"""By the number that compiled code uses."""
+
+
+POLICIES = ("fcfs", "priority")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
     """Limits of one step, by vLLM's names."""
@@ -50,6 +51,10 @@ class SchedulerSettings:
     """Let a prompt be computed in several steps."""
     long_prefill_token_threshold: int = 0
     """Most tokens of one request in a step while others are there; 0 means no limit."""
+    adaptive_long_prefill_threshold: bool = False
+    """Let that limit be max-num-batched-tokens / (running + waiting) where this is more."""
+    policy: str = "fcfs"
+    """Whose turn it is, and who is preempted: "fcfs", or "priority" (the lower the number the more urgent)."""
 
     def __post_init__(self) -> None:
         """Refuse limits under which some request could never run.
@@ -60,6 +65,8 @@ class SchedulerSettings:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        if self.policy not in POLICIES:
+            raise unknown_name("scheduling-policy", self.policy, POLICIES)
         if self.long_prefill_token_threshold < 0:
             raise ConfigError(
                 f"long-prefill-token-threshold is {self.long_prefill_token_threshold}: needs 0 or more, and 0 is no limit"
@@ -87,7 +94,7 @@ class Step:
 class Scheduler:
     """Decides step by step which requests compute how many tokens, and asks `allocator` for their slots.
 
-    `schedule()` gives the next step, `complete()` says that it was computed. Semantics of vLLM v1 with policy fcfs: running
+    `schedule()` gives the next step, `complete()` says that it was computed. Semantics of vLLM v1: running
     requests first, in order of admission; when one does not fit the last of them is preempted and will recompute; the queue is
     served only in steps without preemption, and its first request that does not fit ends the step.
 
@@ -112,9 +119,21 @@ class Scheduler:
         self.allocator = allocator
         self.requests = RequestTable()
         self.arrays = SchedulerArrays.empty(settings.max_num_seqs, waiting_capacity=256)
-        self._limits = SchedulerLimits(
-            settings.max_num_batched_tokens, settings.long_prefill_token_threshold, settings.enable_chunked_prefill
+        self.limits = SchedulerLimits(
+            settings.max_num_batched_tokens,
+            settings.long_prefill_token_threshold,
+            settings.adaptive_long_prefill_threshold,
+            settings.enable_chunked_prefill,
+            settings.policy == "priority",
         )
+        self._paged = allocator if isinstance(allocator, PagedStepAllocator) else None
+        if self._paged is None and (settings.policy != "fcfs" or settings.adaptive_long_prefill_threshold):
+            raise ConfigError(
+                f"policy {settings.policy} and the adaptive threshold are for paged memory: {allocator.name} runs with fcfs"
+            )
+        self._caches = self._paged is not None and self._paged.pool.enable_caching
+        self._preempted = np.zeros(settings.max_num_seqs, np.int64)
+        self._decision = np.zeros(4, np.int64)
         self._step = Step(empty_batch(settings.max_num_seqs))
         self._sampled = np.zeros(settings.max_num_seqs, np.int64)
         self._finished = np.zeros(settings.max_num_seqs, np.int64)
@@ -140,8 +159,14 @@ class Scheduler:
         """Those of them that are done. A view."""
         return self._finished[: self._num_finished]
 
-    def add(self, *, prompt_tokens: int, output_tokens: int) -> int | None:
-        """Put a request at the end of the queue and return its index; None if it could never run here.
+    def add(self, *, prompt_tokens: int, output_tokens: int, priority: int = 0, keys: BlockKeys | None = None) -> int | None:
+        """Put a request into the queue and return its index; None if it could never run here.
+
+        Args:
+            prompt_tokens: Length of the prompt.
+            output_tokens: Tokens that it will generate.
+            priority: Its urgency under policy priority.
+            keys: Keys of all its blocks that will ever be full, (prompt + output - 1) // block_size of them, for prefix caching.
 
         Raises:
             ConfigError: If a length is below 1.
@@ -153,19 +178,27 @@ class Scheduler:
         admission_slots = self.allocator.admission_slots(prompt_tokens, output_tokens)
         if admission_slots is None:
             return None
-        request = self.requests.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, admission_slots=admission_slots)
+        if keys is not None and len(keys) < (full := (prompt_tokens + output_tokens - 1) // self.allocator.unit_slots):
+            raise ConfigError(f"{len(keys)} block keys for {full} blocks that {prompt_tokens} + {output_tokens} tokens fill")
+        request = self.requests.add(
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            admission_slots=admission_slots,
+            priority=priority,
+            keys=keys if self._caches else None,
+        )
         # Preempted requests come back to the queue: there must be room for everyone who runs.
         if self.num_waiting + self.num_running + 1 >= self.arrays.waiting.size:
             self._grow_queue()
-        counts = self.arrays.counts
-        self.arrays.waiting[(counts[WAITING_HEAD] + counts[NUM_WAITING]) % self.arrays.waiting.size] = request
-        counts[NUM_WAITING] += 1
+        push_waiting(self.arrays, self.requests.arrays, request, self.limits.by_priority)
         return request
 
     def schedule(self) -> Step:
         """Decide the next step and take its slots. The returned object is overwritten by the next call."""
+        if self._paged is not None:
+            return self._schedule_paged(self._paged)
         state, requests, batch = self.arrays, self.requests.arrays, self._step.batch
-        num_running, num_entries = plan_step(state, requests, self._limits, batch)
+        num_running, num_entries = plan_step(state, requests, self.limits, batch)
         granted = self.allocator.allocate_slots(batch, 0, num_entries, num_running)
         num_preempted = 0
         while granted < num_running:  # the running ones do not all fit: the last of them makes room, be it the one that asks
@@ -179,6 +212,28 @@ class Scheduler:
         step.num_running_before, step.num_entries, step.num_preempted = num_running, granted, num_preempted
         step.blocker = self._blocker(refused=num_preempted > 0 or granted < num_entries)
         return step
+
+    def _schedule_paged(self, paged: PagedStepAllocator) -> Step:
+        step, decision = self._step, self._decision
+        schedule_step(
+            self.arrays,
+            self.requests.arrays,
+            paged.arrays,
+            self.requests.keys,
+            self.limits,
+            paged.rules,
+            step.batch,
+            self._preempted,
+            decision,
+        )
+        step.num_running_before, step.num_entries = int(decision[RAN_BEFORE]), int(decision[ENTRIES])
+        step.num_preempted, step.blocker = int(decision[PREEMPTED]), BLOCKERS[decision[BLOCKER]]
+        return step
+
+    @property
+    def preempted(self) -> Int64Array:
+        """Requests preempted in the step decided last, in order; known for paged memory only. A view."""
+        return self._preempted[: self._step.num_preempted]
 
     def _blocker(self, *, refused: bool) -> Blocker:
         if self.num_waiting == 0:
@@ -199,19 +254,15 @@ class Scheduler:
 
     def drop_head(self) -> int:
         """Take the head of the queue out for good and return it: the way out when nothing runs and it still does not fit."""
-        counts = self.arrays.counts
-        request = int(self.arrays.waiting[counts[WAITING_HEAD]])
-        counts[WAITING_HEAD] = (counts[WAITING_HEAD] + 1) % self.arrays.waiting.size
-        counts[NUM_WAITING] -= 1
-        return request
+        return int(drop_head(self.arrays, self.requests.arrays, self.limits.by_priority))
 
     def _grow_queue(self) -> None:
-        waiting, head = self.arrays.waiting, self.arrays.counts[WAITING_HEAD]
+        waiting, head = self.arrays.waiting, self.arrays.counts[WAITING_HEAD]  # a heap begins at 0
         self.arrays = self.arrays._replace(waiting=np.concatenate((np.roll(waiting, -head), np.zeros_like(waiting))))
         self.arrays.counts[WAITING_HEAD] = 0
 
     def waiting(self) -> Int64Array:
-        """Return the queue, its head first. O(waiting)."""
+        """Return the queue, its head first; under policy priority the others in no order. O(waiting)."""
         ring, places = self.arrays.waiting, self.arrays.counts[WAITING_HEAD] + np.arange(self.num_waiting)
         queue: Int64Array = ring[places % ring.size]
         return queue

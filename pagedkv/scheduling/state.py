@@ -1,41 +1,11 @@
-"""The scheduler's state as arrays, and the compiled functions over it."""
+"""A step over any allocator: compiled functions for the parts between which the allocator is asked; and the end of every step."""
 
-from typing import NamedTuple
-
-import numpy as np
-
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import Int64Array
 from pagedkv.jit import jit
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
+from pagedkv.scheduling.vllm_step import SchedulerLimits
+from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, WAITING_HEAD, SchedulerArrays
 from pagedkv.step_batch import StepBatch
-
-NUM_RUNNING, WAITING_HEAD, NUM_WAITING = 0, 1, 2
-
-
-class SchedulerArrays(NamedTuple):
-    """Who runs, who waits, and which rows are free."""
-
-    running: Int64Array
-    """Request indices in the order of admission; counts[NUM_RUNNING] of them."""
-    free_rows: Int32Array
-    """A stack: free_rows[counts[NUM_RUNNING]:] are the rows that nobody has, the next to be given first."""
-    waiting: Int64Array
-    """A ring of request indices: counts[NUM_WAITING] of them from counts[WAITING_HEAD] on."""
-    counts: Int64Array
-
-    @classmethod
-    def empty(cls, max_num_seqs: int, waiting_capacity: int) -> "SchedulerArrays":
-        """Return the state with nobody in it."""
-        running, waiting = np.zeros(max_num_seqs, np.int64), np.zeros(waiting_capacity, np.int64)
-        return cls(running, np.arange(max_num_seqs, dtype=np.int32), waiting, np.zeros(3, np.int64))
-
-
-class SchedulerLimits(NamedTuple):
-    """The limits of a step, as plain numbers for compiled code."""
-
-    max_num_batched_tokens: int
-    long_prefill_token_threshold: int
-    enable_chunked_prefill: bool
 
 
 @jit

@@ -1,13 +1,16 @@
-"""Step by step the decisions that vLLM 0.33.0's own scheduler took: recorded workloads without prefix caching, under fcfs."""
+"""Step by step the decisions that vLLM 0.33.0's own scheduler took: 300 recorded workloads."""
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.block_hash import BlockHashChain, BlockKeys
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.step_allocation import step_allocator
 
@@ -18,17 +21,23 @@ Workload = dict[str, Any]
 def workloads(shared_data: Path) -> list[Workload]:
     with gzip.open(shared_data / "vllm_decisions.jsonl.gz", "rt") as lines:
         next(lines)
-        loaded = [json.loads(line) for line in lines]
-    return [w for w in loaded if supported(w["config"])]
+        return [json.loads(line) for line in lines]
 
 
-def supported(config: dict[str, Any]) -> bool:
-    return (
-        config["policy"] == "fcfs" and not config["enable_prefix_caching"] and not config["long_prefill_token_threshold_adaptive"]
-    )
+OUTPUT_TOKEN = 1_000_000
+"""The token at position p of request r is OUTPUT_TOKEN + 10,000 r + p."""
 
 
-def replay(workload: Workload) -> int:
+def keys_of(request: dict[str, Any], block_size: int) -> BlockKeys:
+    """The keys of all the blocks that a request will ever fill, its outputs included."""
+    chain = BlockHashChain(block_size=block_size, salt=request.get("salt", ""))
+    prompt = np.concatenate([np.arange(first, first + count) for first, count in request["prompt"]])
+    positions = np.arange(prompt.size, prompt.size + request["max_tokens"])
+    chain.extend(np.concatenate((prompt, OUTPUT_TOKEN + 10_000 * request["id"] + positions)))
+    return chain.keys
+
+
+def replay(workload: Workload) -> Counter[str]:
     config = workload["config"]
     allocator = step_allocator(
         "paged",
@@ -39,6 +48,7 @@ def replay(workload: Workload) -> int:
             max_model_len=config["max_model_len"],
             watermark=config["watermark"],
             reserve_full_isl=config["scheduler_reserve_full_isl"],
+            enable_prefix_caching=config["enable_prefix_caching"],
         ),
     )
     scheduler = Scheduler(
@@ -48,17 +58,24 @@ def replay(workload: Workload) -> int:
             max_model_len=config["max_model_len"],
             enable_chunked_prefill=config["enable_chunked_prefill"],
             long_prefill_token_threshold=config["long_prefill_token_threshold"],
+            adaptive_long_prefill_threshold=config["long_prefill_token_threshold_adaptive"],
+            policy=config["policy"],
         ),
         allocator,
     )
     ids: list[int] = []
     pending = sorted(workload["requests"], key=lambda r: (r["arrival_step"], r["id"]))
-    preemptions = 0
+    seen: Counter[str] = Counter()
     for i, recorded in enumerate(workload["steps"]):
         while pending and pending[0]["arrival_step"] <= i:
             request = pending.pop(0)
             length = sum(count for _, count in request["prompt"])
-            scheduler.add(prompt_tokens=length, output_tokens=request["max_tokens"])
+            scheduler.add(
+                prompt_tokens=length,
+                output_tokens=request["max_tokens"],
+                priority=request["priority"],
+                keys=keys_of(request, config["block_size"]),
+            )
             ids.append(request["id"])
         held = scheduler.allocator.units_held.copy()
         step = scheduler.schedule()
@@ -66,8 +83,11 @@ def replay(workload: Workload) -> int:
         where = f"workload {workload['id']}, step {i}"
         scheduled = [[ids[step.batch["request"][e]], int(step.batch["num_scheduled_tokens"][e])] for e in entries]
         assert scheduled == recorded.get("s", []), where
-        assert step.num_preempted == len(recorded.get("p", [])), where
-        preemptions += step.num_preempted
+        assert [ids[r] for r in scheduler.preempted] == recorded.get("p", []), where
+        admitted = step.batch["request"][step.num_running_before : step.num_entries]
+        assert [[ids[r], scheduler.requests.arrays.num_cached_tokens[r]] for r in admitted] == recorded.get("c", []), where
+        seen["preemptions"] += step.num_preempted
+        seen["hits"] += int((scheduler.requests.arrays.num_cached_tokens[admitted] > 0).sum())
         for request_id, blocks in recorded.get("nb", []):
             entry = next(e for e in entries if ids[step.batch["request"][e]] == request_id)
             row = int(step.batch["row"][entry])
@@ -78,10 +98,12 @@ def replay(workload: Workload) -> int:
         assert allocator.pool.num_free_blocks == recorded["free"], where
         assert (scheduler.num_running, scheduler.num_waiting) == (recorded["run"], recorded["wait"]), where
     assert allocator.pool.free_queue().tolist() == workload["summary"]["free_queue"]
-    return preemptions
+    scheduler.check_integrity()
+    return seen
 
 
 def test_every_recorded_step_is_reproduced(workloads: list[Workload]) -> None:
-    preemptions = sum(replay(workload) for workload in workloads)
-    assert len(workloads) >= 20
-    assert preemptions > 100
+    seen = sum((replay(workload) for workload in workloads), Counter[str]())
+    assert len(workloads) == 300
+    assert seen["preemptions"] == 2_764
+    assert seen["hits"] > 1_000

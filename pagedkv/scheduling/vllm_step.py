@@ -1,0 +1,281 @@
+"""vLLM's step over paged KV memory, compiled: who computes how many tokens, who is preempted, who is admitted, who is done.
+
+Source: the rules that reproduce the recorded decisions of vLLM 0.33.0 (tests/conformance/test_vllm_decisions.py).
+"""
+
+from typing import NamedTuple
+
+from pagedkv.arrays import Int64Array
+from pagedkv.block_hash import BlockKeys
+from pagedkv.block_moves import take_blocks, touch_blocks
+from pagedkv.free_queue import NUM_FREE
+from pagedkv.jit import jit
+from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
+from pagedkv.prefix_cache import find_prefix, insert_block
+from pagedkv.scheduling.requests import NO_KEYS, NO_ROW, RequestArrays
+from pagedkv.scheduling.waiting import (
+    NUM_RUNNING,
+    NUM_WAITING,
+    WAITING_HEAD,
+    SchedulerArrays,
+    drop_head,
+    return_waiting,
+)
+from pagedkv.step_batch import StepBatch
+
+NOBODY_WAITS, KV_MEMORY, MAX_NUM_SEQS, TOKEN_BUDGET = 0, 1, 2, 3
+"""Why the head of the queue did not start: see `pagedkv.scheduling.scheduler.Blocker`."""
+RAN_BEFORE, ENTRIES, PREEMPTED, BLOCKER = 0, 1, 2, 3
+"""In a decision: entries that ran before; entries in all; preemptions; what held the head of the queue up."""
+
+
+class SchedulerLimits(NamedTuple):
+    """The rules and limits of a step, as plain numbers for compiled code."""
+
+    max_num_batched_tokens: int
+    long_prefill_token_threshold: int
+    adaptive_threshold: bool
+    enable_chunked_prefill: bool
+    by_priority: bool
+
+
+@jit
+def _grant(
+    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, keys: BlockKeys, request: int, row: int, num_tokens: int
+) -> bool:
+    """Give a running `request` the slots of its next tokens. O(blocks taken and filled)."""
+    slots, held = requests.num_computed_tokens[request] + num_tokens, pool.num_blocks[row]
+    needed = max(-(-slots // rules.block_size), held)
+    first, registered = requests.first_key[request], pool.num_registered[row]
+    full = registered
+    if first != NO_KEYS:
+        full = max(min(slots, requests.num_known_tokens[request]) // rules.block_size, registered)
+    if needed == held and full == registered:
+        return True
+    if not take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held):
+        return False
+    _register(pool, keys, first, row, registered, full)
+    pool.num_blocks[row] = needed
+    return True
+
+
+@jit
+def _register(pool: PagedArrays, keys: BlockKeys, first_key: int, row: int, first: int, last: int) -> None:
+    """Let blocks `first` to `last` of a table, full by now, be found under their keys."""
+    for i in range(first, last):
+        insert_block(pool.blocks, pool.key_index, pool.buckets, pool.tables[row, i], keys, first_key + i)
+    pool.num_registered[row] = last
+
+
+@jit
+def find_hits(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, keys: BlockKeys, request: int) -> int:
+    """Write the cached blocks that `request` begins with into pool.hits; return their number. The last token is never a hit."""
+    first = requests.first_key[request]
+    if first == NO_KEYS:
+        return 0
+    most = (requests.num_known_tokens[request] - 1) // rules.block_size
+    return find_prefix(pool.key_index, pool.buckets, keys[first:], pool.hits[:most])
+
+
+@jit
+def _admit(
+    pool: PagedArrays,
+    rules: PagedRules,
+    requests: RequestArrays,
+    keys: BlockKeys,
+    request: int,
+    row: int,
+    num_hits: int,
+    num_tokens: int,
+    something_runs: bool,  # noqa: FBT001
+) -> bool:
+    """Give a waiting `request` its hits and the slots of its first tokens. O(hits + blocks taken and filled)."""
+    slots, known = num_hits * rules.block_size + num_tokens, requests.num_known_tokens[request]
+    num_states = pool.states.shape[1]
+    kept_free = num_states + (rules.watermark_blocks if something_runs else 0)
+    needed = -(-slots // rules.block_size)
+    gated = -(-known // rules.block_size) if rules.reserve_full_isl else 0
+    first = requests.first_key[request]
+    full = num_hits if first == NO_KEYS else max(min(slots, known) // rules.block_size, num_hits)
+    hits, table, revived = pool.hits[:num_hits], pool.tables[row], 0
+    for block in hits:
+        revived += pool.blocks["ref_cnt"][block] == 0  # those leave the free queue, so they need room too
+    if max(gated, needed) - num_hits + revived + kept_free > pool.queue[NUM_FREE]:
+        return False
+    touch_blocks(pool.blocks, pool.queue, hits)
+    for i in range(num_hits):
+        table[i] = hits[i]
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - num_hits, table, num_hits)
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, num_states, pool.states[row], 0)
+    _register(pool, keys, first, row, num_hits, full)
+    pool.num_blocks[row] = needed
+    return True
+
+
+@jit
+def _preempt(
+    state: SchedulerArrays, requests: RequestArrays, pool: PagedArrays, limits: SchedulerLimits, rules: PagedRules, place: int
+) -> None:
+    """Let the running request at `place` wait again, its computed tokens forgotten. O(running + blocks)."""
+    last = state.counts[NUM_RUNNING] - 1
+    request = state.running[place]
+    row = requests.row[request]
+    free_row(pool, rules, row)
+    for i in range(place, last):
+        state.running[i] = state.running[i + 1]
+    state.counts[NUM_RUNNING] = last
+    state.free_rows[last] = row
+    requests.row[request] = NO_ROW
+    requests.num_computed_tokens[request] = 0
+    requests.num_preemptions[request] += 1
+    return_waiting(state, requests, request, limits.by_priority)
+
+
+@jit
+def _victim(state: SchedulerArrays, requests: RequestArrays, limits: SchedulerLimits) -> int:
+    """Return the place of the running request that goes first: the last one, or the least urgent, the youngest of these."""
+    worst = state.counts[NUM_RUNNING] - 1
+    if limits.by_priority:
+        for i in range(worst):
+            a, b = state.running[i], state.running[worst]
+            pa, pb = requests.priority[a], requests.priority[b]
+            if pa > pb or (pa == pb and a > b):
+                worst = i
+    return int(worst)
+
+
+@jit
+def _add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
+    batch["request"][i] = request
+    batch["row"][i] = row
+    batch["num_scheduled_tokens"][i] = num_tokens
+    batch["num_slots_needed"][i] = requests.num_computed_tokens[request] + num_tokens
+    batch["num_known_tokens"][i] = requests.num_known_tokens[request]
+
+
+@jit
+def _schedule_running(
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    pool: PagedArrays,
+    keys: BlockKeys,
+    limits: SchedulerLimits,
+    rules: PagedRules,
+    threshold: int,
+    batch: StepBatch,
+    preempted: Int64Array,
+) -> tuple[int, int, int]:
+    """Let running requests go on, in their order; return entries, preemptions and the token budget that is left."""
+    budget, entries, num_preempted = limits.max_num_batched_tokens, 0, 0  # entry i of the batch is running request i
+    while entries < state.counts[NUM_RUNNING] and budget > 0:
+        request = state.running[entries]
+        tokens = requests.num_known_tokens[request] - requests.num_computed_tokens[request]
+        if threshold > 0:
+            tokens = min(tokens, threshold)
+        tokens = min(tokens, budget)
+        gone = False
+        while not (gone or _grant(pool, rules, requests, keys, request, requests.row[request], tokens)):
+            place = _victim(state, requests, limits)
+            preempted[num_preempted] = state.running[place]
+            num_preempted += 1
+            gone = place == entries
+            if place < entries:  # scheduled in this step already: it leaves it, and its tokens can be used
+                budget += batch["num_scheduled_tokens"][place]
+                for i in range(place, entries - 1):
+                    batch[i] = batch[i + 1]
+                entries -= 1
+            _preempt(state, requests, pool, limits, rules, place)
+        if not gone:
+            _add_entry(batch, entries, requests, request, requests.row[request], tokens)
+            entries += 1
+            budget -= tokens
+        elif not limits.by_priority:
+            break
+    return entries, num_preempted, budget
+
+
+@jit
+def _schedule_waiting(
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    pool: PagedArrays,
+    keys: BlockKeys,
+    limits: SchedulerLimits,
+    rules: PagedRules,
+    threshold: int,
+    batch: StepBatch,
+    entries: int,
+    budget: int,
+) -> tuple[int, bool]:
+    """Admit from the head of the queue; return entries, and whether memory refused the next one."""
+    counts = state.counts
+    while budget > 0 and counts[NUM_WAITING] > 0 and counts[NUM_RUNNING] < state.running.size:
+        request = state.waiting[counts[WAITING_HEAD]]
+        num_hits = find_hits(pool, rules, requests, keys, request)
+        cached = num_hits * rules.block_size
+        tokens = requests.num_known_tokens[request] - cached
+        if threshold > 0:
+            tokens = min(tokens, threshold)
+        if tokens > budget:
+            if not limits.enable_chunked_prefill:
+                break
+            tokens = budget
+        row = state.free_rows[counts[NUM_RUNNING]]
+        if not _admit(pool, rules, requests, keys, request, row, num_hits, tokens, counts[NUM_RUNNING] > 0):
+            return entries, True
+        drop_head(state, requests, limits.by_priority)
+        requests.row[request] = row
+        requests.num_computed_tokens[request] = requests.num_cached_tokens[request] = cached
+        requests.num_queried_tokens[request] += requests.num_known_tokens[request]
+        requests.num_hit_tokens[request] += cached
+        state.running[counts[NUM_RUNNING]] = request
+        counts[NUM_RUNNING] += 1
+        _add_entry(batch, entries, requests, request, row, tokens)
+        entries += 1
+        budget -= tokens
+    return entries, False
+
+
+@jit
+def schedule_step(
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    pool: PagedArrays,
+    keys: BlockKeys,
+    limits: SchedulerLimits,
+    rules: PagedRules,
+    batch: StepBatch,
+    preempted: Int64Array,
+    decision: Int64Array,
+) -> None:
+    """Decide the next step and take its slots. O(entries + blocks taken), but O(running) more for each preemption.
+
+    Args:
+        state: Who runs and who waits.
+        requests: Their columns.
+        pool: The memory.
+        keys: Keys of blocks; a request's own are those from `first_key` on.
+        limits: Limits of the scheduler.
+        rules: Rules of the memory.
+        batch: Receives the entries: running requests in their order, then admissions in theirs.
+        preempted: Receives the requests preempted, in order.
+        decision: Receives RAN_BEFORE, ENTRIES, PREEMPTED and BLOCKER.
+    """
+    counts = state.counts
+    threshold = limits.long_prefill_token_threshold
+    present = counts[NUM_RUNNING] + counts[NUM_WAITING]
+    if present == 1:
+        threshold = 0
+    elif threshold > 0 and limits.adaptive_threshold:
+        threshold = max(threshold, limits.max_num_batched_tokens // present)
+    ran_before, num_preempted, budget = _schedule_running(state, requests, pool, keys, limits, rules, threshold, batch, preempted)
+    entries, refused = ran_before, num_preempted > 0
+    if not refused:
+        entries, refused = _schedule_waiting(state, requests, pool, keys, limits, rules, threshold, batch, ran_before, budget)
+    decision[RAN_BEFORE], decision[ENTRIES], decision[PREEMPTED] = ran_before, entries, num_preempted
+    if counts[NUM_WAITING] == 0:
+        decision[BLOCKER] = NOBODY_WAITS
+    elif refused:
+        decision[BLOCKER] = KV_MEMORY
+    else:
+        decision[BLOCKER] = MAX_NUM_SEQS if counts[NUM_RUNNING] == state.running.size else TOKEN_BUDGET

@@ -1,0 +1,95 @@
+"""Those who wait: a ring under fcfs, a heap by (priority, arrival) under priority. Compiled functions over its arrays."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.jit import jit
+from pagedkv.scheduling.requests import RequestArrays
+
+NUM_RUNNING, WAITING_HEAD, NUM_WAITING = 0, 1, 2
+
+
+class SchedulerArrays(NamedTuple):
+    """Who runs, who waits, and which rows are free."""
+
+    running: Int64Array
+    """Request indices in the order of admission; counts[NUM_RUNNING] of them."""
+    free_rows: Int32Array
+    """A stack: free_rows[counts[NUM_RUNNING]:] are the rows that nobody has, the next to be given first."""
+    waiting: Int64Array
+    """Request indices: counts[NUM_WAITING] of them from counts[WAITING_HEAD] on, around the end of the array; or a heap."""
+    counts: Int64Array
+
+    @classmethod
+    def empty(cls, max_num_seqs: int, waiting_capacity: int) -> "SchedulerArrays":
+        """Return the state with nobody in it."""
+        running, waiting = np.zeros(max_num_seqs, np.int64), np.zeros(waiting_capacity, np.int64)
+        return cls(running, np.arange(max_num_seqs, dtype=np.int32), waiting, np.zeros(3, np.int64))
+
+
+@jit
+def _goes_before(requests: RequestArrays, a: int, b: int) -> bool:
+    pa, pb = requests.priority[a], requests.priority[b]
+    return bool(pa < pb or (pa == pb and a < b))
+
+
+@jit
+def _sift_in(state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
+    waiting, place = state.waiting, state.counts[NUM_WAITING]
+    while place > 0:
+        parent = (place - 1) // 2
+        if not _goes_before(requests, request, waiting[parent]):
+            break
+        waiting[place] = waiting[parent]
+        place = parent
+    waiting[place] = request
+    state.counts[NUM_WAITING] += 1
+
+
+@jit
+def push_waiting(state: SchedulerArrays, requests: RequestArrays, request: int, by_priority: bool) -> None:  # noqa: FBT001
+    """Let `request` wait behind the others, or in its place by priority. O(1), or O(log waiting)."""
+    if by_priority:
+        _sift_in(state, requests, request)
+        return
+    state.waiting[(state.counts[WAITING_HEAD] + state.counts[NUM_WAITING]) % state.waiting.size] = request
+    state.counts[NUM_WAITING] += 1
+
+
+@jit
+def return_waiting(state: SchedulerArrays, requests: RequestArrays, request: int, by_priority: bool) -> None:  # noqa: FBT001
+    """Let a preempted `request` wait in front of the others, or in its place by priority."""
+    if by_priority:
+        _sift_in(state, requests, request)
+        return
+    head = (state.counts[WAITING_HEAD] - 1) % state.waiting.size
+    state.waiting[head] = request
+    state.counts[WAITING_HEAD] = head
+    state.counts[NUM_WAITING] += 1
+
+
+@jit
+def drop_head(state: SchedulerArrays, requests: RequestArrays, by_priority: bool) -> int:  # noqa: FBT001
+    """Take out the one whose turn it is, waiting[counts[WAITING_HEAD]], and return it."""
+    waiting = state.waiting
+    first: int = waiting[state.counts[WAITING_HEAD]]
+    state.counts[NUM_WAITING] -= 1
+    if not by_priority:
+        state.counts[WAITING_HEAD] = (state.counts[WAITING_HEAD] + 1) % waiting.size
+        return first
+    size = state.counts[NUM_WAITING]
+    request, place = waiting[size], 0
+    while True:
+        child = 2 * place + 1
+        if child >= size:
+            break
+        if child + 1 < size and _goes_before(requests, waiting[child + 1], waiting[child]):
+            child += 1
+        if not _goes_before(requests, waiting[child], request):
+            break
+        waiting[place] = waiting[child]
+        place = child
+    waiting[place] = request
+    return first
