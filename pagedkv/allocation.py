@@ -172,6 +172,10 @@ class KVPoolSettings:
     """Tokens in which a hit may end inside a block: a divisor of block_size; 0: hits end with a block."""
     layer_groups: tuple[LayerGroup, ...] = ()
     """What the model's layers cache, for an allocator that gives each group blocks of its own; empty: all layers alike."""
+    kv_cache_dtype: str = "auto"
+    """Element type of the cache, for pages of layer groups: a name in `pagedkv.kv_spec`."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens of a step: how far a windowed layer can run ahead of what it gives back; None: not known."""
     page_tokens: int = 64
     """Tokens in one physical page of one layer's keys (virtual contiguous memory): page bytes / (KV heads * head size * element
     bytes)."""
