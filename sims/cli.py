@@ -8,71 +8,43 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-from cyclopts import App, CycloptsError, Group, Parameter, convert
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.sims.cli_output import DEFAULT_PARAMETER, LOAD, MEASUREMENT, OUTPUT, SERVING, output_path, print_view
+from pagedkv.sims.cli_tools import tools
 from pagedkv.sims.config import GOES_WITH, LOAD_KINDS, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 INTERRUPTED, BAD_INPUT = 130, 2
-
-
-def _whole(kind: Any, text: str) -> Any:
-    """Convert as cyclopts would, but take only whole numbers for whole numbers: it would round 5.5 users to 6.
-
-    As in vLLM, 16k is 16,000 and 16K is 16,384.
-    """
-    if kind is int:
-        scale = {"k": 1000, "K": 1024}.get(text[-1:], 1)
-        try:
-            return int(text[:-1] if scale > 1 else text) * scale
-        except ValueError:
-            raise ValueError(f"{text!r} is not a whole number") from None
-    return convert(kind, [text])
-
-
-def _converted(kind: Any, tokens: Sequence[Any]) -> Any:
-    return convert(kind, tokens, converter=_whole)
 
 
 app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
-    help_epilogue="Other commands, each with --help: simulate fit | models | hardware | explain WORD | from-vllm COMMAND",
+    help_epilogue="Other commands, each with --help: simulate fit | prefix-cache TRACE | models | hardware | explain WORD | "
+    "from-vllm COMMAND | fuzz",
     version=__version__,
-    default_parameter=Parameter(consume_multiple=True, negative_iterable=(), converter=_converted),
+    default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,
 )
-
-# The other commands are an app of their own: cyclopts drops the keys of a configuration file that are names of commands, and
-# "hardware" is both.
-tools = App(name="simulate", default_parameter=app.default_parameter, suppress_keyboard_interrupt=False)
-
-_LOAD = Group("Load: give one of users, request-rate, trace", sort_key=0)
-_SERVING = Group("Machine, model and engine", sort_key=1)
-_MEASUREMENT = Group("Measurement", sort_key=2)
-_OUTPUT = Group("Output", sort_key=3)
 
 
 @app.default
 def simulate(
     *,
-    load: Annotated[LoadConfig, Parameter(name="*", group=_LOAD)] = LoadConfig(),  # noqa: B008
-    serving: Annotated[ServingConfig, Parameter(name="*", group=_SERVING)] = ServingConfig(),  # noqa: B008
-    measurement: Annotated[MeasurementConfig, Parameter(name="*", group=_MEASUREMENT)] = MeasurementConfig(),  # noqa: B008
-    json: Annotated[str | None, Parameter(group=_OUTPUT, allow_leading_hyphen=True)] = None,
-    out: Annotated[str | None, Parameter(group=_OUTPUT)] = None,
-    report: Annotated[str | None, Parameter(group=_OUTPUT)] = None,
-    config: Annotated[Path | None, Parameter(group=_OUTPUT)] = None,
+    load: Annotated[LoadConfig, Parameter(name="*", group=LOAD)] = LoadConfig(),  # noqa: B008
+    serving: Annotated[ServingConfig, Parameter(name="*", group=SERVING)] = ServingConfig(),  # noqa: B008
+    measurement: Annotated[MeasurementConfig, Parameter(name="*", group=MEASUREMENT)] = MeasurementConfig(),  # noqa: B008
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+    out: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    report: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    config: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
 ) -> None:
     """Serve simulated users with paged and with contiguous KV allocation, and say where the memory goes.
 
@@ -89,8 +61,8 @@ def simulate(
 
     del config  # read by cyclopts before the other flags: see main
     scenario = resolve(SimulationConfig(load=load, serving=serving, measurement=measurement))
-    folder = _path(out, "--out")
-    files = {"--json": _path(None if json == "-" else json, "--json"), "--report": _path(report, "--report")}
+    folder = output_path(out, "--out")
+    files = {"--json": output_path(None if json == "-" else json, "--json"), "--report": output_path(report, "--report")}
     if folder is not None:
         prepare_folder(folder)
     for flag, file in files.items():
@@ -113,125 +85,10 @@ def simulate(
         return
     from pagedkv.sims.console import show
 
-    _print(lambda console: show(results, console))
+    print_view(lambda console: show(results, console))
     for path in (folder, *files.values()):
         if path is not None:
             print(f"Written: {path}", file=sys.stderr)  # noqa: T201
-
-
-@tools.command
-def fit(
-    *,
-    users: Annotated[int | None, Parameter(group=_LOAD)] = None,
-    context: Annotated[int | None, Parameter(group=_LOAD)] = None,
-    serving: Annotated[ServingConfig, Parameter(name="*", group=_SERVING)] = ServingConfig(),  # noqa: B008
-    json: Annotated[str | None, Parameter(group=_OUTPUT, allow_leading_hyphen=True)] = None,
-) -> None:
-    """Say at once what fits: KV tokens, requests by context length, next to what a formula claims.
-
-    Args:
-        users: Say how long the context of so many requests can be at once.
-        context: Say how many requests of so many tokens fit at once.
-        json: - prints one JSON document.
-    """
-    from pagedkv.sims.console_static import show_fit
-    from pagedkv.sims.deployment import deploy
-    from pagedkv.sims.fit import fit as static_fit
-    from pagedkv.sims.fit import under_other_rules
-
-    deployment = deploy(serving)
-    answer = static_fit(deployment, users=users, context=context)
-    if json is None:
-        _print(lambda console: show_fit(answer, deployment, console))
-    else:
-        engines = [asdict(other) for other in under_other_rules(deployment)]
-        _write_json(asdict(answer) | {"engines": engines}, json)
-
-
-@tools.command
-def models() -> None:
-    """List the models of the catalogue."""
-    from pagedkv.sims.console_static import show_models
-
-    _print(show_models)
-
-
-@tools.command
-def hardware() -> None:
-    """List the machines of the catalogue."""
-    from pagedkv.sims.console_static import show_hardware
-
-    _print(show_hardware)
-
-
-@tools.command
-def explain(*words: str) -> None:
-    """Explain a figure or a word of the answer by its formula; without a word, all of them.
-
-    Args:
-        words: A field such as ttft_s or kv_when_waiting, or a title such as goodput.
-    """
-    from pagedkv.sims.console_static import show_entries
-    from pagedkv.sims.glossary import GLOSSARY
-    from pagedkv.sims.glossary import explain as entry_of
-
-    entries = [entry_of(" ".join(words))] if words else list(GLOSSARY.values())
-    _print(lambda console: show_entries(entries, console))
-
-
-@tools.command
-def from_vllm(
-    command: str,
-    *,
-    users: Annotated[int | None, Parameter(group=_LOAD)] = None,
-    serving: Annotated[ServingConfig, Parameter(name="*", group=_SERVING)] = ServingConfig(),  # noqa: B008
-) -> None:
-    """Read a `vllm serve` command: say what it means here, what is left out, and what fits.
-
-    Args:
-        command: The command, in quotes.
-        users: Simulate so many users with it.
-    """
-    from pagedkv.sims.command import command_line
-    from pagedkv.sims.console_static import show_vllm_command
-    from pagedkv.sims.from_vllm import parse_vllm_command, with_vllm_defaults
-
-    read = parse_vllm_command(command, base=serving)
-    serving, defaults = with_vllm_defaults(read.serving)
-    config = SimulationConfig(load=LoadConfig(users=users), serving=serving)
-    words = command_line(config) if users is not None else command_line(config).replace("simulate", "simulate fit", 1)
-    _print(lambda console: show_vllm_command(read, defaults, words, console))
-    if users is None:
-        fit(serving=serving)
-    else:
-        simulate(load=config.load, serving=serving)
-
-
-def _print(show: "Callable[[Console], None]") -> None:
-    from rich.console import Console as RichConsole
-
-    console = RichConsole(highlight=False)
-    with console.capture() as answer:  # rich would end the program itself on a closed pipe
-        show(console)
-    sys.stdout.write("\n".join(line.rstrip() for line in answer.get().split("\n")))
-
-
-def _write_json(document: dict[str, Any], where: str) -> None:
-    from pagedkv.sims.export import prepare_file, to_json, write_atomically
-
-    if where == "-":
-        sys.stdout.write(to_json(document))
-        return
-    path = _path(where, "--json")
-    assert path is not None
-    prepare_file(path, flag="--json")
-    write_atomically(path, to_json(document))
-
-
-def _path(text: str | None, flag: str) -> Path | None:
-    if text == "":
-        raise ConfigError(f"{flag} is '': give it the name of a {'folder' if flag == '--out' else 'file'}")
-    return None if text is None else Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,166 @@
+"""The commands beside `simulate` itself: what fits, the catalogues, words, prefix caches, fuzzing.
+
+Heavy modules are imported inside functions, so that `--help` stays quick.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from pagedkv.sims.cli_output import DEFAULT_PARAMETER, LOAD, OUTPUT, SERVING, print_view, write_json
+from pagedkv.sims.config import LoadConfig, ServingConfig, SimulationConfig
+
+# An app of its own: cyclopts drops the keys of a configuration file that are names of commands, and "hardware" is both.
+tools = App(name="simulate", default_parameter=DEFAULT_PARAMETER, suppress_keyboard_interrupt=False)
+
+
+@tools.command
+def fit(
+    *,
+    users: Annotated[int | None, Parameter(group=LOAD)] = None,
+    context: Annotated[int | None, Parameter(group=LOAD)] = None,
+    serving: Annotated[ServingConfig, Parameter(name="*", group=SERVING)] = ServingConfig(),  # noqa: B008
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """Say at once what fits: KV tokens, requests by context length, next to what a formula claims.
+
+    Args:
+        users: Say how long the context of so many requests can be at once.
+        context: Say how many requests of so many tokens fit at once.
+        json: - prints one JSON document.
+    """
+    from pagedkv.sims.console_static import show_fit
+    from pagedkv.sims.deployment import deploy
+    from pagedkv.sims.fit import fit as static_fit
+    from pagedkv.sims.fit import under_other_rules
+
+    deployment = deploy(serving)
+    answer = static_fit(deployment, users=users, context=context)
+    if json is None:
+        print_view(lambda console: show_fit(answer, deployment, console))
+    else:
+        engines = [asdict(other) for other in under_other_rules(deployment)]
+        write_json(asdict(answer) | {"engines": engines}, json)
+
+
+@tools.command
+def models() -> None:
+    """List the models of the catalogue."""
+    from pagedkv.sims.console_static import show_models
+
+    print_view(show_models)
+
+
+@tools.command
+def hardware() -> None:
+    """List the machines of the catalogue."""
+    from pagedkv.sims.console_static import show_hardware
+
+    print_view(show_hardware)
+
+
+@tools.command
+def explain(*words: str) -> None:
+    """Explain a figure or a word of the answer by its formula; without a word, all of them.
+
+    Args:
+        words: A field such as ttft_s or kv_when_waiting, or a title such as goodput.
+    """
+    from pagedkv.sims.console_static import show_entries
+    from pagedkv.sims.glossary import GLOSSARY
+    from pagedkv.sims.glossary import explain as entry_of
+
+    entries = [entry_of(" ".join(words))] if words else list(GLOSSARY.values())
+    print_view(lambda console: show_entries(entries, console))
+
+
+@tools.command
+def from_vllm(
+    command: str,
+    *,
+    users: Annotated[int | None, Parameter(group=LOAD)] = None,
+    serving: Annotated[ServingConfig, Parameter(name="*", group=SERVING)] = ServingConfig(),  # noqa: B008
+) -> None:
+    """Read a `vllm serve` command: say what it means here, what is left out, and what fits.
+
+    Args:
+        command: The command, in quotes.
+        users: Simulate so many users with it.
+    """
+    from pagedkv.sims.command import command_line
+    from pagedkv.sims.console_static import show_vllm_command
+    from pagedkv.sims.from_vllm import parse_vllm_command, with_vllm_defaults
+
+    read = parse_vllm_command(command, base=serving)
+    serving, defaults = with_vllm_defaults(read.serving)
+    config = SimulationConfig(load=LoadConfig(users=users), serving=serving)
+    words = command_line(config) if users is not None else command_line(config).replace("simulate", "simulate fit", 1)
+    print_view(lambda console: show_vllm_command(read, defaults, words, console))
+    if users is None:
+        fit(serving=serving)
+    else:
+        from pagedkv.sims.cli import simulate
+
+        simulate(load=config.load, serving=serving)
+
+
+@tools.command
+def prefix_cache(
+    trace: str,
+    *,
+    blocks: str = "inf,30000,10000",
+    cache: str = "block-pool,radix,ideal-lru",
+    eviction: str = "lru",
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """Say how much of a trace's prompts each prefix cache finds, by capacity, and which capacity reaches 90 % of the best.
+
+    Args:
+        trace: A file that says what its prompts are made of (Mooncake's hash_ids).
+        blocks: Capacities in blocks of the trace, a comma list; inf evicts nothing.
+        cache: block-pool (the real allocator), radix (SGLang's tree), ideal-lru; a comma list.
+        eviction: Policies, a comma list: lru, lfu, fifo, mru, slru, priority, cost-aware and others.
+        json: Write the result document to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.console_prefix import show_prefix_study
+    from pagedkv.sims.prefix_study import study_prefixes
+
+    study = study_prefixes(Path(trace), blocks=blocks, caches=cache, evictions=eviction)
+    if json is None:
+        print_view(lambda console: show_prefix_study(study, console))
+    else:
+        write_json(study.document(), json)
+
+
+@tools.command
+def fuzz(
+    *,
+    allocator: str = "all",
+    ops: int = 100_000,
+    seed: int = 0,
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """Do random operations on allocators, hold each to its laws, and name the seed of a failure. Exit status 1 if one fails.
+
+    Args:
+        allocator: Names, a comma list; all: every one there is.
+        ops: Operations for each allocator.
+        seed: Same seed, same operations.
+        json: Write the result document to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.console_fuzz import show_fuzz
+    from pagedkv.sims.fuzz_command import run_fuzz
+    from pagedkv.sims.progress import ProgressOnStderr
+
+    names = tuple(allocator.split(","))
+    with ProgressOnStderr(["fuzz"], repeats=1) as progress:
+        results = run_fuzz(names, ops, seed, progress=lambda what, share: progress("fuzz", 0, share))
+    if json is None:
+        print_view(lambda console: show_fuzz(results, console))
+    else:
+        write_json({"results": [result.document() for result in results]}, json)
+    if any(result.failure for result in results):
+        sys.exit(1)
