@@ -8,6 +8,8 @@ from pagedkv.free_queue import (
     HELD,
     NULL_BLOCK,
     NUM_FREE,
+    NUM_KEYED,
+    NUM_SHARES,
     SPAN,
     Blocks,
     FreeQueue,
@@ -43,6 +45,7 @@ def take_blocks(
             continue
         if next_same[block] != NULL_BLOCK:
             remove_block(blocks, index, buckets, block)
+            queue[NUM_KEYED] -= 1
         place[block] = HELD
         ref_cnt[block] = 1
         table[offset + taken] = block
@@ -63,7 +66,7 @@ def release_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_bloc
         -1, or the place in `table` of a block that is not of this pool or has no reference left: then nothing has changed.
     """
     ref_cnt, place, next_same = blocks["ref_cnt"], blocks["place"], blocks["next_same"]
-    with_key = 0
+    with_key = shares = 0
     for i in range(num_blocks):
         block = table[i]
         if not NULL_BLOCK < block < ref_cnt.size or ref_cnt[block] == 0:
@@ -71,7 +74,9 @@ def release_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_bloc
                 ref_cnt[table[k]] += 1
             return i
         ref_cnt[block] -= 1
+        shares += ref_cnt[block] > 0
         with_key += next_same[block] != NULL_BLOCK
+    queue[NUM_SHARES] -= shares
     make_room(blocks, queue, num_blocks)
     head, freed, capacity = queue[HEAD], 0, queue.size - FIRST
     for i in range(num_blocks):  # each in front of the one before it: the tail ends up first
@@ -89,6 +94,7 @@ def release_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_bloc
             block = table[i]
             if ref_cnt[block] == 0 and place[block] == HELD:
                 put_behind(blocks, queue, block)
+                queue[NUM_KEYED] += 1
     return -1
 
 
@@ -100,6 +106,9 @@ def release_behind(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_bloc
         blocks["ref_cnt"][table[i]] -= 1
         if blocks["ref_cnt"][table[i]] == 0:
             put_behind(blocks, queue, table[i])
+            queue[NUM_KEYED] += blocks["next_same"][table[i]] != NULL_BLOCK
+        else:
+            queue[NUM_SHARES] -= 1
 
 
 @jit
@@ -126,6 +135,9 @@ def touch_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array) -> None:
     for block in table:
         if blocks["ref_cnt"][block] == 0:
             take_out(blocks, queue, block)
+            queue[NUM_KEYED] -= blocks["next_same"][block] != NULL_BLOCK
+        else:
+            queue[NUM_SHARES] += 1
         blocks["ref_cnt"][block] += 1
 
 
@@ -141,6 +153,7 @@ def hold_prefix(blocks: Blocks, queue: FreeQueue, index: KeyIndex, buckets: Buck
 def evict_blocks(blocks: Blocks, queue: FreeQueue, index: KeyIndex, buckets: Buckets, victims: Int32Array) -> None:
     """Take the keys of `victims`, which are free, and let them be handed out next, in this order. O(victims.size) expected."""
     make_room(blocks, queue, victims.size)
+    queue[NUM_KEYED] -= victims.size
     for i in range(victims.size - 1, -1, -1):
         remove_block(blocks, index, buckets, victims[i])
         take_out(blocks, queue, victims[i])

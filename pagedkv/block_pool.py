@@ -8,7 +8,7 @@ from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.block_moves import evict_blocks, hold_prefix, register_blocks, release_blocks, take_blocks, touch_blocks
 from pagedkv.errors import ConfigError
-from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, check_queue, new_queue, queued
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, NUM_KEYED, check_queue, new_queue, queued
 from pagedkv.prefix_cache import PrefixCache
 
 
@@ -138,6 +138,7 @@ class BlockPool:
         if self.num_free_blocks < self.num_blocks - 1:
             return False
         self.cache.clear()
+        self.queue[NUM_KEYED] = 0
         return True
 
     def _expect_own(self, table: Int32Array, verb: str) -> None:

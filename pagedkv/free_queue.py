@@ -25,10 +25,11 @@ same key (`pagedkv.prefix_cache`; next_same is 0 while it carries none). A block
 Blocks: TypeAlias = npt.NDArray[np.void]
 """`BLOCK` [num_blocks]; the entry of the null block is never used."""
 FreeQueue: TypeAlias = Int32Array
-"""[FIRST + 2 * num_blocks]: three numbers, then the ring of block ids."""
+"""[FIRST + 2 * num_blocks]: some numbers, then the ring of block ids."""
 
-NUM_FREE, HEAD, SPAN, FIRST = 0, 1, 2, 4
-"""In a queue: blocks in it; place of the first entry; entries, empty ones included; where the ring begins."""
+NUM_FREE, HEAD, SPAN, NUM_KEYED, NUM_SHARES, FIRST = 0, 1, 2, 3, 4, 8
+"""In a queue: blocks in it; place of the first entry; entries, empty ones included; those of its blocks that carry a key;
+references to held blocks beyond the first of each; where the ring begins."""
 
 
 def new_queue(num_blocks: int) -> tuple[Blocks, FreeQueue]:
@@ -107,6 +108,9 @@ def check_queue(blocks: Blocks, queue: FreeQueue) -> None:
     order = queued(queue)
     if not np.array_equal(np.sort(order), unheld) or order.size != queue[NUM_FREE]:
         raise IntegrityError(f"the free queue does not hold {unheld.tolist()}, each once: {state}")
+    keyed, shares = np.count_nonzero(blocks["next_same"][order]), np.maximum(blocks["ref_cnt"] - 1, 0).sum()
+    if (keyed, shares) != (queue[NUM_KEYED], queue[NUM_SHARES]):
+        raise IntegrityError(f"{keyed} free blocks carry a key, and blocks are held {shares} times more than once: {state}")
     expected = np.full(len(blocks), HELD)
     places = (queue[HEAD] + np.arange(queue[SPAN])) % capacity
     expected[queue[FIRST + places]] = places

@@ -52,6 +52,10 @@ class TreeNode:
     """A reading of the tree's counter."""
     created: float = 0.0
     """A reading of the tree's counter."""
+    expired: bool = False
+    """The tree gives priorities for ever."""
+    inflation: float = 0.0
+    """The highest rank evicted before it was last used, if the tree's owner keeps it."""
 
     @property
     def num_tokens(self) -> int:
@@ -110,6 +114,7 @@ class TreeNode:
             priority=self.priority,
             last_access=self.last_access,
             created=self.created,
+            inflation=self.inflation,
         )
         parent.children[edge_key(self.namespace, self.tokens, block_size)] = upper
         self.tokens, self.slots, self.parent = self.tokens[length:].copy(), self.slots[length:].copy(), upper

@@ -63,6 +63,7 @@ class RadixTree:
         self._eviction_key = EVICTION_POLICIES.load(eviction)
         self._settings = eviction_settings or EvictionSettings()
         self._clock = clock or count(1).__next__
+        self._inflation = 0.0  # the highest rank ever evicted: what is used from now on ranks above it, for policies that ask
         self._candidates: dict[TreeNode, None] = {}  # an ordered set of the unlocked nodes without children
 
     @property
@@ -82,6 +83,8 @@ class RadixTree:
         self._rules.met_by_match(path, self._clock)
         self._end_at(path, matched)
         self._rules.matched(path, self._clock)
+        for node in path:
+            node.inflation = self._inflation
         return PrefixMatch(np.concatenate([node.slots for node in path]), path[-1])
 
     def insert(
@@ -124,6 +127,7 @@ class RadixTree:
             self._note_candidate(path[-1])
             self._note_candidate(parent)
         for node in path:
+            node.inflation = self._inflation
             node.hit_count += node.depth > hits_beyond
             node.deepest = max(node.deepest, key.size)
         return Insertion(matched, path[-1] if path else self.root, [own[start:end] for start, end in spans])
@@ -188,7 +192,8 @@ class RadixTree:
         heapq.heapify(heap)
         freed: list[Int32Array] = []
         while num_tokens > 0 and heap:
-            _, _, node = heapq.heappop(heap)
+            rank, _, node = heapq.heappop(heap)
+            self._inflation = max(self._inflation, rank[0])
             parent = node.detach(self.block_size)
             freed.append(node.slots)
             num_tokens -= node.num_tokens

@@ -18,7 +18,7 @@ from cyclopts.config import Dict
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.cli_output import DEFAULT_PARAMETER, LOAD, MEASUREMENT, OUTPUT, SERVING, output_path, print_view
-from pagedkv.sims.cli_tools import tools
+from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import GOES_WITH, LOAD_KINDS, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
 INTERRUPTED, BAD_INPUT = 130, 2
@@ -89,6 +89,34 @@ def simulate(
     for path in (folder, *files.values()):
         if path is not None:
             print(f"Written: {path}", file=sys.stderr)  # noqa: T201
+
+
+@tools.command
+def from_vllm(
+    command: str,
+    *,
+    users: Annotated[int | None, Parameter(group=LOAD)] = None,
+    serving: Annotated[ServingConfig, Parameter(name="*", group=SERVING)] = ServingConfig(),  # noqa: B008
+) -> None:
+    """Read a `vllm serve` command: say what it means here, what is left out, and what fits.
+
+    Args:
+        command: The command, in quotes.
+        users: Simulate so many users with it.
+    """
+    from pagedkv.sims.command import command_line
+    from pagedkv.sims.console_static import show_vllm_command
+    from pagedkv.sims.from_vllm import parse_vllm_command, with_vllm_defaults
+
+    read = parse_vllm_command(command, base=serving)
+    serving, defaults = with_vllm_defaults(read.serving)
+    config = SimulationConfig(load=LoadConfig(users=users), serving=serving)
+    words = command_line(config) if users is not None else command_line(config).replace("simulate", "simulate fit", 1)
+    print_view(lambda console: show_vllm_command(read, defaults, words, console))
+    if users is None:
+        fit(serving=serving)
+    else:
+        simulate(load=config.load, serving=serving)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from pagedkv.sims.cli_output import DEFAULT_PARAMETER, LOAD, OUTPUT, SERVING, print_view, write_json
-from pagedkv.sims.config import LoadConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config import ServingConfig
 
 # An app of its own: cyclopts drops the keys of a configuration file that are names of commands, and "hardware" is both.
 tools = App(name="simulate", default_parameter=DEFAULT_PARAMETER, suppress_keyboard_interrupt=False)
@@ -75,36 +75,6 @@ def explain(*words: str) -> None:
 
     entries = [entry_of(" ".join(words))] if words else list(GLOSSARY.values())
     print_view(lambda console: show_entries(entries, console))
-
-
-@tools.command
-def from_vllm(
-    command: str,
-    *,
-    users: Annotated[int | None, Parameter(group=LOAD)] = None,
-    serving: Annotated[ServingConfig, Parameter(name="*", group=SERVING)] = ServingConfig(),  # noqa: B008
-) -> None:
-    """Read a `vllm serve` command: say what it means here, what is left out, and what fits.
-
-    Args:
-        command: The command, in quotes.
-        users: Simulate so many users with it.
-    """
-    from pagedkv.sims.command import command_line
-    from pagedkv.sims.console_static import show_vllm_command
-    from pagedkv.sims.from_vllm import parse_vllm_command, with_vllm_defaults
-
-    read = parse_vllm_command(command, base=serving)
-    serving, defaults = with_vllm_defaults(read.serving)
-    config = SimulationConfig(load=LoadConfig(users=users), serving=serving)
-    words = command_line(config) if users is not None else command_line(config).replace("simulate", "simulate fit", 1)
-    print_view(lambda console: show_vllm_command(read, defaults, words, console))
-    if users is None:
-        fit(serving=serving)
-    else:
-        from pagedkv.sims.cli import simulate
-
-        simulate(load=config.load, serving=serving)
 
 
 @tools.command

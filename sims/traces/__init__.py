@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pagedkv.errors import ConfigError, TraceFormatError
 from pagedkv.registry import Registry
+from pagedkv.sims.prompt_content import PromptContent
 
 MAX_TOKENS = 2**31 - 1
 """Longest length a row may give: sums of two stay far inside int64."""
@@ -29,6 +30,9 @@ Parser = Callable[[object], float | None]
 """The value of one cell, or None where it has none."""
 
 NEEDED_TOKENS = f"a whole number of tokens (needed: 1 or more, at most {MAX_TOKENS})"
+
+CONTENT_LINE = 'lines such as {"timestamp": 0, "input_length": 1200, "output_length": 52, "hash_ids": [46, 47, 2353]}'
+"""What a file with prompt content looks like, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,6 +51,8 @@ class Trace:
     """Output length, at least 1."""
     line_numbers: npt.NDArray[np.int64]
     """The request's line in the (unpacked) file, from 1."""
+    content: PromptContent | None = None
+    """What the prompts are made of, if that was asked for."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -65,6 +71,7 @@ class Trace:
             prompt_tokens=self.prompt_tokens[mask],
             output_tokens=self.output_tokens[mask],
             line_numbers=self.line_numbers[mask],
+            content=self.content and self.content.take(np.flatnonzero(mask)),
         )
 
     def scaled(self, rate: float) -> "Trace":
@@ -100,6 +107,8 @@ class Rows:
     """Output lengths (tokens)."""
     arrival: Column | None
     """Arrival times (seconds after any origin); None if the file has no such column."""
+    content: Callable[[], PromptContent] | None = None
+    """Reads what the prompts are made of, once the lengths are known to be good; None if such files do not say it."""
 
 
 class TraceFormat(Protocol):
@@ -122,18 +131,21 @@ class TraceFormat(Protocol):
 TRACE_FORMATS: Registry[type[TraceFormat]] = Registry("pagedkv.sims.traces", kind="trace format")
 
 
-def read_trace(path: Path, *, format: str | None = None) -> Trace:
+def read_trace(path: Path, *, format: str | None = None, with_content: bool = False) -> Trace:
     """Read a trace; rows out of order are sorted by time, equal times keep the file's order.
 
     Args:
         path: A file in one of `TRACE_FORMATS`, plain or gzip (recognised by content, like the format).
         format: The format, if it should not be recognised by the first line.
+        with_content: Read also what the prompts are made of; it is not looked at otherwise.
 
     Raises:
         ConfigError: If `format` is unknown.
-        TraceFormatError: If the file cannot be read, a value is wrong, or there are no arrival times.
+        TraceFormatError: If the file cannot be read, a value is wrong, or there are no arrival times or no content that is needed.
     """
     name, rows = _read_rows(path, format)
+    if with_content and rows.content is None:
+        raise TraceFormatError(f"{path}: {name} does not say what prompts are made of; a file that does has {CONTENT_LINE}")
     arrival, no_trace = rows.arrival, "so the file serves as a length distribution and not as a trace"
     if arrival is None:
         layout = TRACE_FORMATS.load(name).first_line
@@ -142,6 +154,7 @@ def read_trace(path: Path, *, format: str | None = None) -> Trace:
     prompt_tokens, output_tokens = _lengths(path, rows)
     hint = "" if has_times else f", nor is any other row's, {no_trace}"
     arrival_s = np.array(_values(path, rows.line_numbers, arrival, hint=hint), dtype=np.float64)
+    content = rows.content() if with_content and rows.content is not None else None
     order = np.argsort(arrival_s, kind="stable")
     return Trace(
         path=path,
@@ -150,6 +163,7 @@ def read_trace(path: Path, *, format: str | None = None) -> Trace:
         prompt_tokens=prompt_tokens[order],
         output_tokens=output_tokens[order],
         line_numbers=np.array(rows.line_numbers, dtype=np.int64)[order],
+        content=content and content.take(order),
     )
 
 

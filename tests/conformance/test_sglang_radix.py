@@ -117,7 +117,10 @@ def replay(stream: Stream) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("policy", EVICTION_POLICIES.names())
+RECORDED = [name for name in EVICTION_POLICIES.names() if name not in ("cost-aware", "retention")]  # those two are not SGLang's
+
+
+@pytest.mark.parametrize("policy", RECORDED)
 def test_every_recorded_operation_is_reproduced(streams: list[Stream], policy: str) -> None:
     chosen = [stream for stream in streams if stream["policy"] == policy]
     seen = sum((replay(stream) for stream in chosen), Counter[str]())
@@ -128,4 +131,4 @@ def test_every_recorded_operation_is_reproduced(streams: list[Stream], policy: s
 
 def test_every_stream_is_of_a_known_policy(streams: list[Stream]) -> None:
     assert len(streams) == 600
-    assert {stream["policy"] for stream in streams} == set(EVICTION_POLICIES.names())
+    assert {stream["policy"] for stream in streams} == set(RECORDED)
