@@ -18,13 +18,13 @@ from pagedkv.free_queue import (
     put_in_front,
     take_out,
 )
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 from pagedkv.prefix_cache import Buckets, KeyIndex, find_prefix, insert_block, remove_block
 
 _MARKED = -1
 
 
-@jit
+@lean_jit
 def take_blocks(
     blocks: Blocks, queue: FreeQueue, index: KeyIndex, buckets: Buckets, num_blocks: int, table: Int32Array, offset: int
 ) -> bool:
@@ -55,7 +55,7 @@ def take_blocks(
     return True
 
 
-@jit
+@lean_jit
 def release_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_blocks: int) -> int:
     """Drop one reference to each of table[:num_blocks], from the last to the first. O(num_blocks).
 
@@ -98,7 +98,7 @@ def release_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_bloc
     return -1
 
 
-@jit
+@lean_jit
 def release_behind(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_blocks: int) -> None:
     """Drop one reference to each of table[:num_blocks], from the last to the first; all go to the back: vLLM 0.19's order."""
     make_room(blocks, queue, num_blocks)
@@ -111,7 +111,7 @@ def release_behind(blocks: Blocks, queue: FreeQueue, table: Int32Array, num_bloc
             queue[NUM_SHARES] -= 1
 
 
-@jit
+@lean_jit
 def register_blocks(
     blocks: Blocks, index: KeyIndex, buckets: Buckets, table: Int32Array, keys: BlockKeys, first: int, last: int
 ) -> bool:
@@ -129,7 +129,7 @@ def register_blocks(
     return True
 
 
-@jit
+@lean_jit
 def touch_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array) -> None:
     """Add one reference to each of `table`; those that nobody held leave the free queue, wherever they are. O(table.size)."""
     for block in table:
@@ -141,7 +141,7 @@ def touch_blocks(blocks: Blocks, queue: FreeQueue, table: Int32Array) -> None:
         blocks["ref_cnt"][block] += 1
 
 
-@jit
+@lean_jit
 def hold_prefix(blocks: Blocks, queue: FreeQueue, index: KeyIndex, buckets: Buckets, keys: BlockKeys, hits: Int32Array) -> int:
     """Write the cached blocks of the longest run of `keys` from its start into `hits`, hold each once more, return their number."""
     num_hits = find_prefix(index, buckets, keys, hits)
@@ -149,7 +149,7 @@ def hold_prefix(blocks: Blocks, queue: FreeQueue, index: KeyIndex, buckets: Buck
     return num_hits
 
 
-@jit
+@lean_jit
 def evict_blocks(blocks: Blocks, queue: FreeQueue, index: KeyIndex, buckets: Buckets, victims: Int32Array) -> None:
     """Take the keys of `victims`, which are free, and let them be handed out next, in this order. O(victims.size) expected."""
     make_room(blocks, queue, victims.size)

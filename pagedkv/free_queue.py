@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import IntegrityError
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 
 NULL_BLOCK = 0
 """Never handed out. It stands for "no block" in tables, and for an empty entry of the queue."""
@@ -42,7 +42,7 @@ def new_queue(num_blocks: int) -> tuple[Blocks, FreeQueue]:
     return blocks, queue
 
 
-@jit
+@lean_jit
 def make_room(blocks: Blocks, queue: FreeQueue, num_entries: int) -> None:
     """See that `num_entries` more fit into the ring. O(1) amortised per entry."""
     capacity = queue.size - FIRST
@@ -60,7 +60,7 @@ def make_room(blocks: Blocks, queue: FreeQueue, num_entries: int) -> None:
     queue[SPAN] = queue[NUM_FREE]
 
 
-@jit
+@lean_jit
 def take_out(blocks: Blocks, queue: FreeQueue, block: int) -> None:
     """Let `block` leave the queue from wherever it is. O(1)."""
     queue[FIRST + blocks["place"][block]] = NULL_BLOCK
@@ -68,7 +68,7 @@ def take_out(blocks: Blocks, queue: FreeQueue, block: int) -> None:
     queue[NUM_FREE] -= 1
 
 
-@jit
+@lean_jit
 def put_in_front(blocks: Blocks, queue: FreeQueue, block: int) -> None:
     """Let `block` be the next to be handed out. There must be room. O(1)."""
     head = queue[HEAD] - 1 if queue[HEAD] > 0 else queue.size - FIRST - 1
@@ -79,7 +79,7 @@ def put_in_front(blocks: Blocks, queue: FreeQueue, block: int) -> None:
     queue[SPAN] += 1
 
 
-@jit
+@lean_jit
 def put_behind(blocks: Blocks, queue: FreeQueue, block: int) -> None:
     """Let `block` be the last to be handed out. There must be room. O(1)."""
     place = queue[HEAD] + queue[SPAN]

@@ -2,11 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 
 import pagedkv
 
@@ -19,15 +22,50 @@ def jit(function: F) -> F:
     numba renews a cached function when the file that holds it changes, but not when a function that it calls in another file does:
     after an upgrade, old code could go on running. So the key here covers every source file of the package.
     """
+    return _compiled(function, parallel=False)
+
+
+def lean_jit(function: F) -> F:
+    """Compile as `jit` does a function that makes no array, without counting the references to those that it is given.
+
+    They outlive the call. Where a function passes many arrays on to others, counting costs several times what the work does.
+    """
+    return _compiled(function, parallel=False, counted=False)
+
+
+def parallel_jit(function: F) -> F:
+    """Compile as `jit` does, with the iterations of each `numba.prange` spread over numba's threads."""
+    return _compiled(function, parallel=True)
+
+
+def _compiled(function: F, *, parallel: bool, counted: bool = True) -> F:
+    options: dict[str, Any] = {"error_model": "numpy", "parallel": parallel} | ({} if counted else {"_nrt": False})
     try:
-        compiled = numba.njit(cache=True, error_model="numpy")(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder to keep it in: compile anew in every process
-        compiled = numba.njit(error_model="numpy")(function)
+        compiled = numba.njit(**options)(function)
+    _watch_package(compiled)
+    return cast("F", compiled)
+
+
+def native(function: F, signature: Any) -> F:
+    """Compile `function` now, for one signature of numba types, to what compiled code can take as an argument.
+
+    Whatever takes it is compiled once, not anew for every function that is passed. Kept on disk as by `jit`.
+    """
+    compiled = CFunc(function, normalize_signature(signature), {}, {"error_model": "numpy"})
+    with suppress(RuntimeError):  # no folder to keep it in
+        compiled.enable_caching()
+    _watch_package(compiled)
+    compiled.compile()
+    return cast("F", compiled)
+
+
+def _watch_package(compiled: Any) -> None:
     cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache_file is not None:  # no writable cache folder, or NUMBA_DISABLE_JIT
         cache_file._source_stamp = (cache_file._source_stamp, _package_digest())
         cache_file._load_index = _forgiving(cache_file._load_index)
-    return cast("F", compiled)
 
 
 def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[Any, Any]]:

@@ -6,22 +6,26 @@ import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Int32Array
-from pagedkv.block_grant import grant_blocks
+from pagedkv.block_grant import SHORTAGE, BlockCopy, grant_blocks
 from pagedkv.block_moves import release_blocks
 from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import BlockTables
+from pagedkv.block_retention import BlockRetention, Growth
+from pagedkv.cache_events import CacheEvents
 from pagedkv.errors import IntegrityError
-from pagedkv.free_queue import NULL_BLOCK
+from pagedkv.events import EventSink
+from pagedkv.eviction import EVICTION_POLICIES
 from pagedkv.kv_request import KVRequest
-
-_NO_BLOCKS: Int32Array = np.empty(0, np.int32)
+from pagedkv.partial_tails import CachedTail
+from pagedkv.prefix_lookup import NO_BLOCKS, PrefixLookup
+from pagedkv.request_rows import RequestRows
 
 
 class KVCacheManager:
     """Gives requests blocks, shares cached prefixes between them, and takes the blocks back.
 
     `None` from `allocate_slots` is "does not fit now", and nothing has changed. Blocks become findable when their slots are given,
-    before anything is computed, so a request that follows in the same step can share them.
+    before anything is computed, so a request that follows in the same step can share them. Nobody writes a block that others hold:
+    he gets one of his own for it, and `take_copies` tells what of the old one he needs.
 
     Example:
         >>> from pagedkv.block_hash import BlockHashChain
@@ -42,23 +46,37 @@ class KVCacheManager:
     """
 
     def __init__(self, settings: KVPoolSettings, *, enable_caching: bool = True) -> None:
+        EVICTION_POLICIES.load(settings.eviction)  # refuses what is none
         self.block_size = settings.block_size
         self.max_model_len = settings.max_model_len
         self.enable_caching = enable_caching
         self.pool = BlockPool(num_blocks=settings.num_blocks, enable_caching=enable_caching)
-        self.tables = BlockTables(
-            max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
-        )
-        self.num_state_blocks = -(-settings.state_slots // settings.block_size)
+        self._requests = rows = RequestRows(settings)
+        self.tables, self._num_registered, self._states = rows.tables, rows.num_registered, rows.states
+        self._rows, self._free_rows = rows.of, rows.free
+        self.num_state_blocks: int = rows.states.shape[1]
         """Blocks that each request takes at admission for state of fixed size."""
-        self._states: Int32Array = np.zeros((settings.max_num_seqs, self.num_state_blocks), np.int32)
-        self._num_registered: Int32Array = np.zeros(settings.max_num_seqs, np.int32)
-        """By row: leading blocks that carry their key."""
-        self._rows: dict[KVRequest, int] = {}
-        """By request that holds blocks: its row of the tables."""
-        self._free_rows = list(range(settings.max_num_seqs))[::-1]
+        more = settings.eviction != "lru" or 0 < settings.prefix_match_unit < settings.block_size
+        self.retention = BlockRetention(self.pool, settings) if enable_caching and more else None
+        """None: vLLM's default."""
+        self._tails = self.retention.tails if self.retention else None
+        self._lookup = PrefixLookup(self.pool, self._tails, block_size=self.block_size, max_model_len=self.max_model_len)
+        self._arrays = (self.pool.blocks, self.pool.queue, self.pool.cache.index, self.pool.cache.buckets)
+        self._copies: list[BlockCopy] = []
+        self._replaced: Int32Array = np.empty((2, self.tables.blocks.shape[1]), np.int32)
+        """Room for the blocks that one grant replaces, and their places."""
+        self._events: CacheEvents | None = None
         self._watermark_blocks = int(settings.watermark * settings.num_blocks)
         self._reserve_full_isl = settings.reserve_full_isl
+
+    @property
+    def events(self) -> EventSink | None:
+        """Hears what happens to blocks: see `pagedkv.events.Observable`. Whoever is set here hears of changes from then on."""
+        return None if self._events is None else self._events.sink
+
+    @events.setter
+    def events(self, sink: EventSink | None) -> None:
+        self._events = None if sink is None else CacheEvents(self.pool, sink)
 
     @property
     def num_free_blocks(self) -> int:
@@ -72,7 +90,11 @@ class KVCacheManager:
     def block_table(self, request: KVRequest) -> Int32Array:
         """Return the blocks that `request` holds, a view; empty if none."""
         row = self._rows.get(request)
-        return _NO_BLOCKS if row is None else self.tables.of(row)
+        return NO_BLOCKS if row is None else self.tables.of(row)
+
+    def holds_blocks(self, request: KVRequest) -> bool:
+        """Return whether `request` holds blocks."""
+        return request in self._rows
 
     def live_requests(self) -> tuple[KVRequest, ...]:
         """Return the requests that hold blocks, in order of admission."""
@@ -86,18 +108,26 @@ class KVCacheManager:
         Raises:
             ConfigError: If the request has too few keys.
         """
-        self._check_known(request)
-        if not self.enable_caching:
-            return _NO_BLOCKS, 0
-        hits = self.pool.cache.lookup(request.block_keys[: (request.num_tokens - 1) // self.block_size])
+        hits = self._lookup.blocks(request)
         return hits, hits.size * self.block_size
+
+    def get_computed_tail(self, request: KVRequest, num_hits: int) -> CachedTail | None:
+        """Return what is cached of the block after its `num_hits` hits, if there is any and `prefix_match_unit` is on.
+
+        Short of the last known token. Changes nothing. O(units per block) expected.
+
+        Raises:
+            ConfigError: If the request has too few keys.
+        """
+        return self._lookup.tail(request, num_hits)
 
     def allocate_slots(
         self,
         request: KVRequest,
         num_new_tokens: int,
-        computed_blocks: Sequence[int] | Int32Array = _NO_BLOCKS,
+        computed_blocks: Sequence[int] | Int32Array = NO_BLOCKS,
         *,
+        computed_tail: CachedTail | None = None,
         num_lookahead_tokens: int = 0,
         has_scheduled_reqs: bool = False,
         full_sequence_must_fit: bool | None = None,
@@ -108,28 +138,32 @@ class KVCacheManager:
             request: The request. Its `num_computed_tokens` is left to its owner, who adds hits and new tokens.
             num_new_tokens: Tokens to compute now, drafts included.
             computed_blocks: Its hits, as `get_computed_blocks` returned them. Only for a request that holds nothing yet.
+            computed_tail: What `get_computed_tail` found behind them: its tokens are cached too, once they are copied.
             num_lookahead_tokens: Slots for drafts beyond that; never beyond max_model_len.
             has_scheduled_reqs: Something runs, so an admission must leave the watermark free.
             full_sequence_must_fit: An admission must find room for all known tokens; by default as in the settings.
 
         Returns:
-            The blocks taken newly, hits not included; None if they do not fit now.
+            The blocks that its table has grown by, hits not included; None if they do not fit now.
 
         Raises:
             ConfigError: If the numbers cannot be, or a hit is stale; nothing has changed then.
         """
+        self._lookup.check_known(request)
         row = self._rows.get(request)
         held = 0 if row is None else int(self.tables.num_blocks[row])
-        hits = np.asarray(computed_blocks, np.int32)
-        num_slots = request.num_computed_tokens + hits.size * self.block_size + num_new_tokens
-        self._check_known(request)
+        hits, num_slots = NO_BLOCKS, request.num_computed_tokens + num_new_tokens
+        if len(computed_blocks) or computed_tail is not None:
+            if row is not None:
+                raise request.error("holds blocks already: only an admission takes hits")
+            hits = np.asarray(computed_blocks, np.int32)
+            self._lookup.check(request, hits, computed_tail)
+            num_slots += hits.size * self.block_size + (0 if computed_tail is None else computed_tail.num_tokens)
         request.check_slots(
             num_new_tokens=num_new_tokens, num_lookahead_tokens=num_lookahead_tokens, num_slots_held=held * self.block_size
         )
         if num_slots > self.max_model_len:
             raise request.error(f"{num_slots} slots are more than max_model_len {self.max_model_len}")
-        if hits.size:
-            self._check_hits(request, hits)
         gated, kept_free = 0, 0
         if row is None:
             if not self._free_rows:
@@ -137,23 +171,87 @@ class KVCacheManager:
             gate = self._reserve_full_isl if full_sequence_must_fit is None else full_sequence_must_fit
             gated = self._blocks(request.num_tokens) if gate else 0
             kept_free = self.num_state_blocks + (self._watermark_blocks if has_scheduled_reqs else 0)
-        needed = max(self._blocks(min(num_slots + num_lookahead_tokens, self.max_model_len)), held)
+        needed = self._blocks(min(num_slots + num_lookahead_tokens, self.max_model_len))
         place = self._free_rows[-1] if row is None else row
         table, registered = self.tables.blocks[place], max(int(self._num_registered[place]), hits.size)
         full = max(min(num_slots, request.num_tokens) // self.block_size, registered) if self.enable_caching else 0
-        pool, cache, keys = self.pool, self.pool.cache, request.block_keys
-        if not grant_blocks(
-            pool.blocks, pool.queue, cache.index, cache.buckets, table, held, hits, needed, gated, kept_free, keys, registered, full
-        ):
+        first_written = max(request.num_computed_tokens // self.block_size, registered)
+        growth, num_states = None, self.num_state_blocks if row is None else 0
+        if self.retention is not None:
+            growth = Growth(table, held, hits, needed, gated, kept_free, first_written)
+            if not self.retention.make_room(growth, computed_tail, num_states=num_states, priority=request.priority):
+                return None
+        keys, replaced = request.block_keys, self._replaced
+        num_replaced = grant_blocks(
+            *self._arrays, table, held, hits, needed, gated, kept_free, first_written, keys, registered, full, replaced
+        )
+        if num_replaced == SHORTAGE:
             return None
         if row is None:
-            self._rows[request] = self._free_rows.pop()
+            self._requests.open(request)
             states = self.pool.get_new_blocks(self.num_state_blocks)
             assert states is not None  # the grant has kept them free
             self._states[place] = states
-        self.tables.num_blocks[place], self._num_registered[place] = needed, full
+        self.tables.num_blocks[place], self._num_registered[place] = max(needed, held), full
+        if num_replaced:
+            source, where = replaced[:, 0].tolist()
+            if (num_tokens := request.num_computed_tokens - where * self.block_size) > 0:
+                self._copies.append(BlockCopy(source, int(table[where]), num_tokens))
+        if self.retention is not None and growth is not None:
+            replaced, states = replaced[:, :num_replaced], self._states[place, :num_states]
+            self._copies += self.retention.granted(
+                request, place, growth, computed_tail, registered=(registered, full), replaced=replaced, states=states
+            )
         taken: Int32Array = table[held + hits.size : needed].copy()
+        if self._events is not None and (taken.size or num_replaced or full > registered):
+            self._events.granted(request, hits, table[:needed], registered, self._states[place, :num_states])
         return taken
+
+    def take_copies(self) -> Sequence[BlockCopy]:
+        """Return what the grants since the last call want copied: in this order, before the step computes anything."""
+        if not self._copies:
+            return ()
+        copies, self._copies = self._copies, []
+        if self._events is not None:
+            self._events.copied(copies)
+        return copies
+
+    def note_computed(self, request: KVRequest) -> None:
+        """Hear that its computed tokens are in their slots: with `prefix_match_unit`, hits may end at any of their units now.
+
+        Raises:
+            ConfigError: If it holds nothing, has too few keys, or has computed more than it holds.
+        """
+        if self._tails is not None:
+            row = self._requests.expect(request)
+            self._lookup.check_known(request)
+            request.check_slots(num_new_tokens=1, num_slots_held=int(self.tables.num_blocks[row]) * self.block_size)
+            self._tails.register(row, self.tables.of(row), request)
+
+    def fork(self, parent: KVRequest, child: KVRequest) -> None:
+        """Let `child`, which knows the same tokens, hold all blocks of `parent`, as many of its tokens computed. O(blocks).
+
+        Raises:
+            ConfigError: If `parent` holds nothing, `child` holds something or knows other tokens, or requests have a state, which
+                nobody can share; nothing has changed then.
+        """
+        row, table = self._requests.expect(parent), self.block_table(parent)
+        registered, tails = int(self._num_registered[row]), self._tails
+        if child in self._rows:
+            raise child.error("holds blocks already: only a request that holds nothing can be forked into")
+        if child.num_tokens != parent.num_tokens:
+            raise child.error(f"{child.num_tokens} known tokens: needs the {parent.num_tokens} of request {parent.request_id!r}")
+        self._lookup.check_known(child)
+        if not self.pool.cache.carry(table[:registered], child.block_keys) or (tails and not tails.agree(row, table, child)):
+            raise child.error(f"its keys are not those of request {parent.request_id!r}: needs the same tokens and namespace")
+        if self.num_state_blocks:
+            raise child.error("cannot share a state of fixed size: compute its tokens anew instead")
+        child.check_place(len(self._rows), len(self.tables.num_blocks))
+        self.pool.share(table)
+        place = self._requests.fork(row, child)
+        if tails:
+            tails.fork(row, place)
+        child.num_computed_tokens = parent.num_computed_tokens
 
     def free_lookahead(self, request: KVRequest) -> int:
         """Give back the blocks beyond its computed tokens, once a step has told which drafts were right; return their number.
@@ -161,7 +259,7 @@ class KVCacheManager:
         Raises:
             ConfigError: If the request holds nothing or has computed nothing.
         """
-        row = self._row(request)
+        row = self._requests.expect(request)
         if not 0 < request.num_computed_tokens <= self.tables.num_blocks[row] * self.block_size:
             raise request.error(f"{request.num_computed_tokens} computed tokens: needs 1 or more, each with a slot")
         kept = max(self._blocks(request.num_computed_tokens), int(self._num_registered[row]))
@@ -176,12 +274,10 @@ class KVCacheManager:
         Raises:
             ConfigError: If it holds nothing: it was never allocated, or freed before.
         """
-        row = self._row(request)
+        row = self._requests.expect(request)
         self._release(self.tables.of(row))
         self._release(self._states[row])
-        self.tables.num_blocks[row] = self._num_registered[row] = 0
-        del self._rows[request]
-        self._free_rows.append(row)
+        self._requests.close(request)
 
     def preempt(self, request: KVRequest) -> None:
         """Free a request that will come back: nothing of it counts as computed any more, but its keys live on until reuse.
@@ -194,45 +290,29 @@ class KVCacheManager:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes and return True, if no request holds a block; else change nothing and return False."""
-        return self.pool.reset_prefix_cache()
+        done = self.pool.reset_prefix_cache()
+        if done and self.retention:
+            self.retention.clear()
+        if done and self._events is not None:
+            self._events.cleared()
+        return done
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless reference counts, tables, rows and keys fit together. O(num_blocks + blocks held)."""
         self.pool.check_integrity()
-        tables = {
-            request.request_id: [*self.tables.of(row).tolist(), *self._states[row].tolist()] for request, row in self._rows.items()
-        }
-        held = np.array([block for table in tables.values() for block in table], np.int64)
-        inside = ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all() and len(tables) == len(self._rows)
-        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.ref_cnt):
-            raise IntegrityError(f"reference counts {self.pool.ref_cnt.tolist()} do not match the tables {tables}")
-        if sorted([*self._rows.values(), *self._free_rows]) != list(range(len(self.tables.num_blocks))):
-            raise IntegrityError(f"rows {sorted(self._rows.values())} in use, {sorted(self._free_rows)} free: not each once")
+        self._requests.check_integrity(self.pool)
+        if self.retention:
+            self.retention.check_integrity()
+        if self._events is not None:
+            self._events.check_integrity()
         for request, row in self._rows.items():
-            registered = self.tables.of(row)[: self._num_registered[row]]
-            if self.enable_caching and not self.pool.cache.carry(registered, request.block_keys):
-                raise IntegrityError(f"blocks {registered.tolist()} of request {request.request_id!r} do not carry its keys")
+            if self._tails is not None and not self._tails.agree(row, self.tables.of(row), request):
+                raise IntegrityError(f"units of the blocks {self.tables.of(row)} do not carry keys of {request.request_id!r}")
 
     def _blocks(self, num_slots: int) -> int:
         return -(-num_slots // self.block_size)
 
-    def _row(self, request: KVRequest) -> int:
-        row = self._rows.get(request)
-        if row is None:
-            raise request.holds_nothing()
-        return row
-
-    def _check_known(self, request: KVRequest) -> None:
-        num_keys = request.num_tokens // self.block_size if self.enable_caching else 0
-        request.check_known(max_model_len=self.max_model_len, num_keys=num_keys)
-
-    def _check_hits(self, request: KVRequest, hits: Int32Array) -> None:
-        if request in self._rows:
-            raise request.error(f"hits {hits.tolist()}, but it holds blocks already: only an admission takes hits")
-        if hits.size * self.block_size >= request.num_tokens:
-            raise request.error(f"{hits.size} hits leave none of {request.num_tokens} tokens to compute: the last one must be")
-        if not self.pool.cache.carry(hits, request.block_keys):
-            raise request.error(f"hits {hits.tolist()} do not carry its keys (any more): look them up again")
-
     def _release(self, blocks: Int32Array) -> None:
         release_blocks(self.pool.blocks, self.pool.queue, blocks, blocks.size)
+        if self.retention:
+            self.retention.released(blocks)

@@ -22,6 +22,9 @@ class KVRequest:
     """Tokens known: prompt and outputs so far, drafts excluded."""
     block_keys: BlockKeys = field(default_factory=lambda: _NO_KEYS)
     """Keys of its full blocks, at least num_tokens // block_size of them unless caching is off."""
+    unit_keys: BlockKeys = field(default_factory=lambda: _NO_KEYS)
+    """Keys of its units of `KVPoolSettings.prefix_match_unit` tokens, at least num_tokens // prefix_match_unit of them if that is
+    on: the keys of a chain with blocks of that size."""
     token_ids: Int32Array = field(default_factory=lambda: _NO_TOKENS)
     """The known tokens, int32 [num_tokens], for allocators that compare tokens and not keys; empty: it shares nothing there."""
     namespace: str = ""
@@ -41,12 +44,19 @@ class KVRequest:
         """Raise ConfigError unless it has 1 to `max_model_len` tokens and at least `num_keys` keys."""
         if not 1 <= self.num_tokens <= max_model_len:
             raise self.error(f"{self.num_tokens} known tokens: needs 1 or more, up to max_model_len {max_model_len}")
-        if num_keys and not (self.block_keys.dtype == np.uint64 and self.block_keys.ndim == 2 and self.block_keys.shape[1] == 2):
-            raise self.error(f"block keys of type {self.block_keys.dtype}, shape {self.block_keys.shape}: needs uint64 [blocks, 2]")
-        if len(self.block_keys) < num_keys:
-            raise self.error(
-                f"{len(self.block_keys)} block keys for {num_keys} full blocks of {self.num_tokens} tokens: extend them"
-            )
+        if num_keys:
+            self._check_keys("block", self.block_keys, num_keys)
+
+    def check_units(self, num_keys: int) -> None:
+        """Raise ConfigError unless it has at least `num_keys` keys of units."""
+        if num_keys:
+            self._check_keys("unit", self.unit_keys, num_keys)
+
+    def _check_keys(self, what: str, keys: BlockKeys, num_keys: int) -> None:
+        if not (keys.dtype == np.uint64 and keys.ndim == 2 and keys.shape[1] == 2):
+            raise self.error(f"{what} keys of type {keys.dtype}, shape {keys.shape}: needs uint64 [{what}s, 2]")
+        if len(keys) < num_keys:
+            raise self.error(f"{len(keys)} {what} keys for {num_keys} full {what}s of {self.num_tokens} tokens: extend them")
 
     def check_slots(self, *, num_new_tokens: int, num_lookahead_tokens: int = 0, num_slots_held: int) -> None:
         """Raise ConfigError unless new slots can follow its computed tokens, which must lie within the slots held."""

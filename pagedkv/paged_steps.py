@@ -5,13 +5,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import BoolArray, Int32Array, Int64Array
 from pagedkv.block_moves import release_behind, release_blocks, take_blocks
 from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
 from pagedkv.errors import IntegrityError
 from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 from pagedkv.prefix_cache import Buckets, KeyIndex
 from pagedkv.step_batch import StepBatch
 
@@ -41,11 +41,13 @@ class PagedRules(NamedTuple):
     block_size: int
     watermark_blocks: int
     reserve_full_isl: bool
+    caches: bool
+    """Prefixes are kept."""
     freed_to_front: bool
     """Freed blocks without a key are handed out next; if not (vLLM 0.19), last."""
 
 
-@jit
+@lean_jit
 def free_row(pool: PagedArrays, rules: PagedRules, row: int) -> None:
     """Give back all that `row` holds. O(blocks)."""
     if rules.freed_to_front:
@@ -59,7 +61,7 @@ def free_row(pool: PagedArrays, rules: PagedRules, row: int) -> None:
     pool.num_blocks[row] = pool.num_registered[row] = 0
 
 
-@jit
+@lean_jit
 def _append_slots(
     blocks: Blocks,
     queue: FreeQueue,
@@ -83,7 +85,7 @@ def _append_slots(
     return num_entries
 
 
-@jit
+@lean_jit
 def _allocate_slots(
     blocks: Blocks,
     queue: FreeQueue,
@@ -146,6 +148,7 @@ class PagedStepAllocator:
             settings.block_size,
             int(settings.watermark * settings.num_blocks),
             settings.reserve_full_isl,
+            settings.enable_prefix_caching,
             settings.freed_to_front,
         )
         self.arrays = PagedArrays(
@@ -164,6 +167,12 @@ class PagedStepAllocator:
         """Return 0, or None if even the empty pool is too small (the last output token never needs a slot)."""
         blocks = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) + self.state_units
         return 0 if blocks * self.unit_slots <= self.usable_slots else None
+
+    def can_ever_fit(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
+        """Return for many requests at once whether the empty pool is large enough."""
+        blocks = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) + self.state_units
+        fits: BoolArray = blocks * self.unit_slots <= self.usable_slots
+        return fits
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant blocks in order until one entry does not fit; return its index. O(entries + blocks taken)."""

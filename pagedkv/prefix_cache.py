@@ -13,7 +13,7 @@ from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import IntegrityError
 from pagedkv.free_queue import Blocks
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 
 _NONE = 0
 """Ends a chain: block 0 never carries a key."""
@@ -29,13 +29,13 @@ Buckets: TypeAlias = Int32Array
 """The first block of each bucket. A power of two of them, at least one per block: chains stay short."""
 
 
-@jit
+@lean_jit
 def _bucket_of(buckets: Buckets, key_a: np.uint64) -> int:
     # Keys come from a cryptographic hash: any bits will do. A signed operand would make numba compute in floating point.
     return int(key_a & np.uint64(buckets.size - 1))
 
 
-@jit
+@lean_jit
 def find_block(index: KeyIndex, buckets: Buckets, keys: BlockKeys, i: int) -> int:
     """Return the block registered first of those that carry keys[i], all 128 bits compared; 0 if there is none. O(1) expected."""
     a, b = keys[i, 0], keys[i, 1]
@@ -45,7 +45,7 @@ def find_block(index: KeyIndex, buckets: Buckets, keys: BlockKeys, i: int) -> in
     return block
 
 
-@jit
+@lean_jit
 def find_prefix(index: KeyIndex, buckets: Buckets, keys: BlockKeys, hits: Int32Array) -> int:
     """Write the cached blocks of the longest run of keys[: hits.size] from its start into `hits`; return their number."""
     for i in range(hits.size):
@@ -56,7 +56,7 @@ def find_prefix(index: KeyIndex, buckets: Buckets, keys: BlockKeys, hits: Int32A
     return hits.size
 
 
-@jit
+@lean_jit
 def carry_keys(blocks: Blocks, index: KeyIndex, table: Int32Array, keys: BlockKeys) -> bool:
     """Return whether each block of `table` is one of the pool and carries the key of the same place."""
     for i in range(table.size):
@@ -68,7 +68,7 @@ def carry_keys(blocks: Blocks, index: KeyIndex, table: Int32Array, keys: BlockKe
     return True
 
 
-@jit
+@lean_jit
 def insert_block(blocks: Blocks, index: KeyIndex, buckets: Buckets, block: int, keys: BlockKeys, i: int) -> None:
     """Let `block`, which carries no key, carry keys[i], behind those that carry it already. O(1) expected."""
     next_same, prev_same = blocks["next_same"], blocks["prev_same"]
@@ -85,7 +85,7 @@ def insert_block(blocks: Blocks, index: KeyIndex, buckets: Buckets, block: int, 
         next_same[block], prev_same[block] = first, last
 
 
-@jit
+@lean_jit
 def remove_block(blocks: Blocks, index: KeyIndex, buckets: Buckets, block: int) -> None:
     """Drop the key that `block` carries. O(1) expected, however many blocks carry the same key."""
     next_same, prev_same, next_in_bucket = blocks["next_same"], blocks["prev_same"], index["next_in_bucket"]

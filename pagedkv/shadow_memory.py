@@ -200,16 +200,16 @@ def state_of(root: object) -> list[object]:
     Objects met again, cycles too, are told by their number. Functions and classes count by identity. O(size of the state).
     """
     flat: list[object] = []
-    seen: dict[int, int] = {}
+    seen: dict[int, tuple[int, object]] = {}  # the thing too: while it is kept, nothing else can get its id
     stack: list[object] = [root]
     while stack:
         thing = stack.pop()
         if thing is None or isinstance(thing, int | float | str | bytes | np.generic):
             flat.append(thing)
         elif id(thing) in seen:
-            flat.append(("again", seen[id(thing)]))
+            flat.append(("again", seen[id(thing)][0]))
         else:
-            seen[id(thing)] = len(seen)
+            seen[id(thing)] = len(seen), thing
             parts = _parts(thing)
             flat += (type(thing), len(parts))
             stack += reversed(parts)

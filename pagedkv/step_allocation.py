@@ -24,7 +24,7 @@ class StepAllocator(Protocol):
     name: str
     """Its name in the registry."""
     placement: str
-    """How it finds room: "block", or the name of the heap."""
+    """How it finds room: see `Allocator.placement`."""
     usable_slots: int
     """Slots that requests can get: the denominator of every share."""
     max_model_len: int
@@ -68,7 +68,11 @@ class StepAllocator(Protocol):
 
 
 class RequestByRequest:
-    """Drives an allocator entry by entry: the plain path, for those without compiled code of their own."""
+    """Drives an allocator entry by entry: the plain path, for those without compiled code of their own.
+
+    It owns a `KVRequest` for each row from admission until the row is freed; who was preempted comes again as a new one. Requests
+    bring neither tokens nor keys, so that nothing is shared. A step is taken to be computed when its request asks again or ends.
+    """
 
     unit_slots = 1
 
@@ -83,25 +87,28 @@ class RequestByRequest:
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant slots in order until one entry does not fit; return its index. What was reserved at admission needs no call."""
-        for i in range(first, last):
-            row, new = int(batch["row"][i]), int(batch["num_scheduled_tokens"][i])
+        entries = batch[first:last].tolist()
+        for i, (index, num_new, num_slots, num_known, admission_slots, row) in enumerate(entries, first):
             request = self._requests[row]
             if request is None:
-                request = KVRequest(request_id=int(batch["request"][i]), num_tokens=0, admission_slots=int(batch["admission_slots"][i]))
-            elif request.admission_slots:
-                continue
-            request.num_tokens = int(batch["num_known_tokens"][i])
-            request.num_computed_tokens = int(batch["num_slots_needed"][i]) - new
-            if self.allocator.allocate_slots(request, new, has_scheduled_reqs=i > 0) is None:
-                return i
-            self._requests[row] = request
-            self.units_held[row] = self.allocator.num_slots_held(request)
+                request = KVRequest(request_id=index, num_tokens=num_known, admission_slots=admission_slots)
+                reserved = False
+            else:
+                self.allocator.note_computed(request)
+                request.num_tokens, reserved = num_known, request.admission_slots > 0
+            if not reserved:
+                if self.allocator.allocate_slots(request, num_new, has_scheduled_reqs=i > 0) is None:
+                    return i
+                self._requests[row] = request
+                self.units_held[row] = self.allocator.num_slots_held(request)
+            request.num_computed_tokens = num_slots
         return last
 
     def free(self, row: int) -> None:
-        """Take back all that `row` holds."""
+        """Take back all that `row` holds. Its last step is computed."""
         request = self._requests[row]
         if request is not None:
+            self.allocator.note_computed(request)
             self.allocator.free(request)
             self._requests[row] = None
             self.units_held[row] = 0

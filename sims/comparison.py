@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pagedkv.sims.recorder import KV_KINDS
+from pagedkv.sims.recording import KV_KINDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

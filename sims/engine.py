@@ -1,13 +1,27 @@
-"""The serving engine as a simpy process: the only owner of the virtual clock between a step's start and its end."""
+"""The serving engine as a simpy process, step by step: the only owner of the virtual clock between a step's start and its end.
+
+`pagedkv.sims.compiled_engine` does the same for paged memory without Python between steps.
+"""
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Protocol
 
 import simpy
 
+from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.step_time import StepTimeModel
+
+
+class ServingEngine(Protocol):
+    """What a load sends its requests to."""
+
+    def submit(self, prompt_tokens: int, output_tokens: int) -> simpy.Event | None:
+        """Queue a request; return the event of its end, or None if it is rejected because it could never run here."""
+
+    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+        """Let requests arrive at these times, ascending; nobody waits for their end."""
 
 
 class Engine:
@@ -34,6 +48,16 @@ class Engine:
         if not self._arrival.triggered:
             self._arrival.succeed()
         return done
+
+    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+        """Let requests arrive at these times, ascending; nobody waits for their end. Call it once, before anything has arrived."""
+        self._env.process(self._arrivals(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist()))
+
+    def _arrivals(self, arrival_s: list[float], prompts: list[int], outputs: list[int]) -> Generator[simpy.Event, Any, None]:
+        for at_s, prompt, output in zip(arrival_s, prompts, outputs, strict=True):
+            if at_s > self._env.now:
+                yield self._env.timeout(at_s - self._env.now)
+            self.submit(prompt, output)
 
     def close(self) -> None:
         """Account for the time since the last step, if the engine has nothing to do when the run ends."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.command import to_toml
-from pagedkv.sims.recorder import KV_KINDS, RUNNING, WAITING
+from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import Results
 

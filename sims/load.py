@@ -1,6 +1,6 @@
 """Who sends requests, and when: simpy processes over an engine. Random numbers come from a seed alone."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeAlias
@@ -9,7 +9,7 @@ import numpy as np
 import simpy
 
 from pagedkv.sims.config import time_text
-from pagedkv.sims.engine import Engine
+from pagedkv.sims.engine import ServingEngine
 from pagedkv.sims.lengths import LengthDistribution, draws
 from pagedkv.sims.traces import Trace
 
@@ -36,7 +36,7 @@ class Load(Protocol):
     def settings(self) -> dict[str, Any]:
         """Return the load's settings by field name of `LoadConfig`, defaults filled in."""
 
-    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
+    def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
         """Start the processes that submit requests to `engine`. The same seed gives the same requests to any engine."""
 
 
@@ -70,12 +70,12 @@ class ClosedLoop:
         """Return users and think time."""
         return {"users": self.users, "think_time": time_text(self.think_time_s)}
 
-    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
+    def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
         """Start one process per user. Each has its own random stream: what one experiences does not change the others' requests."""
         for child in np.random.SeedSequence(seed).spawn(self.users):
             env.process(self._user(env, engine, np.random.default_rng(child)))
 
-    def _user(self, env: simpy.Environment, engine: Engine, rng: np.random.Generator) -> Process:
+    def _user(self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator) -> Process:
         for prompt, output in draws(self.lengths, rng):
             yield env.timeout(rng.exponential(self.think_time_s))
             answered = engine.submit(prompt, output)
@@ -113,14 +113,27 @@ class OpenLoop:
             "num_prompts": self.num_requests,
         }
 
-    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
-        """Start the one process that submits them all."""
-        env.process(self._arrivals(env, engine, np.random.default_rng(seed)))
+    def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
+        """Start the one process that submits them all, or submit them at once if they end."""
+        rng = np.random.default_rng(seed)
+        if self.num_requests is None:
+            env.process(self._arrivals(env, engine, rng))
+            return
+        rows, now_s = [], 0.0
+        for gap_s, prompt, output in islice(self._draws(rng), self.num_requests):
+            now_s += gap_s
+            rows.append((now_s, prompt, output))
+        columns = np.array(rows).reshape(-1, 3).T
+        engine.submit_all(columns[0].copy(), columns[1].astype(np.int64), columns[2].astype(np.int64))
 
-    def _arrivals(self, env: simpy.Environment, engine: Engine, rng: np.random.Generator) -> Process:
+    def _draws(self, rng: np.random.Generator) -> Iterator[tuple[float, int, int]]:
         scale_s = 1 / (self.request_rate_per_s * self.burstiness)
-        for prompt, output in islice(draws(self.lengths, rng), self.num_requests):
-            yield env.timeout(rng.gamma(self.burstiness, scale_s))
+        for prompt, output in draws(self.lengths, rng):
+            yield rng.gamma(self.burstiness, scale_s), prompt, output
+
+    def _arrivals(self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator) -> Process:
+        for gap_s, prompt, output in self._draws(rng):
+            yield env.timeout(gap_s)
             engine.submit(prompt, output)
 
 
@@ -150,15 +163,7 @@ class TraceReplay:
         """Return the format that was found."""
         return {"trace_format": self.trace.format}
 
-    def start(self, env: simpy.Environment, engine: Engine, *, seed: int) -> None:
-        """Start the one process that submits them all; nothing is random here."""
-        del seed
-        env.process(self._arrivals(env, engine))
-
-    def _arrivals(self, env: simpy.Environment, engine: Engine) -> Process:
-        trace = self.trace
-        rows = zip(trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
-        for arrival_s, prompt, output in rows:
-            if arrival_s > env.now:
-                yield env.timeout(arrival_s - env.now)
-            engine.submit(prompt, output)
+    def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
+        """Submit them all; nothing is random here."""
+        del env, seed
+        engine.submit_all(self.trace.arrival_s, self.trace.prompt_tokens, self.trace.output_tokens)

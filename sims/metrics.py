@@ -7,7 +7,7 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.sims.goodput import GOAL_METRICS, Goal
-from pagedkv.sims.recorder import ITL_BIN_RATIO, ITL_SMALLEST_S, KV_KINDS, RUNNING, WAITING
+from pagedkv.sims.recording import ITL_BIN_RATIO, ITL_SMALLEST_S, KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.statistics import summarize, summarize_bins
@@ -47,7 +47,7 @@ class Latencies:
 
 def kv_shares(gauge_integral: Float64Array, observed_s: float, usable_slots: int) -> dict[str, float] | None:
     """Return the time-weighted shares of the pool by kind, which sum to 1; None if nothing was observed."""
-    if observed_s <= 0:
+    if observed_s <= 0 or usable_slots == 0:
         return None
     shares = gauge_integral[: len(KV_KINDS)] / (observed_s * usable_slots)
     return {kind: float(share) for kind, share in zip(KV_KINDS, shares, strict=True)}

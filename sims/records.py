@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.arrays import Float64Array, Int8Array, Int64Array
 
@@ -20,21 +21,17 @@ class Outcome(IntEnum):
     """Accepted, then given up by the engine."""
 
 
-class TokenTimes(NamedTuple):
-    """By request index: instants on the virtual clock in seconds, NaN as long as they have not come."""
+TOKEN_TIMES = np.dtype([("arrival_s", "<f8"), ("scheduled_s", "<f8"), ("first_token_s", "<f8"), ("last_token_s", "<f8")])
+"""Instants on the virtual clock in seconds, NaN as long as they have not come: arrival; start of the first step that computed any of
+it; end of the step that gave its first output token, and of the one that gave its newest: of a finished request, when it finished."""
 
-    arrival_s: Float64Array
-    scheduled_s: Float64Array
-    """Start of the first step that computed any of it."""
-    first_token_s: Float64Array
-    """End of the step that gave its first output token."""
-    last_token_s: Float64Array
-    """End of the step that gave its newest output token; of a finished request, when it finished."""
+TokenTimes: TypeAlias = npt.NDArray[np.void]
+"""`TOKEN_TIMES`, by request index."""
 
-    @classmethod
-    def empty(cls, capacity: int) -> "TokenTimes":
-        """Return times for `capacity` requests."""
-        return cls(*(np.full(capacity, np.nan) for _ in range(4)))
+
+def no_times(capacity: int) -> TokenTimes:
+    """Return times for `capacity` requests to which nothing has happened."""
+    return np.full(capacity, np.nan, TOKEN_TIMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

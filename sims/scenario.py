@@ -81,6 +81,14 @@ def _without_defaults(load: LoadConfig, resolved: Load) -> LoadConfig:
     return replace(load, **changes)
 
 
+_SEVERAL_GROUPS = ("hybrid",)
+
+
+def simulated_allocators() -> tuple[str, ...]:
+    """Return the allocators that a simulation can drive."""
+    return tuple(name for name in ALLOCATORS.names() if name not in _SEVERAL_GROUPS)
+
+
 def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:
     names = [name.strip() for text in measurement.allocator for name in text.split(",") if name.strip()]
     if not names:
@@ -88,6 +96,11 @@ def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:
     for name in names:
         if name not in ALLOCATORS.names():
             raise unknown_name("allocator", name, ALLOCATORS.names())
+        if name not in simulated_allocators():
+            raise ConfigError(
+                f"allocator {name} gives each layer group slots of its own, which no simulation counts yet: "
+                f"use {', '.join(simulated_allocators())}"
+            )
     return tuple(dict.fromkeys(names))
 
 

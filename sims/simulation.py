@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 import simpy
 
+from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.sims.clock import Clock
+from pagedkv.sims.compiled_engine import CompiledEngine
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.scenario import Scenario
+from pagedkv.sims.step_time import RooflineStepTime, StepTimeModel
 from pagedkv.step_allocation import StepAllocator, step_allocator
 
 Progress = Callable[[str, int, float], None]
@@ -43,14 +47,24 @@ class Run:
         return self.log.where(self.log.arrival_s >= self.warmup_s)
 
 
-def run(scenario: Scenario, allocator_name: str, *, seed: int, progress: Callable[[float], None] | None = None) -> Run:
-    """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed."""
-    env = simpy.Environment(initial_time=0.0)
+def run(
+    scenario: Scenario,
+    allocator_name: str,
+    *,
+    seed: int,
+    progress: Callable[[float], None] | None = None,
+    step_by_step: bool = False,
+) -> Run:
+    """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed.
+
+    Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same.
+    """
+    env = Clock(initial_time=0.0)
     allocator = step_allocator(allocator_name, scenario.deployment.pool)
     scheduler = Scheduler(scenario.deployment.scheduler, allocator)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
     recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)
-    engine = Engine(env, scheduler, scenario.deployment.step_time, recorder)
+    engine = _engine(env, scheduler, scenario.deployment.step_time, recorder, step_by_step=step_by_step)
     scenario.load.start(env, engine, seed=seed)
     if scenario.duration_s is None:
         _drain(env, recorder, scenario.load.num_requests or 1, progress)
@@ -71,6 +85,14 @@ def run(scenario: Scenario, allocator_name: str, *, seed: int, progress: Callabl
     )
 
 
+def _engine(
+    env: Clock, scheduler: Scheduler, step_time: StepTimeModel, recorder: Recorder, *, step_by_step: bool
+) -> Engine | CompiledEngine:
+    if isinstance(scheduler.allocator, PagedStepAllocator) and isinstance(step_time, RooflineStepTime) and not step_by_step:
+        return CompiledEngine(env, scheduler, step_time, recorder)
+    return Engine(env, scheduler, step_time, recorder)
+
+
 def _drain(env: simpy.Environment, recorder: Recorder, num_requests: int, progress: Callable[[float], None] | None) -> None:
     """Run until the last request is answered: then no event is left."""
     events = 0
@@ -79,3 +101,5 @@ def _drain(env: simpy.Environment, recorder: Recorder, num_requests: int, progre
         events += 1
         if progress is not None and events % _EVENTS_BETWEEN_REPORTS == 0:
             progress(min(recorder.num_completed / num_requests, 1.0))
+    if progress is not None:
+        progress(1.0)

@@ -6,7 +6,7 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.model_spec import ModelSpec
 from pagedkv.step_batch import StepBatch, empty_batch
@@ -68,8 +68,9 @@ class RooflineCoefficients(NamedTuple):
     """Host work per sequence of a step."""
 
 
-@jit
-def _step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+@lean_jit
+def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+    """Return seconds bound by memory and by arithmetic, and of overhead, for a step. O(entries × layer groups)."""
     num_tokens = 0
     kv_s = attention_s = 0.0
     for i in range(num_entries):
@@ -134,7 +135,7 @@ class RooflineStepTime:
 
     def cost(self, batch: StepBatch, num_entries: int) -> StepCost:
         """Return what a step over the first `num_entries` of `batch` costs. O(entries × layer groups)."""
-        return StepCost(*_step_cost(self.coefficients, batch, num_entries))
+        return StepCost(*step_cost(self.coefficients, batch, num_entries))
 
     def unloaded_e2e_s(self, prompt_tokens: int, output_tokens: int, *, max_num_batched_tokens: int) -> float:
         """Return the time from arrival to the last token of a request that has the machine to itself.

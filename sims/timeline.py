@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.arrays import Float64Array, Int64Array
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 
 NUM_BINS = 1024
 FIRST_WIDTH_S = 1.0
@@ -39,12 +39,13 @@ class TimelineArrays(NamedTuple):
         return (seen + 0.5) * self.width_s[0], self.preemptions[seen]
 
 
+@lean_jit
 def count_preemptions(timeline: TimelineArrays, at_s: float, number: int) -> None:
     """Say that `number` requests were preempted at `at_s`, a moment that `observe` has reached."""
     timeline.preemptions[min(int(at_s / timeline.width_s[0]), NUM_BINS - 1)] += number
 
 
-@jit
+@lean_jit
 def observe(timeline: TimelineArrays, start_s: float, end_s: float, gauges: Int64Array) -> None:
     """Say that the gauges had these values from `start_s` to `end_s`. Amortised O(gauges × bins touched)."""
     while end_s > NUM_BINS * timeline.width_s[0]:
@@ -59,7 +60,7 @@ def observe(timeline: TimelineArrays, start_s: float, end_s: float, gauges: Int6
                 timeline.integral[i, g] += seconds * gauges[g]
 
 
-@jit
+@lean_jit
 def _merge_pairs(timeline: TimelineArrays) -> None:
     num_gauges = timeline.integral.shape[1]
     for i in range(NUM_BINS):  # explicit loops: numba takes seconds to compile expressions over slices

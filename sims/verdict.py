@@ -14,7 +14,7 @@ from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.goodput import Goal
 from pagedkv.sims.load import ClosedLoop
 from pagedkv.sims.metrics import Latencies
-from pagedkv.sims.recorder import BLOCKERS
+from pagedkv.sims.recording import BLOCKERS
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run

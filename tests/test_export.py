@@ -15,7 +15,7 @@ import pytest
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
 from pagedkv.sims.export import REQUEST_COLUMNS, prepare_folder, to_json, write_atomically
-from pagedkv.sims.recorder import KV_KINDS
+from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.records import Outcome
 
 FILES = {"config.toml", "summary.json", "requests.csv", "timeline.csv"}

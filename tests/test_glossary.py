@@ -12,7 +12,7 @@ from pagedkv.sims.cli import main
 from pagedkv.sims.comparison import comparison
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.glossary import GLOSSARY, Entry, explain
-from pagedkv.sims.recorder import KV_KINDS
+from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import resolve
 

@@ -1,13 +1,14 @@
 """Who asks, and when: the same requests for every engine, with the moments that were asked for."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simpy
 
+from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, SimulationConfig
 from pagedkv.sims.lengths import FileLengths, FixedLengths, load_lengths
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop
@@ -30,6 +31,15 @@ class Answering:
         seconds = self.service_s(output_tokens)
         self.answered_s[sender].append(self.env.now + (seconds or 0.0))
         return None if seconds is None else self.env.timeout(seconds)
+
+    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+        self.env.process(self._arrive(zip(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), strict=True)))
+
+    def _arrive(self, rows: Iterable[tuple[float, int, int]]) -> Generator[simpy.Event, None, None]:
+        for arrival_s, prompt, output in rows:
+            if arrival_s > self.env.now:
+                yield self.env.timeout(arrival_s - self.env.now)
+            self.submit(prompt, output)
 
 
 def sent(load: Load, *, service_s: Callable[[int], float | None] = lambda output: 0.0, until_s: float, seed: int = 0) -> Answering:

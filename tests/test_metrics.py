@@ -14,9 +14,11 @@ from pagedkv.heaps import HEAPS
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
 from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.engine import Engine
 from pagedkv.sims.goodput import parse_goals
 from pagedkv.sims.metrics import Latencies, kv_shares, measure
-from pagedkv.sims.recorder import ITL_BIN_RATIO, KV_KINDS, Recorder
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.recording import ITL_BIN_RATIO, KV_KINDS
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.step_time import StepCost
@@ -135,10 +137,10 @@ class Witness(Recorder):
         scheduler, requests, pool = self.scheduler, self.scheduler.requests.arrays, self.scheduler.allocator
         running = []
         for i, request in enumerate(scheduler.arrays.running[: scheduler.num_running].tolist()):
-            computed = int(requests.num_computed_tokens[request])
+            computed = int(requests["num_computed_tokens"][request])
             computed += int(step.batch["num_scheduled_tokens"][i]) if i < step.num_entries else 0
-            held = int(pool.units_held[requests.row[request]]) * pool.unit_slots
-            final = int(requests.prompt_tokens[request] + requests.output_tokens[request]) - 1
+            held = int(pool.units_held[requests["row"][request]]) * pool.unit_slots
+            final = int(requests["prompt_tokens"][request] + requests["output_tokens"][request]) - 1
             running.append(Held(computed, held, final))
         blocked = step.blocker is Blocker.KV_MEMORY
         end_s = start_s + cost.total_s
@@ -222,6 +224,7 @@ def watched(load: str, allocator: str, heap: str) -> Case:
     scenario = crowded(allocator, heap, **LOADS[load])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulation, "Recorder", Witness)
+        patch.setattr(simulation, "CompiledEngine", Engine)  # the witness wants to see every step
         run = simulation.run(scenario, allocator, seed=5)
     assert isinstance(run.recorder, Witness)
     return Case(scenario, run, run.recorder, measure(run, scenario.goals))
@@ -284,7 +287,7 @@ def test_requests_by_the_oracle(case: Case) -> None:
 def test_tokens_by_the_oracle(case: Case) -> None:
     """Gaps of measured requests, an open one included; rates count whatever falls into the window."""
     figures, times_s = case.figures, case.witness.token_times_s
-    wanted = case.witness.scheduler.requests.arrays.output_tokens.tolist()
+    wanted = case.witness.scheduler.requests.arrays["output_tokens"].tolist()
     gaps = []
     for request, times in times_s.items():
         if case.witness.arrived_s[request] >= 15.0:

@@ -17,7 +17,7 @@ from pagedkv.sims.cli import main
 from pagedkv.sims.comparison import advantages, comparison
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.glossary import GLOSSARY
-from pagedkv.sims.recorder import KV_KINDS
+from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.report import html
 from pagedkv.sims.results import Results, simulate
 from pagedkv.sims.scenario import resolve

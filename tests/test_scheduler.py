@@ -93,7 +93,7 @@ def test_the_last_to_come_is_preempted_and_recomputes_its_outputs_too() -> None:
     step = one.schedule()  # request 0 needs a third block: request 1 gives its two
     assert (entries(step), step.num_preempted, step.blocker) == ([(0, 1)], 1, Blocker.KV_MEMORY)
     assert one.waiting().tolist() == [1, 2]  # in front of those who never ran, and nobody is admitted in this step
-    assert one.requests.arrays.num_preemptions[:3].tolist() == [0, 1, 0]
+    assert one.requests.arrays["num_preemptions"][:3].tolist() == [0, 1, 0]
     one.complete()
     for _ in range(3):
         assert advance(one) == [(0, 1)]
@@ -222,14 +222,14 @@ def put(array: Any, at: int, value: int) -> None:
 @pytest.mark.parametrize(
     "corrupt",
     [
-        pytest.param(lambda s: put(s.requests.arrays.row, 1, 0), id="two requests in a row"),
-        pytest.param(lambda s: put(s.requests.arrays.row, 2, 1), id="waiting request with a row"),
+        pytest.param(lambda s: put(s.requests.arrays["row"], 1, 0), id="two requests in a row"),
+        pytest.param(lambda s: put(s.requests.arrays["row"], 2, 1), id="waiting request with a row"),
         pytest.param(lambda s: put(s.arrays.free_rows, 2, 0), id="free row that is taken"),
         pytest.param(lambda s: put(s.arrays.running, 1, 0), id="request that runs twice"),
         pytest.param(lambda s: put(s.arrays.waiting, s.arrays.counts[WAITING_HEAD], 1), id="request that runs and waits"),
         pytest.param(lambda s: put(s.arrays.counts, NUM_RUNNING, 1), id="running request forgotten"),
-        pytest.param(lambda s: put(s.requests.arrays.num_computed_tokens, 0, 9), id="more tokens than slots"),
-        pytest.param(lambda s: put(s.requests.arrays.num_computed_tokens, 2, 1), id="waiting request with computed tokens"),
+        pytest.param(lambda s: put(s.requests.arrays["num_computed_tokens"], 0, 9), id="more tokens than slots"),
+        pytest.param(lambda s: put(s.requests.arrays["num_computed_tokens"], 2, 1), id="waiting request with computed tokens"),
         pytest.param(lambda s: s.allocator.free(1), id="running request without slots"),
         pytest.param(lambda s: put(s.allocator.pool.ref_cnt, 1, 2), id="corrupt allocator"),
     ],

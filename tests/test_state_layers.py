@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.allocators import ALLOCATORS
 from pagedkv.catalogue import load_model, model_names
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings, Step
+from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import deploy
-from pagedkv.sims.recorder import KV_KINDS, RUNNING, STATE, Recorder
+from pagedkv.sims.engine import Engine
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.recording import KV_KINDS, RUNNING, STATE
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import Scenario, resolve
@@ -26,7 +28,8 @@ from pagedkv.sims.step_time import StepCost
 from pagedkv.step_allocation import StepAllocator, step_allocator
 from pagedkv.step_batch import empty_batch
 
-PLACEMENTS = [("paged", "buddy"), *product([name for name in ALLOCATORS.names() if name != "paged"], HEAPS.names())]
+CONTIGUOUS = ("contiguous-max", "contiguous-oracle", "contiguous-pow2")
+PLACEMENTS = [("paged", "buddy"), *product(CONTIGUOUS, HEAPS.names())]
 MODELS = [name for name in model_names() if load_model(name).kv_spec("auto").state_bytes_per_sequence]
 
 
@@ -53,7 +56,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def checked(self: Recorder, decided: Step, start_s: float, cost: StepCost) -> None:
         step(self, decided, start_s, cost)
-        allocator, scheduler, gauges = self._scheduler.allocator, self._scheduler, self._gauges
+        allocator, scheduler, gauges = self._scheduler.allocator, self._scheduler, self.arrays.gauges
         assert gauges[: len(KV_KINDS)].sum() == allocator.usable_slots
         assert (gauges >= 0).all()
         assert gauges[STATE] == held_for_state(allocator) == scheduler.num_running * allocator.state_units * allocator.unit_slots
@@ -62,6 +65,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         running.append(scheduler.num_running)
 
     monkeypatch.setattr(Recorder, "step", checked)
+    monkeypatch.setattr(simulation, "CompiledEngine", Engine)
     yield running
     assert max(running) > 1
 
@@ -163,7 +167,7 @@ def test_who_is_preempted_gives_its_state_back_and_takes_it_again() -> None:
 )
 @settings(max_examples=60)
 def test_more_state_never_admits_more(state_slots: int, num_blocks: int, block_size: int, heap: str) -> None:
-    for name in ALLOCATORS.names():
+    for name in ("paged", *CONTIGUOUS):
         admitted = []
         for slots in (state_slots, state_slots + 1):
             small = pool(heap, state_slots=slots, num_blocks=num_blocks, block_size=block_size)

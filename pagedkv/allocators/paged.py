@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pagedkv.allocation import Grant, KVPoolSettings
+from pagedkv.allocation import NO_COPIES, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.kv_cache_manager import KVCacheManager
@@ -38,19 +38,35 @@ class PagedAllocator:
         return 0 if slots <= self.usable_slots else None
 
     def get_computed_tokens(self, request: KVRequest) -> int:
-        """Return the tokens in the longest cached run of its full blocks. O(hits)."""
-        return self.manager.get_computed_blocks(request)[1]
+        """Return the tokens in the longest cached run of its full blocks, and in what is cached of the next one. O(hits)."""
+        hits, num_cached = self.manager.get_computed_blocks(request)
+        tail = self.manager.get_computed_tail(request, hits.size)
+        return num_cached if tail is None else num_cached + tail.num_tokens
 
     def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
         """Take blocks as tokens come. O(hits + blocks taken + blocks filled)."""
-        hits, num_cached = _NO_BLOCKS, 0
-        if not self.manager.block_table(request).size:
-            hits, num_cached = self.manager.get_computed_blocks(request)
-        taken = self.manager.allocate_slots(request, num_new_tokens, hits, has_scheduled_reqs=has_scheduled_reqs)
-        return None if taken is None else Grant(num_cached_tokens=num_cached)
+        manager, hits, num_cached, tail = self.manager, _NO_BLOCKS, 0, None
+        if not manager.holds_blocks(request):
+            hits, num_cached = manager.get_computed_blocks(request)
+            tail = manager.get_computed_tail(request, hits.size)
+            num_cached += 0 if tail is None else tail.num_tokens
+        taken = manager.allocate_slots(request, num_new_tokens, hits, computed_tail=tail, has_scheduled_reqs=has_scheduled_reqs)
+        if taken is None:
+            return None
+        copies = manager.take_copies()
+        return Grant(num_cached, np.concatenate([copy.slots(self._block_size) for copy in copies]) if copies else NO_COPIES)
 
     def note_computed(self, request: KVRequest) -> None:
-        """Nothing to do: blocks are findable from the moment their slots are given, as in vLLM."""
+        """Full blocks are findable from the moment their slots are given, as in vLLM; their beginnings from now on."""
+        self.manager.note_computed(request)
+
+    def fork(self, parent: KVRequest, child: KVRequest) -> None:
+        """Let `child` hold the blocks of `parent` too. Who first writes into one gets a copy of it; the last has it for itself.
+
+        Raises:
+            ConfigError: Also if the keys differ, all rows are in use, or requests have a state of fixed size.
+        """
+        self.manager.fork(parent, child)
 
     def free(self, request: KVRequest) -> None:
         """Give its blocks back: unhashed ones to the front of the free queue, hashed ones to the back."""
@@ -73,10 +89,11 @@ class PagedAllocator:
         return self._slots(self.manager.block_table(request))
 
     def cached_slots(self) -> Int64Array:
-        """Return the slots of blocks that carry a key and that nobody holds."""
-        pool = self.manager.pool
+        """Return the slots of blocks that carry a key and that nobody holds, and of the beginnings of others that can be found."""
+        pool, retention = self.manager.pool, self.manager.retention
         keyed = pool.cache.blocks()
-        return self._slots(keyed[pool.ref_cnt[keyed] == 0])
+        slots = self._slots(keyed[pool.ref_cnt[keyed] == 0])
+        return slots if retention is None else np.union1d(slots, retention.idle_tail_slots())
 
     @property
     def free_slots(self) -> int:

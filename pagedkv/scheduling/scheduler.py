@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError, unknown_name
+from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.state import admit, complete_step, plan_step, preempt_last
@@ -78,6 +80,20 @@ class SchedulerSettings:
             )
 
 
+class StepArrays(NamedTuple):
+    """What a step leaves behind, for compiled code."""
+
+    batch: StepBatch
+    preempted: Int64Array
+    """Requests preempted by the decision, in order."""
+    decision: Int64Array
+    """See `pagedkv.scheduling.vllm_step`."""
+    sampled: Int64Array
+    """Requests that got an output token, in scheduling order."""
+    finished: Int64Array
+    """Those of them that are done."""
+
+
 @dataclass(slots=True)
 class Step:
     """What the scheduler decided. The arrays are reused by the next step."""
@@ -135,8 +151,9 @@ class Scheduler:
         self._preempted = np.zeros(settings.max_num_seqs, np.int64)
         self._decision = np.zeros(4, np.int64)
         self._step = Step(empty_batch(settings.max_num_seqs))
-        self._sampled = np.zeros(settings.max_num_seqs, np.int64)
-        self._finished = np.zeros(settings.max_num_seqs, np.int64)
+        self.step_arrays = StepArrays(
+            self._step.batch, self._preempted, self._decision, *(np.zeros(settings.max_num_seqs, np.int64) for _ in range(2))
+        )
         self._num_sampled = self._num_finished = 0
 
     @property
@@ -150,14 +167,24 @@ class Scheduler:
         return int(self.arrays.counts[NUM_WAITING])
 
     @property
+    def cached_slots(self) -> int:
+        """Free slots that keep a prefix for reuse."""
+        return 0 if self._paged is None else int(self._paged.pool.queue[NUM_KEYED]) * self._paged.unit_slots
+
+    @property
+    def shared_slots(self) -> int:
+        """Slots that are held more than once, each counted as often as it is held beyond the first time."""
+        return 0 if self._paged is None else int(self._paged.pool.queue[NUM_SHARES]) * self._paged.unit_slots
+
+    @property
     def sampled(self) -> Int64Array:
         """Requests that got an output token in the step completed last, in scheduling order. A view."""
-        return self._sampled[: self._num_sampled]
+        return self.step_arrays.sampled[: self._num_sampled]
 
     @property
     def finished(self) -> Int64Array:
         """Those of them that are done. A view."""
-        return self._finished[: self._num_finished]
+        return self.step_arrays.finished[: self._num_finished]
 
     def add(self, *, prompt_tokens: int, output_tokens: int, priority: int = 0, keys: BlockKeys | None = None) -> int | None:
         """Put a request into the queue and return its index; None if it could never run here.
@@ -192,6 +219,22 @@ class Scheduler:
             self._grow_queue()
         push_waiting(self.arrays, self.requests.arrays, request, self.limits.by_priority)
         return request
+
+    def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
+        """Make requests known that will arrive later, in this order; return which of them can run here. Paged memory only.
+
+        Raises:
+            ConfigError: If a length is below 1.
+        """
+        assert self._paged is not None
+        if prompt_tokens.size and min(prompt_tokens.min(), output_tokens.min()) < 1:
+            raise ConfigError("requests need 1 or more prompt and output tokens")
+        accepted = self._paged.can_ever_fit(prompt_tokens, output_tokens)
+        accepted &= prompt_tokens + output_tokens <= self.settings.max_model_len
+        self.requests.extend(prompt_tokens[accepted], output_tokens[accepted])
+        while self.requests.size + 1 >= self.arrays.waiting.size:
+            self._grow_queue()
+        return accepted
 
     def schedule(self) -> Step:
         """Decide the next step and take its slots. The returned object is overwritten by the next call."""
@@ -246,11 +289,11 @@ class Scheduler:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
         requests = self.requests.arrays
         self._num_sampled, self._num_finished = complete_step(
-            self.arrays, requests, self._step.batch, self._step.num_entries, self._sampled, self._finished
+            self.arrays, requests, self._step.batch, self._step.num_entries, self.step_arrays.sampled, self.step_arrays.finished
         )
         for request in self.finished:
-            self.allocator.free(int(requests.row[request]))
-            requests.row[request] = NO_ROW
+            self.allocator.free(int(requests["row"][request]))
+            requests["row"][request] = NO_ROW
 
     def drop_head(self) -> int:
         """Take the head of the queue out for good and return it: the way out when nothing runs and it still does not fit."""
@@ -271,15 +314,15 @@ class Scheduler:
         """Raise IntegrityError unless rows, queue and running batch fit together and every running request has its slots."""
         self.allocator.check_integrity()
         requests, running, waiting = self.requests.arrays, self.arrays.running[: self.num_running], self.waiting()
-        rows = requests.row[running]
+        rows = requests["row"][running]
         free_rows = self.arrays.free_rows[self.num_running :]
         slots = self.allocator.units_held[rows].astype(np.int64) * self.allocator.unit_slots
         if (
             not np.array_equal(np.sort(np.concatenate((rows, free_rows))), np.arange(self.settings.max_num_seqs))
             or np.unique(np.concatenate((running, waiting))).size != running.size + waiting.size
-            or (requests.row[waiting] != NO_ROW).any()
-            or requests.num_computed_tokens[waiting].any()
-            or (slots < requests.num_computed_tokens[running]).any()
+            or (requests["row"][waiting] != NO_ROW).any()
+            or requests["num_computed_tokens"][waiting].any()
+            or (slots < requests["num_computed_tokens"][running]).any()
             or self.allocator.units_held[free_rows].any()
         ):
             raise IntegrityError(

@@ -1,24 +1,24 @@
 """A step over any allocator: compiled functions for the parts between which the allocator is asked; and the end of every step."""
 
 from pagedkv.arrays import Int64Array
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
 from pagedkv.scheduling.vllm_step import SchedulerLimits
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, WAITING_HEAD, SchedulerArrays
 from pagedkv.step_batch import StepBatch
 
 
-@jit
+@lean_jit
 def _add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
     batch["request"][i] = request
     batch["row"][i] = row
     batch["num_scheduled_tokens"][i] = num_tokens
-    batch["num_slots_needed"][i] = requests.num_computed_tokens[request] + num_tokens
-    batch["num_known_tokens"][i] = requests.num_known_tokens[request]
-    batch["admission_slots"][i] = requests.admission_slots[request]
+    batch["num_slots_needed"][i] = requests["num_computed_tokens"][request] + num_tokens
+    batch["num_known_tokens"][i] = requests["num_known_tokens"][request]
+    batch["admission_slots"][i] = requests["admission_slots"][request]
 
 
-@jit
+@lean_jit
 def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: SchedulerLimits, batch: StepBatch) -> tuple[int, int]:
     """Write into `batch` what the token budget allows: running requests in order, then the head of the queue.
 
@@ -35,11 +35,11 @@ def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: Scheduler
         if budget == 0:
             break
         request = state.running[i]
-        tokens = requests.num_known_tokens[request] - requests.num_computed_tokens[request]
+        tokens = requests["num_known_tokens"][request] - requests["num_computed_tokens"][request]
         if threshold > 0:
             tokens = min(tokens, threshold)
         tokens = min(tokens, budget)
-        _add_entry(batch, entries, requests, request, requests.row[request], tokens)
+        _add_entry(batch, entries, requests, request, requests["row"][request], tokens)
         entries += 1
         budget -= tokens
     running_entries = entries
@@ -47,7 +47,7 @@ def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: Scheduler
         if budget == 0:
             break
         request = state.waiting[(state.counts[WAITING_HEAD] + k) % state.waiting.size]
-        tokens = requests.num_known_tokens[request]
+        tokens = requests["num_known_tokens"][request]
         if threshold > 0:
             tokens = min(tokens, threshold)
         if tokens > budget:
@@ -60,15 +60,15 @@ def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: Scheduler
     return running_entries, entries
 
 
-@jit
+@lean_jit
 def preempt_last(state: SchedulerArrays, requests: RequestArrays) -> int:
     """Move the last running request to the front of the queue, its computed tokens forgotten; return the row it leaves."""
     num_running = state.counts[NUM_RUNNING] - 1
     request = state.running[num_running]
-    row = requests.row[request]
-    requests.row[request] = NO_ROW
-    requests.num_computed_tokens[request] = 0
-    requests.num_preemptions[request] += 1
+    row = requests["row"][request]
+    requests["row"][request] = NO_ROW
+    requests["num_computed_tokens"][request] = 0
+    requests["num_preemptions"][request] += 1
     state.free_rows[num_running] = row
     head = (state.counts[WAITING_HEAD] - 1) % state.waiting.size
     state.waiting[head] = request
@@ -78,19 +78,19 @@ def preempt_last(state: SchedulerArrays, requests: RequestArrays) -> int:
     return int(row)
 
 
-@jit
+@lean_jit
 def admit(state: SchedulerArrays, requests: RequestArrays, batch: StepBatch, first: int, last: int) -> None:
     """Move the requests of entries `first` to `last` from the head of the queue to the running ones. O(last - first)."""
     for i in range(first, last):
         request = batch["request"][i]
-        requests.row[request] = batch["row"][i]
+        requests["row"][request] = batch["row"][i]
         state.running[state.counts[NUM_RUNNING]] = request
         state.counts[NUM_RUNNING] += 1
     state.counts[WAITING_HEAD] = (state.counts[WAITING_HEAD] + last - first) % state.waiting.size
     state.counts[NUM_WAITING] -= last - first
 
 
-@jit
+@lean_jit
 def complete_step(
     state: SchedulerArrays, requests: RequestArrays, batch: StepBatch, num_entries: int, sampled: Int64Array, finished: Int64Array
 ) -> tuple[int, int]:
@@ -110,12 +110,12 @@ def complete_step(
     num_sampled = num_finished = 0
     for i in range(num_entries):
         request = batch["request"][i]
-        requests.num_computed_tokens[request] += batch["num_scheduled_tokens"][i]
-        if requests.num_computed_tokens[request] == requests.num_known_tokens[request]:
-            requests.num_known_tokens[request] += 1
+        requests["num_computed_tokens"][request] += batch["num_scheduled_tokens"][i]
+        if requests["num_computed_tokens"][request] == requests["num_known_tokens"][request]:
+            requests["num_known_tokens"][request] += 1
             sampled[num_sampled] = request
             num_sampled += 1
-            if requests.num_known_tokens[request] == requests.prompt_tokens[request] + requests.output_tokens[request]:
+            if requests["num_known_tokens"][request] == requests["prompt_tokens"][request] + requests["output_tokens"][request]:
                 finished[num_finished] = request
                 num_finished += 1
     if num_finished > 0:
@@ -123,10 +123,10 @@ def complete_step(
         num_running = state.counts[NUM_RUNNING]
         for i in range(num_running):
             request = state.running[i]
-            if requests.num_known_tokens[request] < requests.prompt_tokens[request] + requests.output_tokens[request]:
+            if requests["num_known_tokens"][request] < requests["prompt_tokens"][request] + requests["output_tokens"][request]:
                 state.running[kept] = request
                 kept += 1
         state.counts[NUM_RUNNING] = kept
         for k in range(num_finished):
-            state.free_rows[kept + k] = requests.row[finished[k]]
+            state.free_rows[kept + k] = requests["row"][finished[k]]
     return num_sampled, num_finished

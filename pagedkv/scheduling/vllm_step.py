@@ -9,7 +9,7 @@ from pagedkv.arrays import Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.block_moves import take_blocks, touch_blocks
 from pagedkv.free_queue import NUM_FREE
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
 from pagedkv.prefix_cache import find_prefix, insert_block
 from pagedkv.scheduling.requests import NO_KEYS, NO_ROW, RequestArrays
@@ -39,19 +39,16 @@ class SchedulerLimits(NamedTuple):
     by_priority: bool
 
 
-@jit
+@lean_jit
 def _grant(
     pool: PagedArrays, rules: PagedRules, requests: RequestArrays, keys: BlockKeys, request: int, row: int, num_tokens: int
 ) -> bool:
     """Give a running `request` the slots of its next tokens. O(blocks taken and filled)."""
-    slots, held = requests.num_computed_tokens[request] + num_tokens, pool.num_blocks[row]
+    slots, held = requests["num_computed_tokens"][request] + num_tokens, int(pool.num_blocks[row])
+    first, registered = requests["first_key"][request], int(pool.num_registered[row])
+    filled = first != NO_KEYS and min(slots, requests["num_known_tokens"][request]) >= (registered + 1) * rules.block_size
     needed = max(-(-slots // rules.block_size), held)
-    first, registered = requests.first_key[request], pool.num_registered[row]
-    full = registered
-    if first != NO_KEYS:
-        full = max(min(slots, requests.num_known_tokens[request]) // rules.block_size, registered)
-    if needed == held and full == registered:
-        return True
+    full = min(slots, requests["num_known_tokens"][request]) // rules.block_size if filled else registered
     if not take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held):
         return False
     _register(pool, keys, first, row, registered, full)
@@ -59,7 +56,7 @@ def _grant(
     return True
 
 
-@jit
+@lean_jit
 def _register(pool: PagedArrays, keys: BlockKeys, first_key: int, row: int, first: int, last: int) -> None:
     """Let blocks `first` to `last` of a table, full by now, be found under their keys."""
     for i in range(first, last):
@@ -67,17 +64,17 @@ def _register(pool: PagedArrays, keys: BlockKeys, first_key: int, row: int, firs
     pool.num_registered[row] = last
 
 
-@jit
+@lean_jit
 def find_hits(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, keys: BlockKeys, request: int) -> int:
     """Write the cached blocks that `request` begins with into pool.hits; return their number. The last token is never a hit."""
-    first = requests.first_key[request]
+    first = requests["first_key"][request]
     if first == NO_KEYS:
         return 0
-    most = (requests.num_known_tokens[request] - 1) // rules.block_size
+    most = (requests["num_known_tokens"][request] - 1) // rules.block_size
     return find_prefix(pool.key_index, pool.buckets, keys[first:], pool.hits[:most])
 
 
-@jit
+@lean_jit
 def _admit(
     pool: PagedArrays,
     rules: PagedRules,
@@ -90,12 +87,12 @@ def _admit(
     something_runs: bool,  # noqa: FBT001
 ) -> bool:
     """Give a waiting `request` its hits and the slots of its first tokens. O(hits + blocks taken and filled)."""
-    slots, known = num_hits * rules.block_size + num_tokens, requests.num_known_tokens[request]
+    slots, known = num_hits * rules.block_size + num_tokens, requests["num_known_tokens"][request]
     num_states = pool.states.shape[1]
     kept_free = num_states + (rules.watermark_blocks if something_runs else 0)
     needed = -(-slots // rules.block_size)
     gated = -(-known // rules.block_size) if rules.reserve_full_isl else 0
-    first = requests.first_key[request]
+    first = requests["first_key"][request]
     full = num_hits if first == NO_KEYS else max(min(slots, known) // rules.block_size, num_hits)
     hits, table, revived = pool.hits[:num_hits], pool.tables[row], 0
     for block in hits:
@@ -112,48 +109,48 @@ def _admit(
     return True
 
 
-@jit
+@lean_jit
 def _preempt(
     state: SchedulerArrays, requests: RequestArrays, pool: PagedArrays, limits: SchedulerLimits, rules: PagedRules, place: int
 ) -> None:
     """Let the running request at `place` wait again, its computed tokens forgotten. O(running + blocks)."""
     last = state.counts[NUM_RUNNING] - 1
     request = state.running[place]
-    row = requests.row[request]
+    row = requests["row"][request]
     free_row(pool, rules, row)
     for i in range(place, last):
         state.running[i] = state.running[i + 1]
     state.counts[NUM_RUNNING] = last
     state.free_rows[last] = row
-    requests.row[request] = NO_ROW
-    requests.num_computed_tokens[request] = 0
-    requests.num_preemptions[request] += 1
+    requests["row"][request] = NO_ROW
+    requests["num_computed_tokens"][request] = 0
+    requests["num_preemptions"][request] += 1
     return_waiting(state, requests, request, limits.by_priority)
 
 
-@jit
+@lean_jit
 def _victim(state: SchedulerArrays, requests: RequestArrays, limits: SchedulerLimits) -> int:
     """Return the place of the running request that goes first: the last one, or the least urgent, the youngest of these."""
     worst = state.counts[NUM_RUNNING] - 1
     if limits.by_priority:
         for i in range(worst):
             a, b = state.running[i], state.running[worst]
-            pa, pb = requests.priority[a], requests.priority[b]
+            pa, pb = requests["priority"][a], requests["priority"][b]
             if pa > pb or (pa == pb and a > b):
                 worst = i
     return int(worst)
 
 
-@jit
+@lean_jit
 def _add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
     batch["request"][i] = request
     batch["row"][i] = row
     batch["num_scheduled_tokens"][i] = num_tokens
-    batch["num_slots_needed"][i] = requests.num_computed_tokens[request] + num_tokens
-    batch["num_known_tokens"][i] = requests.num_known_tokens[request]
+    batch["num_slots_needed"][i] = requests["num_computed_tokens"][request] + num_tokens
+    batch["num_known_tokens"][i] = requests["num_known_tokens"][request]
 
 
-@jit
+@lean_jit
 def _schedule_running(
     state: SchedulerArrays,
     requests: RequestArrays,
@@ -169,12 +166,17 @@ def _schedule_running(
     budget, entries, num_preempted = limits.max_num_batched_tokens, 0, 0  # entry i of the batch is running request i
     while entries < state.counts[NUM_RUNNING] and budget > 0:
         request = state.running[entries]
-        tokens = requests.num_known_tokens[request] - requests.num_computed_tokens[request]
+        tokens = requests["num_known_tokens"][request] - requests["num_computed_tokens"][request]
         if threshold > 0:
             tokens = min(tokens, threshold)
         tokens = min(tokens, budget)
-        gone = False
-        while not (gone or _grant(pool, rules, requests, keys, request, requests.row[request], tokens)):
+        row, gone = requests["row"][request], False
+        slots = requests["num_computed_tokens"][request] + tokens
+        enough = slots <= int(pool.num_blocks[row]) * rules.block_size
+        if rules.caches:
+            enough &= slots < (int(pool.num_registered[row]) + 1) * rules.block_size
+        # Most steps stay within the last block: `_grant` would do nothing, and its call would cost more than all else.
+        while not (enough or gone or _grant(pool, rules, requests, keys, request, row, tokens)):
             place = _victim(state, requests, limits)
             preempted[num_preempted] = state.running[place]
             num_preempted += 1
@@ -186,7 +188,7 @@ def _schedule_running(
                 entries -= 1
             _preempt(state, requests, pool, limits, rules, place)
         if not gone:
-            _add_entry(batch, entries, requests, request, requests.row[request], tokens)
+            _add_entry(batch, entries, requests, request, row, tokens)
             entries += 1
             budget -= tokens
         elif not limits.by_priority:
@@ -194,7 +196,7 @@ def _schedule_running(
     return entries, num_preempted, budget
 
 
-@jit
+@lean_jit
 def _schedule_waiting(
     state: SchedulerArrays,
     requests: RequestArrays,
@@ -213,7 +215,7 @@ def _schedule_waiting(
         request = state.waiting[counts[WAITING_HEAD]]
         num_hits = find_hits(pool, rules, requests, keys, request)
         cached = num_hits * rules.block_size
-        tokens = requests.num_known_tokens[request] - cached
+        tokens = requests["num_known_tokens"][request] - cached
         if threshold > 0:
             tokens = min(tokens, threshold)
         if tokens > budget:
@@ -224,10 +226,10 @@ def _schedule_waiting(
         if not _admit(pool, rules, requests, keys, request, row, num_hits, tokens, counts[NUM_RUNNING] > 0):
             return entries, True
         drop_head(state, requests, limits.by_priority)
-        requests.row[request] = row
-        requests.num_computed_tokens[request] = requests.num_cached_tokens[request] = cached
-        requests.num_queried_tokens[request] += requests.num_known_tokens[request]
-        requests.num_hit_tokens[request] += cached
+        requests["row"][request] = row
+        requests["num_computed_tokens"][request] = requests["num_cached_tokens"][request] = cached
+        requests["num_queried_tokens"][request] += requests["num_known_tokens"][request]
+        requests["num_hit_tokens"][request] += cached
         state.running[counts[NUM_RUNNING]] = request
         counts[NUM_RUNNING] += 1
         _add_entry(batch, entries, requests, request, row, tokens)
@@ -236,7 +238,7 @@ def _schedule_waiting(
     return entries, False
 
 
-@jit
+@lean_jit
 def schedule_step(
     state: SchedulerArrays,
     requests: RequestArrays,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.arrays import Int32Array, Int64Array
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 from pagedkv.scheduling.requests import RequestArrays
 
 NUM_RUNNING, WAITING_HEAD, NUM_WAITING = 0, 1, 2
@@ -29,13 +29,13 @@ class SchedulerArrays(NamedTuple):
         return cls(running, np.arange(max_num_seqs, dtype=np.int32), waiting, np.zeros(3, np.int64))
 
 
-@jit
+@lean_jit
 def _goes_before(requests: RequestArrays, a: int, b: int) -> bool:
-    pa, pb = requests.priority[a], requests.priority[b]
+    pa, pb = requests["priority"][a], requests["priority"][b]
     return bool(pa < pb or (pa == pb and a < b))
 
 
-@jit
+@lean_jit
 def _sift_in(state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
     waiting, place = state.waiting, state.counts[NUM_WAITING]
     while place > 0:
@@ -48,7 +48,7 @@ def _sift_in(state: SchedulerArrays, requests: RequestArrays, request: int) -> N
     state.counts[NUM_WAITING] += 1
 
 
-@jit
+@lean_jit
 def push_waiting(state: SchedulerArrays, requests: RequestArrays, request: int, by_priority: bool) -> None:  # noqa: FBT001
     """Let `request` wait behind the others, or in its place by priority. O(1), or O(log waiting)."""
     if by_priority:
@@ -58,7 +58,7 @@ def push_waiting(state: SchedulerArrays, requests: RequestArrays, request: int, 
     state.counts[NUM_WAITING] += 1
 
 
-@jit
+@lean_jit
 def return_waiting(state: SchedulerArrays, requests: RequestArrays, request: int, by_priority: bool) -> None:  # noqa: FBT001
     """Let a preempted `request` wait in front of the others, or in its place by priority."""
     if by_priority:
@@ -70,7 +70,7 @@ def return_waiting(state: SchedulerArrays, requests: RequestArrays, request: int
     state.counts[NUM_WAITING] += 1
 
 
-@jit
+@lean_jit
 def drop_head(state: SchedulerArrays, requests: RequestArrays, by_priority: bool) -> int:  # noqa: FBT001
     """Take out the one whose turn it is, waiting[counts[WAITING_HEAD]], and return it."""
     waiting = state.waiting

@@ -85,9 +85,9 @@ def replay(workload: Workload) -> Counter[str]:
         assert scheduled == recorded.get("s", []), where
         assert [ids[r] for r in scheduler.preempted] == recorded.get("p", []), where
         admitted = step.batch["request"][step.num_running_before : step.num_entries]
-        assert [[ids[r], scheduler.requests.arrays.num_cached_tokens[r]] for r in admitted] == recorded.get("c", []), where
+        assert [[ids[r], scheduler.requests.arrays["num_cached_tokens"][r]] for r in admitted] == recorded.get("c", []), where
         seen["preemptions"] += step.num_preempted
-        seen["hits"] += int((scheduler.requests.arrays.num_cached_tokens[admitted] > 0).sum())
+        seen["hits"] += int((scheduler.requests.arrays["num_cached_tokens"][admitted] > 0).sum())
         for request_id, blocks in recorded.get("nb", []):
             entry = next(e for e in entries if ids[step.batch["request"][e]] == request_id)
             row = int(step.batch["row"][entry])

@@ -15,7 +15,8 @@ from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.lengths import FixedLengths
 from pagedkv.sims.load import OpenLoop
-from pagedkv.sims.recorder import RUNNING, WAITING, Recorder
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.recording import RUNNING, WAITING
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.step_time import StepCost
 from pagedkv.step_allocation import step_allocator

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given, reject, settings
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, SchedulerSettings
@@ -53,6 +54,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         contiguous_heap=draw(st.sampled_from(HEAPS.names())),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.1, 0.4])),
         reserve_full_isl=draw(st.booleans()),
+        page_tokens=block_size,
     )
     arrival = st.builds(Arrival, st.integers(0, 8), st.integers(1, 24), st.integers(1, 16))
     return Workload(limits, pool, sorted(draw(st.lists(arrival, min_size=draw(st.sampled_from([1, 6, 12])), max_size=16))))
@@ -195,7 +197,10 @@ def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
 @settings(max_examples=60)
 def test_over_any_allocator_everyone_is_served_in_turn(name: str, workload: Workload) -> None:
     limits = workload.limits
-    allocator: StepAllocator = step_allocator(name, workload.pool)
+    try:
+        allocator: StepAllocator = step_allocator(name, workload.pool)
+    except ConfigError:  # a block size that the design refuses
+        reject()
     scheduler = Scheduler(limits, allocator)
     pending = list(workload.arrivals)
     asked: dict[int, Arrival] = {}
@@ -232,5 +237,6 @@ def test_over_any_allocator_everyone_is_served_in_turn(name: str, workload: Work
     assert got == {request: arrival.output for request, arrival in asked.items()}
     assert sorted(order_of_end) == sorted(asked)
     assert allocator.free_slots == allocator.usable_slots
-    if allocator.placement != "block":
-        assert num_preemptions == 0
+    if any(allocator.admission_slots(arrival.prompt, arrival.output) for arrival in asked.values()):
+        assert num_preemptions == 0  # who reserves what it may ever hold, never has to make room
+    event(f"preempts: {num_preemptions > 0}")

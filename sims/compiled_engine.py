@@ -1,0 +1,134 @@
+"""The serving engine over paged memory, compiled: simpy carries users and arrivals, a compiled loop the steps between two events.
+
+It decides, records and times exactly as `pagedkv.sims.engine.Engine` does: a law in the tests.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import simpy
+
+from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.errors import ConfigError
+from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.sims.clock import Clock
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.run_steps import (
+    IDLE,
+    IN_FLIGHT,
+    NEXT_ARRIVAL,
+    NOW,
+    NUM_FAILED,
+    NUM_FINISHED,
+    NUM_KNOWN,
+    PAUSED,
+    STEP_S,
+    LoopArrays,
+    complete_in_flight,
+    run_steps,
+)
+from pagedkv.sims.step_time import RooflineStepTime
+
+
+class CompiledEngine:
+    """Takes requests and runs steps over `scheduler`, whose allocator must be the paged one."""
+
+    def __init__(self, env: Clock, scheduler: Scheduler, step_time: RooflineStepTime, recorder: Recorder) -> None:
+        assert isinstance(scheduler.allocator, PagedStepAllocator)
+        self._env, self._scheduler, self._recorder = env, scheduler, recorder
+        self._allocator, self._coefficients = scheduler.allocator, step_time.coefficients
+        self._done: dict[int, simpy.Event] = {}
+        self._arrival = env.event()
+        self._idle_since_s: float | None = None
+        self._progress = np.zeros(4, np.int64)
+        self._clock = np.zeros(2)
+        self._failed = np.zeros(1, np.int64)
+        env.process(self._serve())
+
+    def submit(self, prompt_tokens: int, output_tokens: int) -> simpy.Event | None:
+        """Queue a request; return the event of its end, or None if it is rejected because it could never run here."""
+        if self._progress[NEXT_ARRIVAL] < self._progress[NUM_KNOWN]:
+            raise ConfigError("requests of the future are known already: submit them all at once, or each when it arrives")
+        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        if request is None:
+            self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
+            return None
+        self._recorder.arrival(request, self._env.now)
+        self._progress[NEXT_ARRIVAL] = self._progress[NUM_KNOWN] = request + 1
+        done = self._done[request] = self._env.event()
+        self._wake()
+        return done
+
+    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+        """Let requests arrive at these times, ascending; nobody waits for their end. Call it once, before anything has arrived."""
+        first = self._scheduler.requests.size
+        accepted = self._scheduler.add_all(prompt_tokens, output_tokens)
+        self._recorder.expect(first, arrival_s[accepted])
+        for i in np.flatnonzero(~accepted):
+            self._recorder.rejection(int(prompt_tokens[i]), int(output_tokens[i]), float(arrival_s[i]))
+        self._progress[NUM_KNOWN] = self._scheduler.requests.size
+        if arrival_s.size and not accepted[-1]:
+            self._env.timeout(float(arrival_s[-1]) - self._env.now)  # time goes on until the last one has been refused
+        self._wake()
+
+    def close(self) -> None:
+        """Account for the time since the last step, if the engine has nothing to do when the run ends."""
+        if self._idle_since_s is not None:
+            self._recorder.idle(self._idle_since_s, self._env.now)
+        known = self._recorder.arrays.times["arrival_s"][: self._progress[NUM_KNOWN]]
+        self._recorder.arrived(int(np.searchsorted(known, self._env.now, side="right")))
+
+    def _wake(self) -> None:
+        if not self._arrival.triggered:
+            self._arrival.succeed()
+
+    def _loop(self) -> LoopArrays:
+        scheduler = self._scheduler
+        return LoopArrays(
+            scheduler.arrays,
+            scheduler.requests.arrays,
+            self._allocator.arrays,
+            scheduler.requests.keys,
+            *scheduler.step_arrays,
+            self._failed,
+            self._recorder.arrays,
+            self._progress,
+            self._clock,
+        )
+
+    def _serve(self) -> Generator[simpy.Event, Any, None]:
+        env, scheduler, progress, clock = self._env, self._scheduler, self._progress, self._clock
+        while True:
+            clock[NOW] = env.now
+            reason = run_steps(
+                self._loop(), scheduler.limits, self._allocator.rules, self._coefficients, env.peek(), bool(self._done)
+            )
+            env.advance(float(clock[NOW]))
+            if reason == IDLE:
+                self._idle_since_s, self._arrival = env.now, env.event()
+                following = self._recorder.arrays.times["arrival_s"][progress[NEXT_ARRIVAL] : progress[NUM_KNOWN]]
+                yield self._arrival if not following.size else self._arrival | env.timeout(float(following[0]) - env.now)
+                self._recorder.idle(self._idle_since_s, env.now)
+                self._idle_since_s = None
+            elif reason == PAUSED:
+                self._recorder.arrived(int(progress[NEXT_ARRIVAL]))
+                yield env.timeout(0.0)
+            elif reason == IN_FLIGHT:
+                yield env.timeout(float(clock[STEP_S]))
+                self._finish(complete_in_flight(self._loop(), self._allocator.rules, env.now))
+            elif progress[NUM_FAILED]:
+                self._recorder.failure(int(self._failed[0]))
+                self._end(int(self._failed[0]))
+            else:
+                self._finish(int(progress[NUM_FINISHED]))
+
+    def _finish(self, number: int) -> None:
+        for request in self._scheduler.step_arrays.finished[:number].tolist():
+            self._end(request)
+
+    def _end(self, request: int) -> None:
+        done = self._done.pop(request, None)
+        if done is not None:
+            done.succeed()

@@ -1,0 +1,207 @@
+"""What a run adds up, as arrays, and the compiled functions that add. `pagedkv.sims.recorder` owns them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.arrays import Float64Array, Int32Array, Int64Array
+from pagedkv.jit import lean_jit
+from pagedkv.scheduling.requests import RequestArrays
+from pagedkv.scheduling.scheduler import Blocker
+from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
+from pagedkv.sims.records import TokenTimes
+from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe
+from pagedkv.step_batch import StepBatch
+
+KV_KINDS = ("tokens", "reserved", "internal", "external", "cached", "state", "free")
+"""What a slot of the pool can be: docs/metrics.md."""
+TOKENS, RESERVED, INTERNAL, EXTERNAL, CACHED, STATE, FREE, RUNNING, WAITING = range(9)
+NUM_GAUGES = len(KV_KINDS) + 2
+BLOCKERS = tuple(Blocker)
+
+# Inter-token latencies are counted in bins that are 0.1 % wide, from 1 microsecond up: constant memory, percentiles within 0.05 %.
+ITL_SMALLEST_S = 1e-6
+ITL_BIN_RATIO = 1.001
+ITL_BINS = 28_000
+
+ITERATIONS, REQUEST_STEPS, RUNNING_MAX, NUM_PREEMPTIONS, NUM_OUTPUT_TOKENS, NUM_COMPLETED, NUM_COUNTERS = range(7)
+
+
+class Integrals(NamedTuple):
+    """What is summed up over the measured window."""
+
+    gauges: Float64Array
+    """By gauge: slots (or requests) × seconds."""
+    gauges_when_waiting: Float64Array
+    """The same over the time when requests waited."""
+    observed_s: Float64Array
+    """Length 2: seconds in all, and seconds when requests waited."""
+    blocked_s: Float64Array
+    """By `Blocker`: seconds for which the head of the queue was held up by it."""
+    cost_s: Float64Array
+    """By part of `StepCost`: seconds."""
+    itl_bins: Int64Array
+    """Gaps between output tokens of measured requests, by length."""
+    itl_sum_s: Float64Array
+    """Length 1."""
+
+    @classmethod
+    def of(cls, sums: Float64Array, itl_bins: Int64Array) -> "Integrals":
+        """Return views of what compiled code has summed up."""
+        return cls(
+            gauges=sums[GAUGE_SUMS:WAITING_SUMS],
+            gauges_when_waiting=sums[WAITING_SUMS:OBSERVED_S],
+            observed_s=sums[OBSERVED_S:BLOCKED_S],
+            blocked_s=sums[BLOCKED_S:COST_S],
+            cost_s=sums[COST_S:ITL_SUM_S],
+            itl_bins=itl_bins,
+            itl_sum_s=sums[ITL_SUM_S:],
+        )
+
+
+GAUGE_SUMS, WAITING_SUMS, OBSERVED_S = 0, NUM_GAUGES, 2 * NUM_GAUGES
+BLOCKED_S = OBSERVED_S + 2
+COST_S = BLOCKED_S + len(BLOCKERS)
+ITL_SUM_S = COST_S + 3
+NUM_SUMS = ITL_SUM_S + 1
+"""Where the parts of `Integrals` begin in one array: an array less is a good deal less to pass from function to function."""
+
+
+class RecorderArrays(NamedTuple):
+    """All that is recorded."""
+
+    sums: Float64Array
+    """[NUM_SUMS]: see `Integrals`."""
+    itl_bins: Int64Array
+    """[ITL_BINS]: see `Integrals`."""
+    timeline: TimelineArrays
+    times: TokenTimes
+    gauges: Int64Array
+    """By gauge: its value in the step recorded last."""
+    counters: Int64Array
+    """By ITERATIONS and so on."""
+    window_s: Float64Array
+    """Length 2: when measuring begins and when it ends."""
+
+
+@lean_jit
+def set_gauges(
+    gauges: Int64Array,
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    batch: StepBatch,
+    num_entries: int,
+    units_held: Int32Array,
+    unit_slots: int,
+    state_units: int,
+    free_slots: int,
+    cached_slots: int,
+    shared_slots: int,
+) -> None:
+    """Count what running requests do with the slots they hold. O(running).
+
+    Batch entries are the head of the running list, in its order. Tokens of this step count from its start: their slots are bound.
+    Slots that several requests share, all of them full, count once.
+    """
+    tokens = reserved = internal = 0
+    slots, rows = batch["num_slots_needed"], requests["row"]
+    num_running = state.counts[NUM_RUNNING]
+    for i in range(num_running):
+        request = state.running[i]
+        own = slots[i] if i < num_entries else requests["num_computed_tokens"][request]
+        held = np.int64(units_held[rows[request]]) * unit_slots
+        final = requests["prompt_tokens"][request] + requests["output_tokens"][request] - 1  # the last output token needs no slot
+        tokens += own
+        reserved += min(held, final) - own
+        internal += max(held - final, 0)
+    gauges[TOKENS], gauges[RESERVED], gauges[INTERNAL] = tokens - shared_slots, reserved, internal
+    gauges[EXTERNAL], gauges[CACHED], gauges[STATE] = 0, cached_slots, num_running * state_units * unit_slots
+    gauges[FREE] = free_slots - cached_slots
+    gauges[RUNNING], gauges[WAITING] = num_running, state.counts[NUM_WAITING]
+
+
+@lean_jit
+def _integrate(r: RecorderArrays, start_s: float, end_s: float, blocker: int, cost: tuple[float, float, float]) -> None:
+    sums, gauges = r.sums, r.gauges
+    observe(r.timeline, start_s, end_s, gauges)
+    seconds = end_s - max(start_s, r.window_s[0])
+    if seconds <= 0:
+        return
+    sums[OBSERVED_S] += seconds
+    sums[BLOCKED_S + blocker] += seconds
+    for g in range(NUM_GAUGES):
+        sums[GAUGE_SUMS + g] += seconds * gauges[g]
+    if gauges[WAITING] > 0:
+        sums[OBSERVED_S + 1] += seconds
+        for g in range(NUM_GAUGES):
+            sums[WAITING_SUMS + g] += seconds * gauges[g]
+    total_s = cost[0] + cost[1] + cost[2]
+    if total_s > 0.0:
+        for part in range(3):
+            sums[COST_S + part] += seconds * cost[part] / total_s
+
+
+@lean_jit
+def record_step(
+    r: RecorderArrays,
+    batch: StepBatch,
+    ran_before: int,
+    num_entries: int,
+    num_preempted: int,
+    blocker: int,
+    start_s: float,
+    cost: tuple[float, float, float],
+) -> None:
+    """Record a step that is launched at `start_s`; `gauges` say how memory stands. O(admissions + gauges)."""
+    for i in range(ran_before, num_entries):
+        request = batch["request"][i]
+        if np.isnan(r.times["scheduled_s"][request]):
+            r.times["scheduled_s"][request] = start_s
+    end_s = min(start_s + (cost[0] + cost[1] + cost[2]), r.window_s[1])
+    _integrate(r, start_s, end_s, blocker, cost)
+    if num_preempted > 0:
+        count_preemptions(r.timeline, start_s, num_preempted)
+    r.counters[ITERATIONS] += 1
+    r.counters[REQUEST_STEPS] += num_entries
+    if end_s > r.window_s[0]:
+        r.counters[RUNNING_MAX] = max(r.counters[RUNNING_MAX], r.gauges[RUNNING])
+        r.counters[NUM_PREEMPTIONS] += num_preempted
+
+
+@lean_jit
+def record_idle(r: RecorderArrays, start_s: float, end_s: float, free_slots: int, cached_slots: int) -> None:
+    """Record that nobody was there from `start_s` to `end_s`."""
+    for g in range(NUM_GAUGES):
+        r.gauges[g] = 0
+    r.gauges[FREE], r.gauges[CACHED] = free_slots - cached_slots, cached_slots
+    end_s = min(end_s, r.window_s[1])
+    if end_s > start_s:
+        _integrate(r, start_s, end_s, 0, (0.0, 0.0, 0.0))
+
+
+@lean_jit
+def gap_bin(gap_s: float) -> int:
+    """Return the bin of a gap between two tokens."""
+    place = int(np.log(max(gap_s, ITL_SMALLEST_S) / ITL_SMALLEST_S) / np.log(ITL_BIN_RATIO))
+    return min(place, ITL_BINS - 1)
+
+
+@lean_jit
+def record_tokens(r: RecorderArrays, sampled: Int64Array, num_sampled: int, num_finished: int, now_s: float) -> None:
+    """Stamp an output token for each of `sampled`, and count the gap before it if the request is measured. O(sampled)."""
+    times, warmup_s = r.times, r.window_s[0]
+    gap_s, place = np.nan, 0
+    for i in range(num_sampled):
+        request = sampled[i]
+        if np.isnan(times["first_token_s"][request]):
+            times["first_token_s"][request] = now_s
+        elif times["arrival_s"][request] >= warmup_s:
+            if now_s - times["last_token_s"][request] != gap_s:  # most requests of a batch have waited alike
+                gap_s = now_s - times["last_token_s"][request]
+                place = gap_bin(gap_s)
+            r.itl_bins[place] += 1
+            r.sums[ITL_SUM_S] += gap_s
+        times["last_token_s"][request] = now_s
+    if now_s >= warmup_s:
+        r.counters[NUM_OUTPUT_TOKENS] += num_sampled
+        r.counters[NUM_COMPLETED] += num_finished
