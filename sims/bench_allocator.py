@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.block_pool import BlockPool
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.sims.python_pool import PythonBlockPool
 from pagedkv.step_batch import empty_batch
 
@@ -67,6 +69,13 @@ def pools(num_blocks: int, *, caching: bool) -> tuple[BlockPool, PythonBlockPool
     return ours, plain
 
 
+def _cycle(pool: Any, batch: int) -> Callable[[], None]:
+    def take_and_give_back() -> None:
+        pool.free_blocks(pool.get_new_blocks(batch))
+
+    return take_and_give_back
+
+
 def take_and_give(num_blocks: int) -> Iterator[Measurement]:
     """Blocks taken and given back, by batch, without caching and with."""
     vllm = {(False, 63): "210 ns", (False, 1024): "195 ns", (True, 63): "402 ns", (True, 1024): "374 ns"}
@@ -77,10 +86,8 @@ def take_and_give(num_blocks: int) -> Iterator[Measurement]:
                 name=f"take and give back, {batch} blocks, caching {'on' if caching else 'off'}",
                 unit="ns/block",
                 scale=1e9,
-                ours_s=median_s(lambda ours=ours, batch=batch: ours.free_blocks(ours.get_new_blocks(batch)), per=batch),
-                python_s=median_s(
-                    lambda plain=plain, batch=batch: plain.free_blocks(plain.get_new_blocks(batch)), per=batch, inner=3
-                ),
+                ours_s=median_s(_cycle(ours, batch), per=batch),
+                python_s=median_s(_cycle(plain, batch), per=batch, inner=3),
                 vllm=vllm[caching, batch],
             )
 
@@ -94,22 +101,26 @@ def take_key_and_give(num_blocks: int) -> Iterator[Measurement]:
     aged(ours, num_blocks, rng, keys[:num_blocks])
     aged(plain, num_blocks, rng, digests[:num_blocks])
     for batch in (63, 1024):
-        place = [0, 0]
-
-        def step(pool: Any, all_keys: Any, which: int, batch: int = batch, place: list[int] = place) -> None:
-            at = place[which]
-            place[which] = (at + batch) % (2 * num_blocks - batch)
-            table = pool.get_new_blocks(batch)
-            pool.cache_full_blocks(table, all_keys[at : at + batch])
-            pool.free_blocks(table)
-
         yield Measurement(
             name=f"take, evict, key and give back, {batch} blocks",
             unit="ns/block",
             scale=1e9,
-            ours_s=median_s(lambda step=step: step(ours, keys, 0), per=batch),
-            python_s=median_s(lambda step=step: step(plain, digests, 1), per=batch, inner=3),
+            ours_s=median_s(_keyed_cycle(ours, keys, batch), per=batch),
+            python_s=median_s(_keyed_cycle(plain, digests, batch), per=batch, inner=3),
         )
+
+
+def _keyed_cycle(pool: Any, keys: Any, batch: int) -> Callable[[], None]:
+    place = 0
+
+    def take_key_and_give_back() -> None:
+        nonlocal place
+        table = pool.get_new_blocks(batch)
+        pool.cache_full_blocks(table, keys[place : place + batch])
+        pool.free_blocks(table)
+        place = (place + batch) % (len(keys) - batch)
+
+    return take_key_and_give_back
 
 
 def prefix(num_blocks: int) -> Iterator[Measurement]:
@@ -121,20 +132,28 @@ def prefix(num_blocks: int) -> Iterator[Measurement]:
     aged(ours, num_blocks, rng, keys)
     aged(plain, num_blocks, rng, digests)
     wanted, wanted_digests = keys[:31], digests[:31]
-    hold_s = median_s(lambda: ours.free_blocks(ours.hold_prefix(wanted)))
-    give_s = median_s(lambda: ours.free_blocks(ours.hold_prefix(wanted[:0])))
-    held = ours.hold_prefix(wanted)
-    release_s = median_s(lambda: (ours.share(held), ours.free_blocks(held))) / 2
-    plain_s = median_s(lambda: plain.free_blocks(plain.hold_prefix(wanted_digests)))
+    held: list[Any] = []
+
+    def timed(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        held.append(call())
+        return time.perf_counter() - start
+
+    def median_of_hits(pool: Any, keys: Any) -> float:
+        seconds = []
+        for _ in range(501):
+            seconds.append(timed(lambda: pool.hold_prefix(keys)))
+            pool.free_blocks(held.pop())
+        return statistics.median(seconds)
+
     yield Measurement(
-        name="prefix of 31 blocks found, revived and given back",
+        name="a prefix of 31 blocks found and revived",
         unit="µs",
         scale=1e6,
-        ours_s=hold_s,
-        python_s=plain_s,
-        vllm="29 µs (found)",
+        ours_s=median_of_hits(ours, wanted),
+        python_s=median_of_hits(plain, wanted_digests),
+        vllm="29 µs",
     )
-    yield Measurement(name="of that, giving back (estimate)", unit="µs", scale=1e6, ours_s=max(release_s, give_s / 2))
 
 
 def hashing() -> Iterator[Measurement]:
@@ -148,18 +167,21 @@ def hashing() -> Iterator[Measurement]:
 
     python_s = median_s(plain, inner=3)
     for algorithm in ("siphash", "blake2b"):
-
-        def ours(algorithm: Any = algorithm) -> None:
-            BlockHashChain(block_size=BLOCK_SIZE, hash_algorithm=algorithm).extend(tokens)
-
         yield Measurement(
             name=f"1,000 token ids hashed, {algorithm}",
             unit="µs",
             scale=1e6,
-            ours_s=median_s(ours),
+            ours_s=median_s(_hashed(tokens, algorithm)),
             python_s=python_s,
             vllm="122 µs",
         )
+
+
+def _hashed(tokens: Int32Array, algorithm: Any) -> Callable[[], None]:
+    def hash_all() -> None:
+        BlockHashChain(block_size=BLOCK_SIZE, hash_algorithm=algorithm).extend(tokens)
+
+    return hash_all
 
 
 def batches(num_blocks: int) -> Iterator[Measurement]:
@@ -189,6 +211,34 @@ def batches(num_blocks: int) -> Iterator[Measurement]:
     yield Measurement(name="life of a 1,000 + 256-token request, caching off", unit="µs", scale=1e6, ours_s=life_s, vllm="1,320 µs")
 
 
+def cached_life(num_blocks: int) -> Iterator[Measurement]:
+    """Whole lives with prefix caching: hashed, looked up, scheduled step by step, registered, freed; other blocks are evicted."""
+    longest = PROMPT + OUTPUT
+    pool = KVPoolSettings(num_blocks=num_blocks + 1, max_num_seqs=BATCH, max_model_len=longest, enable_prefix_caching=True)
+    limits = SchedulerSettings(max_num_seqs=BATCH, max_num_batched_tokens=BATCH * PROMPT, max_model_len=longest)
+    allocator = PagedStepAllocator(pool)
+    rng = np.random.default_rng(6)
+    aged(allocator.pool, num_blocks, rng, rng.integers(0, 2**63, (num_blocks, 2)).astype(np.uint64))
+
+    def life() -> None:
+        scheduler = Scheduler(limits, allocator)
+        for tokens in rng.integers(0, 128_000, (BATCH, PROMPT + OUTPUT), np.int32):
+            chain = BlockHashChain(block_size=BLOCK_SIZE, hash_algorithm="siphash")
+            chain.extend(tokens)
+            scheduler.add(prompt_tokens=PROMPT, output_tokens=OUTPUT, keys=chain.keys)
+        while scheduler.num_waiting + scheduler.num_running:
+            scheduler.schedule()
+            scheduler.complete()
+
+    yield Measurement(
+        name="the same, caching on, hashing and scheduling included",
+        unit="µs",
+        scale=1e6,
+        ours_s=median_s(life, per=BATCH, inner=1, repeats=21),
+        vllm="1,710 µs",
+    )
+
+
 def by_size() -> Iterator[Measurement]:
     """The cost of a block by the size of the pool."""
     for num_blocks in (1_000, 10_000, 100_000, 1_000_000, 10_000_000):
@@ -197,7 +247,7 @@ def by_size() -> Iterator[Measurement]:
             name=f"take and give back 256 blocks of {num_blocks:,}",
             unit="ns/block",
             scale=1e9,
-            ours_s=median_s(lambda pool=pool: pool.free_blocks(pool.get_new_blocks(256)), per=256),
+            ours_s=median_s(_cycle(pool, 256), per=256),
         )
 
 
@@ -213,6 +263,7 @@ def main() -> None:
         prefix(options.blocks),
         hashing(),
         batches(options.blocks),
+        cached_life(options.blocks),
         by_size(),
     ):
         for m in measurements:

@@ -119,12 +119,8 @@ class OpenLoop:
         if self.num_requests is None:
             env.process(self._arrivals(env, engine, rng))
             return
-        rows, now_s = [], 0.0
-        for gap_s, prompt, output in islice(self._draws(rng), self.num_requests):
-            now_s += gap_s
-            rows.append((now_s, prompt, output))
-        columns = np.array(rows).reshape(-1, 3).T
-        engine.submit_all(columns[0].copy(), columns[1].astype(np.int64), columns[2].astype(np.int64))
+        rows = np.fromiter(islice(self._draws(rng), self.num_requests), np.dtype("f8,i8,i8"), count=self.num_requests)
+        engine.submit_all(np.cumsum(rows["f0"]), rows["f1"].copy(), rows["f2"].copy())
 
     def _draws(self, rng: np.random.Generator) -> Iterator[tuple[float, int, int]]:
         scale_s = 1 / (self.request_rate_per_s * self.burstiness)
