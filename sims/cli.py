@@ -27,8 +27,8 @@ INTERRUPTED, BAD_INPUT = 130, 2
 app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
-    help_epilogue="Other commands, each with --help: simulate fit | prefix-cache TRACE | models | hardware | explain WORD | "
-    "from-vllm COMMAND | fuzz",
+    help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
+    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | fuzz",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,

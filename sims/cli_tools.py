@@ -1,4 +1,4 @@
-"""The commands beside `simulate` itself: what fits, the catalogues, words, prefix caches, fuzzing.
+"""The commands beside `simulate` itself: what fits, the catalogues, words, prefix caches, fuzzing; and those of cli_questions.
 
 Heavy modules are imported inside functions, so that `--help` stays quick.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from pagedkv.sims import cli_questions
 from pagedkv.sims.cli_output import DEFAULT_PARAMETER, LOAD, OUTPUT, SERVING, print_view, write_json
 from pagedkv.sims.config import ServingConfig
 
@@ -134,3 +135,13 @@ def fuzz(
         write_json({"results": [result.document() for result in results]}, json)
     if any(result.failure for result in results):
         sys.exit(1)
+
+
+for question in (
+    cli_questions.max_users,
+    cli_questions.max_context,
+    cli_questions.sweep,
+    cli_questions.compare,
+    cli_questions.advise,
+):
+    tools.command(question)

@@ -207,7 +207,7 @@ def test_more_users_have_less_context() -> None:
 
 def test_no_context_is_longer_than_the_model_or_what_is_given() -> None:
     roomy = changed(
-        SAME_LENGTH, users=1, goodput=("e2el:900000",), num_gpu_blocks_override=4000, model="llama-2-7b", quantization="int4"
+        SAME_LENGTH, users=1, goodput=("e2el:900000",), num_gpu_blocks_override=800, model="llama-2-7b", quantization="int4"
     )
     assert max_context(roomy, "paged", attain=ATTAIN).found.value == 4096
     assert max_context(changed(roomy, max_model_len=1000), "paged", attain=ATTAIN).found.value == 992

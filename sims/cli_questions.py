@@ -1,0 +1,223 @@
+"""The inverse questions as commands: how many users, how long a context, what of many settings, which of two runs, what to set.
+
+Heavy modules are imported inside functions, so that `--help` stays quick.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from pagedkv.errors import ConfigError
+from pagedkv.sims.cli_output import LOAD, MEASUREMENT, OUTPUT, SERVING, output_path, print_view, write_json
+from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+
+_INTERRUPTED = 130
+
+Load = Annotated[LoadConfig, Parameter(name="*", group=LOAD)]
+Serving = Annotated[ServingConfig, Parameter(name="*", group=SERVING)]
+Measurement = Annotated[MeasurementConfig, Parameter(name="*", group=MEASUREMENT)]
+Attain = Annotated[float, Parameter(group=MEASUREMENT)]
+Json = Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)]
+
+
+def max_users(
+    *,
+    load: Load = LoadConfig(),  # noqa: B008
+    serving: Serving = ServingConfig(),  # noqa: B008
+    measurement: Measurement = MeasurementConfig(),  # noqa: B008
+    attain: Attain = 0.99,
+    json: Json = None,
+) -> None:
+    """Find the largest number of users within the goals; without goals, the largest that is stable. Allocator: paged, unless given.
+
+    Args:
+        attain: Share of the requests that must meet the goals.
+        json: Write the answer to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.capacity_answer import SCHEMA_VERSION
+    from pagedkv.sims.command import flat
+    from pagedkv.sims.console_capacity import show_max_users
+    from pagedkv.sims.max_users import max_users as search
+    from pagedkv.sims.progress import ProgressOnStderr
+
+    _check_json(json)
+    names = _allocators(measurement)
+    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
+    with ProgressOnStderr(names, repeats=1) as progress:
+        answers = [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]
+    if json is None:
+        print_view(lambda console: show_max_users(answers, console, attain=attain))
+        return
+    head = {"schema_version": SCHEMA_VERSION, "question": "max-users", "unit": "users", "attain": attain, "config": flat(config)}
+    write_json(head | {"answers": [answer.document() for answer in answers]}, json)
+
+
+def max_context(
+    *,
+    load: Load = LoadConfig(),  # noqa: B008
+    serving: Serving = ServingConfig(),  # noqa: B008
+    measurement: Measurement = MeasurementConfig(),  # noqa: B008
+    attain: Attain = 0.99,
+    json: Json = None,
+) -> None:
+    """Find the longest context at which --users N fit: within the goals; without goals, stable and without preemptions.
+
+    Every request has the context; --random-output-len tokens of it are its output (256 unless given). max-model-len is the context
+    itself unless given. Allocator: paged, unless given.
+
+    Args:
+        attain: Share of the requests that must meet the goals.
+        json: Write the answer to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.capacity_answer import SCHEMA_VERSION
+    from pagedkv.sims.command import flat
+    from pagedkv.sims.console_capacity import show_max_context
+    from pagedkv.sims.max_context import max_context as search
+    from pagedkv.sims.progress import ProgressOnStderr
+
+    _check_json(json)
+    names = _allocators(measurement)
+    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
+    with ProgressOnStderr(names, repeats=1) as progress:
+        answers = [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]
+    if json is None:
+        print_view(lambda console: show_max_context(answers, console, attain=attain))
+        return
+    head = {"schema_version": SCHEMA_VERSION, "question": "max-context", "unit": "tokens", "attain": attain, "config": flat(config)}
+    each = [{"users": a.users, "prompt_len": a.prompt_len, "output_len": a.output_len, **a.found.document()} for a in answers]
+    write_json(head | {"answers": each}, json)
+
+
+def sweep(
+    *flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    out: Annotated[str, Parameter(group=OUTPUT)],
+    workers: Annotated[int | None, Parameter(group=OUTPUT)] = None,
+    metric: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    json: Json = None,
+) -> None:
+    """Simulate every combination of some flags' values: --users 10,20,50..100:10 --block-size 8,16 --out FOLDER.
+
+    A comma separates values (a comma of a value itself is written with a backslash before it); first..last:step is a range of
+    numbers, times or sizes. A value of --goodput is words: --goodput ttft:2000 tpot:100,ttft:500 tpot:50 are two sets of goals.
+    --enforce-eager true,false sweeps a switch. Every run has one allocator, paged unless given. An interrupted sweep goes on where
+    it stopped when the command is repeated.
+
+    Args:
+        flags: Any flags of simulate.
+        out: Folder of results.csv, results.json and sweep.html; results.jsonl gets every run as soon as it is done.
+        workers: Processes [default: one per core].
+        metric: Figure of the picture, such as ttft_s.p99 [default: goodput_share, or output_tokens_per_s without goals].
+        json: Write results.json to this file, too; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.console_sweep import show_sweep
+    from pagedkv.sims.progress import ProgressOnStderr
+    from pagedkv.sims.sweep import run_sweep
+    from pagedkv.sims.sweep_grid import parse_grid
+
+    _check_json(json)
+    grid, folder = parse_grid(flags), output_path(out, "--out")
+    assert folder is not None
+    steps = [f"of {len(grid):,} runs, {i:,} done" for i in range(len(grid) + 1)]
+    done = 0
+
+    def tell(finished: int, total: int) -> None:
+        nonlocal done
+        done = finished
+        progress(steps[finished], 0, finished / total)
+
+    try:
+        with ProgressOnStderr(steps, repeats=1) as progress:
+            result = run_sweep(grid, folder, workers=workers, metric=metric, progress=tell)
+    except KeyboardInterrupt:
+        kept = f"{done:,} of {len(grid):,} runs are kept in {folder}: the same command goes on from there"
+        print(f"interrupted: {kept}", file=sys.stderr)  # noqa: T201
+        sys.exit(_INTERRUPTED)
+    if json is None:
+        print_view(lambda console: show_sweep(result, console))
+        print(f"Written: {folder}", file=sys.stderr)  # noqa: T201
+    else:
+        write_json(result.document(), json)
+
+
+def compare(first: str, second: str, *, json: Json = None) -> None:
+    """Say what differs between two runs: settings, figures, and with --repeats in both whether it is more than noise.
+
+    Args:
+        first: A summary.json, or the folder that --out wrote.
+        second: Another.
+        json: Write the comparison to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.console_compare import show_run_comparison
+    from pagedkv.sims.run_comparison import compare_runs
+
+    compared = compare_runs(Path(first), Path(second))
+    if json is None:
+        print_view(lambda console: show_run_comparison(compared, console))
+    else:
+        write_json(compared.document(), json)
+
+
+def advise(
+    *,
+    load: Load = LoadConfig(),  # noqa: B008
+    serving: Serving = ServingConfig(),  # noqa: B008
+    measurement: Measurement = MeasurementConfig(),  # noqa: B008
+    attain: Attain = 0.99,
+    json: Json = None,
+) -> None:
+    """Find settings that serve --users N better, one at a time from the defaults, and print a vllm serve command.
+
+    A setting is changed only if a simulation gains from it: more requests within the goals, then more throughput. Settings given
+    here are kept.
+
+    Args:
+        attain: Share of the requests that should meet the goals.
+        json: Write the advice to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.advise import advise as search
+    from pagedkv.sims.console_advise import show_advice
+    from pagedkv.sims.progress import ProgressOnStderr
+
+    _check_json(json)
+    names = _allocators(measurement)
+    if names != ("paged",):
+        raise ConfigError(f"--allocator is {','.join(names)}: advise is about vLLM, whose allocator is paged")
+    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
+    with ProgressOnStderr(["advise"], repeats=1) as progress:
+        advice = search(config, attain=attain, progress=_telling(progress, "advise"))
+    if json is None:
+        print_view(lambda console: show_advice(advice, console))
+    else:
+        write_json(advice.document(), json)
+
+
+def _check_json(json: str | None) -> None:
+    """Make sure that the answer can be written, before anything is computed.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    from pagedkv.sims.export import prepare_file
+
+    if json != "-" and (path := output_path(json, "--json")) is not None:
+        prepare_file(path, flag="--json")
+
+
+def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:
+    """Return the allocators that were asked for, paged if none was.
+
+    The default of `simulate` compares three. Identity tells it from the same three typed out.
+    """
+    if measurement.allocator is MeasurementConfig().allocator:
+        return ("paged",)
+    names = tuple(dict.fromkeys(name.strip() for text in measurement.allocator for name in text.split(",") if name.strip()))
+    if not names:
+        raise ConfigError("--allocator has no name: give one, e.g. --allocator paged")
+    return names
+
+
+def _telling(progress: Any, name: str) -> Any:
+    return lambda share: progress(name, 0, share)

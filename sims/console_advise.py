@@ -1,0 +1,39 @@
+"""Advice in the terminal: the command, and the run behind each of its values."""
+
+from rich.console import Console
+from rich.text import Text
+
+from pagedkv.sims.advise import NOTES, Advice
+
+
+def show_advice(advice: Advice, console: Console) -> None:
+    """Print the command, why, and what was tried in vain."""
+    console.print(Text("Serve with", "bold"))
+    console.print(advice.serve, soft_wrap=True, markup=False)
+    console.print()
+    if not advice.kept:
+        console.print("No setting that was tried gains anything over the defaults.")
+    for trial in advice.kept:
+        setting = f"{_flag(trial.setting)} {trial.value}"
+        console.print(Text.assemble((setting, "bold"), f" instead of {trial.before}: {trial.reason}"))
+        if trial.setting in NOTES:
+            console.print(Text(f"  {NOTES[trial.setting]}", "yellow"))
+    before, after = advice.attained
+    if before is not None and after is not None:
+        console.print(f"In all: {before:.1%} → {after:.1%} of the requests meet the goals.", markup=False)
+    rates = advice.output_tokens_per_s
+    if rates[0] and rates[1]:
+        console.print(f"In all: {rates[0]:,.1f} → {rates[1]:,.1f} output tokens/s.", markup=False)
+    console.print(Text(advice.verdict, "green" if advice.meets else "yellow"))
+    vain = [trial for trial in advice.trials if not trial.kept]
+    if vain:
+        console.print()
+        console.print(Text("Tried, and not kept", "bold"))
+        for trial in vain:
+            console.print(f"  {_flag(trial.setting)} {trial.value}: {trial.reason}", markup=False)
+    console.print()
+    console.print(f"This run:  {advice.simulate}", soft_wrap=True, markup=False)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,56 @@
+"""A sweep in the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pagedkv.sims.sweep import Sweep, errors, labels, value_text
+
+_FIGURES = {
+    "output_tokens_per_s": "tokens/s",
+    "goodput_share": "goodput",
+    "num_preemptions": "preempted",
+    "ttft_s.p99": "TTFT P99, s",
+    "tpot_s.p99": "TPOT P99, s",
+}
+_SURE = {True: "beyond the 95 % intervals", False: "within the 95 % intervals", None: "perhaps noise"}
+_MOST_ROWS = 200
+
+
+def show_sweep(sweep: Sweep, console: Console) -> None:
+    """Print a line per combination, and what was found along the flags."""
+    names = [axis.name for axis in sweep.grid.axes]
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for name in (*(name.replace("_", "-") for name in names), "status", *_FIGURES.values()):
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for row in sweep.rows[:_MOST_ROWS]:
+        if "result" in row.outcome:
+            figures = [_number(row.figure(name)) for name in _FIGURES]
+            table.add_row(*(str(value_text(row.values[name])) for name in names), str(row.figure("verdict.status")), *figures)
+    console.print(table)
+    if len(sweep.rows) > _MOST_ROWS:
+        console.print(f"and {len(sweep.rows) - _MOST_ROWS:,} more in results.csv")
+    console.print()
+    for cliff in sweep.cliffs:
+        axis = cliff.axis.replace("_", "-")
+        console.print(
+            f"Preemption begins between {axis} {cliff.calm} and {cliff.preempting} ({cliff.num_preemptions:,} preemptions)"
+            + _at(labels(cliff.others)),
+            markup=False,
+        )
+    for anomaly in sweep.anomalies:
+        moves = f"{anomaly.figure} goes from {anomaly.figure_before:,.4g} to {anomaly.figure_after:,.4g}"
+        axis = f"{anomaly.axis.replace('_', '-')} goes from {anomaly.before} to {anomaly.after}"
+        console.print(Text(f"Anomaly: {moves} as {axis}{_at(labels(anomaly.others))}; {_SURE[anomaly.sure]}", "yellow"))
+    for what, why in errors(sweep.rows):
+        console.print(Text(f"Cannot run: {what}: {why}", "yellow"))
+
+
+def _at(others: str) -> str:
+    return f", at {others}" if others else ""
+
+
+def _number(value: float | None) -> str:
+    if value is None or isinstance(value, int):
+        return "–" if value is None else f"{value:,}"
+    return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"

@@ -1,0 +1,133 @@
+"""One simulation of a search, reduced to what the search asks: does it fit, how surely, and what binds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pagedkv.errors import ConfigError
+from pagedkv.sims.attainment import Term, attained, terms
+from pagedkv.sims.command import changed
+from pagedkv.sims.config import SimulationConfig
+from pagedkv.sims.metrics import measure
+from pagedkv.sims.results import combine, simulate
+from pagedkv.sims.scenario import resolve
+from pagedkv.sims.simulation import Progress
+from pagedkv.sims.statistics import ci95
+from pagedkv.sims.verdict import Verdict, judge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What one configuration did with one allocator."""
+
+    config: SimulationConfig
+    figures: dict[str, Any]
+    """Over all repeats, by schema name."""
+    verdict: Verdict
+    attained: float | None
+    """Share of the requests that meet the goals, of those whose fate is known; None without goals, or if none is known."""
+    attained_ci95: tuple[float, float] | None
+    """95 % confidence interval of it over the repeats; None for a single run."""
+    stable_repeats: float
+    """Share of the repeats that are stable by themselves."""
+    terms: tuple[Term, ...]
+    """The goals one by one."""
+
+    @property
+    def refused(self) -> int:
+        """Requests that were rejected or failed."""
+        return int(self.figures["num_rejected"] + self.figures["num_failed"])
+
+    def meets(self, share: float) -> bool:
+        """Return whether a share `share` of the requests meets the goals and nobody is turned away; without goals, if it is stable.
+
+        With no request whose fate is known, as with few users in a short run, nothing has been missed.
+        """
+        if not self.terms:
+            return self.verdict.status == "stable"
+        return self.refused == 0 and (self.attained is None or self.attained >= share)
+
+    def surely_meets(self, share: float) -> bool:
+        """Return whether the lower bound of the interval still meets it; without goals, whether every repeat is stable."""
+        if not self.terms:
+            return self.stable_repeats == 1.0
+        return self.refused == 0 and (self.attained_ci95 is None or self.attained_ci95[0] >= share)
+
+    def may_meet(self, share: float) -> bool:
+        """Return whether the upper bound of the interval meets it; without goals, whether a repeat is stable."""
+        if not self.terms:
+            return self.stable_repeats > 0.0
+        return self.refused == 0 and (self.attained_ci95 is None or self.attained_ci95[1] >= share)
+
+
+def probe(config: SimulationConfig, allocator: str, *, attain: float, progress: Progress | None = None) -> Probe:
+    """Simulate `config` with `allocator` and return what a search asks of it.
+
+    Raises:
+        ConfigError: If `config` cannot work.
+    """
+    scenario = resolve(changed(config, allocator=(allocator,)))
+    result = simulate(scenario, progress=progress).by_allocator[allocator]
+    alone = [judge(scenario, combine([measure(run, scenario.goals)]), [run]) for run in result.runs]
+    shares = [share for run in result.runs if (share := attained([run], scenario.goals)) is not None] if scenario.goals else []
+    return Probe(
+        config=config,
+        figures=result.figures,
+        verdict=result.verdict,
+        attained=attained(result.runs, scenario.goals) if scenario.goals else None,
+        attained_ci95=ci95(shares),
+        stable_repeats=sum(verdict.status == "stable" for verdict in alone) / len(alone),
+        terms=terms(result.runs, scenario.goals, attain=attain),
+    )
+
+
+class Probes:
+    """The runs of a search by its variable, each done once.
+
+    A value whose configuration cannot work (a context that the machine cannot start with) fits nothing: `at` returns None.
+    """
+
+    def __init__(
+        self,
+        config_of: Callable[[int], SimulationConfig],
+        allocator: str,
+        *,
+        attain: float,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self._config_of = config_of
+        self._allocator = allocator
+        self._attain = attain
+        self._progress = progress
+        self._by_value: dict[int, Probe | ConfigError] = {}
+
+    def at(self, value: int) -> Probe | None:
+        """Return the run at `value`, None if its configuration cannot work.
+
+        Raises:
+            ConfigError: If the first one asked for cannot work: then none can.
+        """
+        if value not in self._by_value:
+            try:
+                self._by_value[value] = probe(
+                    self._config_of(value), self._allocator, attain=self._attain, progress=self._telling(len(self._by_value))
+                )
+            except ConfigError as error:
+                if not self._by_value:
+                    raise
+                self._by_value[value] = error
+        found = self._by_value[value]
+        return found if isinstance(found, Probe) else None
+
+    def done(self) -> dict[int, Probe | None]:
+        """Return what was run, by value, ascending."""
+        return {value: self.at(value) for value in sorted(self._by_value)}
+
+    def why_not(self, value: int) -> str | None:
+        """Return why the configuration at `value` cannot work; None if it can, or was not tried."""
+        found = self._by_value.get(value)
+        return str(found) if isinstance(found, ConfigError) else None
+
+    def _telling(self, before: int) -> Progress | None:
+        tell = self._progress
+        return None if tell is None else lambda _, __, share: tell(before, share)
