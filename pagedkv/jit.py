@@ -53,7 +53,7 @@ def native(function: F, signature: Any) -> F:
 
     Whatever takes it is compiled once, not anew for every function that is passed. Kept on disk as by `jit`.
     """
-    compiled = CFunc(function, normalize_signature(signature), {}, {"error_model": "numpy"})
+    compiled = CFunc(function, normalize_signature(signature), {}, {"error_model": "numpy"})  # type: ignore[no-untyped-call]
     with suppress(RuntimeError):  # no folder to keep it in
         compiled.enable_caching()
     _watch_package(compiled)

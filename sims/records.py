@@ -22,8 +22,8 @@ class Outcome(IntEnum):
 
 
 TOKEN_TIMES = np.dtype([("arrival_s", "<f8"), ("scheduled_s", "<f8"), ("first_token_s", "<f8"), ("last_token_s", "<f8")])
-"""Instants on the virtual clock in seconds, NaN as long as they have not come: arrival; start of the first step that computed any of
-it; end of the step that gave its first output token, and of the one that gave its newest: of a finished request, when it finished."""
+"""Instants on the virtual clock in seconds, NaN as long as they have not come: arrival; start of the first step that computed any
+of it; end of the step that gave its first output token, and of the one that gave its newest: of a finished request, its end."""
 
 TokenTimes: TypeAlias = npt.NDArray[np.void]
 """`TOKEN_TIMES`, by request index."""

@@ -28,7 +28,7 @@ STEPS_AT_ONCE = 200_000
 """Steps until it comes back anyway."""
 
 NEXT_ARRIVAL, NUM_KNOWN, NUM_FINISHED, NUM_FAILED = 0, 1, 2, 3
-"""In `progress`: who arrives next; requests known, those of the future included; how many ended in the last step, or were given up."""
+"""In `progress`: who arrives next; requests known, future ones included; how many ended in the last step, or were given up."""
 NOW, STEP_S = 0, 1
 """In `clock`: the time; how long the step in flight takes."""
 

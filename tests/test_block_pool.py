@@ -234,5 +234,5 @@ def test_corruption_of_the_cache_is_noticed(column: str, at: int, value: int) ->
 
 def test_state_stays_within_64_bytes_per_block() -> None:
     for num_blocks in (2, 5, 1000, 1025):
-        pool, cache = caching_pool(num_blocks)
+        pool, _ = caching_pool(num_blocks)
         assert pool.num_bytes <= 64 * num_blocks + 64
