@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagedkv.allocators import ALLOCATORS
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.cli import main
 from pagedkv.sims.comparison import advantages, comparison
@@ -20,7 +19,7 @@ from pagedkv.sims.glossary import GLOSSARY
 from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.report import html
 from pagedkv.sims.results import Results, simulate
-from pagedkv.sims.scenario import resolve
+from pagedkv.sims.scenario import resolve, simulated_allocators
 
 SECTIONS = ["verdict", "memory", "kv", "occupancy", "latency", "comparison", "assumptions", "glossary"]
 VOID = {"meta", "br"}
@@ -134,7 +133,7 @@ def test_nothing_is_loaded_from_anywhere(busy: Results, page: Page) -> None:
 
 def test_one_file_of_reasonable_size() -> None:
     load = LoadConfig(request_rate=1.0, random_input_len=900, random_output_len=1)  # a picture has as many points after a day
-    results = simulated(load, {"allocator": tuple(ALLOCATORS.names()), "duration": "1500s", "repeats": 2})
+    results = simulated(load, {"allocator": tuple(simulated_allocators()), "duration": "1500s", "repeats": 2})
     text = html(results)
     assert len(text.encode()) < 8e6
     assert min(numbers(trace["x"]).size for trace in traces(text, "requests")) > 700
