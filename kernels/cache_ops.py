@@ -1,0 +1,101 @@
+"""Writing to the cache: new keys and values into their slots, copies of blocks and slots. For numpy and torch on any device."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from pagedkv.kernels.contract import check_cache_pair, device_type, dtype_name, host_array, is_torch, need, nhd
+
+
+def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, kv_layout: str = "NHD") -> None:
+    """Write key and value of each token to its slot, block * block_size + offset. O(tokens).
+
+    Args:
+        key: Keys [tokens, num_kv_heads, head_dim], of the cache's type.
+        value: Values, as `key`.
+        k_cache: Keys' cache, changed in place.
+        v_cache: Values' cache, changed in place.
+        slot_mapping: By token: its slot; -1 skips the token (padding).
+        kv_layout: "NHD" or "HND".
+
+    Raises:
+        KernelError: If shapes or types do not fit, or, on the CPU, a slot is outside or given twice. Nothing has changed then.
+    """
+    check_cache_pair(k_cache, v_cache, kv_layout)
+    caches = [nhd(cache, kv_layout) for cache in (k_cache, v_cache)]
+    num_blocks, block_size, *head = caches[0].shape
+    for name, new in (("key", key), ("value", value)):
+        shape = tuple(new.shape)
+        need(shape == (len(new), *head), f"{name} has shape {shape}: the cache needs [tokens, {head[0]}, {head[1]}]")
+        kinds = dtype_name(new), dtype_name(k_cache)
+        need(kinds[0] == kinds[1], f"{name} is {kinds[0]}, the cache {kinds[1]}: needs the cache's type; convert it first")
+    slots = _integers(slot_mapping, k_cache)
+    same = tuple(slots.shape) == (len(key),) == (len(value),)
+    need(same, f"{len(key)} keys, {len(value)} values, slots of shape {tuple(slots.shape)}: need one each")
+    given = slots >= 0
+    if device_type(slots) == "cpu":
+        _check_places(host_array(slots)[host_array(given)], num_blocks * block_size, "slot_mapping")
+        need((slots >= -1).all(), f"slot_mapping holds {int(slots.min())}: needs slots, or -1 to skip a token")
+    slots = slots[given]
+    for cache, new in zip(caches, (key, value), strict=True):
+        cache[slots // block_size, slots % block_size] = new[given]
+
+
+def copy_blocks(k_cache: Any, v_cache: Any, pairs: Any, *, kv_layout: str = "NHD") -> None:
+    """Copy whole blocks, `pairs` [n, 2] of source and destination: a fork that is written to. All are read before any is written.
+
+    Raises:
+        KernelError: On the CPU, if a pair is outside the cache or a destination given twice. Nothing has changed then.
+    """
+    check_cache_pair(k_cache, v_cache, kv_layout)
+    moves = _pairs(pairs, k_cache, int(k_cache.shape[0]))
+    for cache in (k_cache, v_cache):
+        cache[moves[:, 1]] = cache[moves[:, 0]]
+
+
+def copy_slots(k_cache: Any, v_cache: Any, pairs: Any, *, kv_layout: str = "NHD") -> None:
+    """Copy single slots, `pairs` [n, 2] of source and destination, as in an allocator's grant. All are read before any is written.
+
+    Raises:
+        KernelError: As `copy_blocks`.
+    """
+    check_cache_pair(k_cache, v_cache, kv_layout)
+    caches = [nhd(cache, kv_layout) for cache in (k_cache, v_cache)]
+    num_blocks, block_size = (int(size) for size in caches[0].shape[:2])
+    moves = _pairs(pairs, k_cache, num_blocks * block_size)
+    blocks, offsets = moves // block_size, moves % block_size
+    for cache in caches:
+        cache[blocks[:, 1], offsets[:, 1]] = cache[blocks[:, 0], offsets[:, 0]]
+
+
+def slot_mapping_for(block_table: Any, sequences: Any, positions: Any, block_size: int) -> Any:
+    """Return the slots of tokens, numpy or torch as `block_table`: token i is at positions[i] of sequence sequences[i]."""
+    sequences, positions = (_integers(numbers, block_table) for numbers in (sequences, positions))
+    blocks = _integers(block_table, block_table)[sequences, positions // block_size]
+    return blocks * block_size + positions % block_size
+
+
+def _integers(numbers: Any, like: Any) -> Any:
+    """Return `numbers` as int64, a tensor on the device of `like` if that is one."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.as_tensor(numbers, dtype=torch.int64, device=like.device)
+    return np.asarray(host_array(numbers), np.int64)
+
+
+def _pairs(pairs: Any, cache: Any, size: int) -> Any:
+    moves = _integers(pairs, cache).reshape(-1, 2)
+    if device_type(moves) == "cpu":
+        places = host_array(moves)
+        need(not places.size or (places.min() >= 0 and places.max() < size), f"pairs {places.tolist()}: need 0 to {size - 1}")
+        _check_places(places[:, 1], size, "destinations")
+    return moves
+
+
+def _check_places(places: Any, size: int, name: str) -> None:
+    if places.size:
+        need(places.max() < size, f"{name} holds {places.max()}: the cache has 0 to {size - 1}")
+        values, counts = np.unique(places, return_counts=True)
+        twice = values[counts > 1].tolist()
+        need(not twice, f"{name} holds {twice[:5]} more than once: needs each place once")
