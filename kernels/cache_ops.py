@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.kernels.contract import check_cache_pair, device_type, dtype_name, host_array, is_torch, need, nhd
+from pagedkv.kernels.contract import KernelError, check_cache_pair, device_type, dtype_name, host_array, is_torch, need, nhd
 
 
 def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, kv_layout: str = "NHD") -> None:
@@ -36,7 +36,8 @@ def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_map
     given = slots >= 0
     if device_type(slots) == "cpu":
         _check_places(host_array(slots)[host_array(given)], num_blocks * block_size, "slot_mapping")
-        need((slots >= -1).all(), f"slot_mapping holds {int(slots.min())}: needs slots, or -1 to skip a token")
+        lowest = int(slots.min()) if len(slots) else -1
+        need(lowest >= -1, f"slot_mapping holds {lowest}: needs slots, or -1 to skip a token")
     slots = slots[given]
     for cache, new in zip(caches, (key, value), strict=True):
         cache[slots // block_size, slots % block_size] = new[given]
@@ -70,9 +71,17 @@ def copy_slots(k_cache: Any, v_cache: Any, pairs: Any, *, kv_layout: str = "NHD"
 
 
 def slot_mapping_for(block_table: Any, sequences: Any, positions: Any, block_size: int) -> Any:
-    """Return the slots of tokens, numpy or torch as `block_table`: token i is at positions[i] of sequence sequences[i]."""
+    """Return the slots of tokens, numpy or torch as `block_table`: token i is at positions[i] of sequence sequences[i].
+
+    Raises:
+        KernelError: On the CPU, if the table has no block there.
+    """
     sequences, positions = (_integers(numbers, block_table) for numbers in (sequences, positions))
     blocks = _integers(block_table, block_table)[sequences, positions // block_size]
+    if device_type(blocks) == "cpu":
+        for i in np.flatnonzero(host_array(blocks) < 0)[:1]:
+            where = f"position {int(positions[i])} of sequence {int(sequences[i])}"
+            raise KernelError(f"the block table holds {int(blocks[i])} for {where}: needs a block there first")
     return blocks * block_size + positions % block_size
 
 

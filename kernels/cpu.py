@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pagedkv.jit import parallel_jit
 from pagedkv.kernels.contract import AttentionCall, need, widened
-from pagedkv.kernels.cpu_items import Float32Array, Operands, Settings, Workspace, work
+from pagedkv.kernels.cpu_items import Float32Array, Operands, Settings, Workspace, worker
 from pagedkv.kernels.cpu_plan import Plan, plan
 from pagedkv.kernels.cpu_tiles import tile_kernels
 from pagedkv.kernels.simd import LANES
@@ -23,7 +23,7 @@ _LOG2E = math.log2(math.e)
 
 
 @parallel_jit
-def _run(items: Any, progress: Any, operands: Any, settings: Any, spaces: Any, score: Any, weigh: Any) -> None:
+def _run(work: Any, items: Any, progress: Any, operands: Any, settings: Any, spaces: Any, score: Any, weigh: Any) -> None:
     for thread in numba.prange(spaces.q.shape[0]):
         space = Workspace(
             spaces.q[thread],
@@ -56,7 +56,7 @@ def attend(call: AttentionCall) -> tuple[Float32Array, Float32Array]:
         keys=keys,
         values=values,
         strides=np.array(key_strides + value_strides),
-        block_table=call.block_table,
+        block_table=np.require(call.block_table, requirements=["C", "W"]),
         first=todo.first,
         last=todo.last,
         sinks=np.full(num_heads, -np.inf, np.float32) if call.sinks is None else call.sinks * np.float32(_LOG2E),
@@ -68,7 +68,7 @@ def attend(call: AttentionCall) -> tuple[Float32Array, Float32Array]:
     settings = Settings(call.k_cache.shape[2], call.block_size, todo.tile_tokens, call.v_scale, call.softcap)
     progress = np.append(0, todo.pieces_left)
     spaces = _workspaces(min(threads, len(todo.items)), todo, head_dim)
-    _run(todo.items, progress, operands, settings, spaces, *tile_kernels(call.k_cache.dtype.type))
+    _run(worker(), todo.items, progress, operands, settings, spaces, *tile_kernels(call.k_cache.dtype.type))
     return out, lse
 
 

@@ -1,14 +1,17 @@
 """What a thread does with an item of work: its queries, tile by tile over its keys; and the merging of split sequences."""
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.arrays import Int32Array, Int64Array
-from pagedkv.jit import jit
-from pagedkv.kernels.cpu_tiles import STEP, cap, hide, soften
+from pagedkv.jit import jit, native
+from pagedkv.kernels.cpu_plan import ITEM
+from pagedkv.kernels.cpu_tiles import STEP, TILE_KERNEL, cap, hide, soften
 from pagedkv.kernels.simd import LANES, fetch_add
 
 Float32Array = npt.NDArray[np.float32]
@@ -216,8 +219,7 @@ def _merge(item: Any, operands: Any, group: Any) -> None:
                     target[d] /= total
 
 
-@jit
-def work(items: Any, progress: Any, operands: Any, settings: Any, space: Any, score: Any, weigh: Any) -> None:
+def _work(items: Any, progress: Any, operands: Any, settings: Any, space: Any, score: Any, weigh: Any) -> None:
     """Take items until none is left. `progress`: items taken, then pieces left by ticket."""
     group = operands.q.shape[1] // settings.num_kv_heads
     while True:
@@ -230,3 +232,15 @@ def work(items: Any, progress: Any, operands: Any, settings: Any, space: Any, sc
         _finish(item, operands, settings, space, group)
         if item.num_pieces > 1 and fetch_add(progress, 1 + item.ticket, -1) == 1:
             _merge(item, operands, group)
+
+
+@cache
+def worker() -> Any:
+    """Return `_work` as an argument for compiled code: what a parallel loop calls outright, numba compiles several times over."""
+    f32, i32, i64, f64, u8 = numba.float32, numba.int32, numba.int64, numba.float64, numba.uint8
+    arrays = f32[:, :, ::1], u8[::1], u8[::1], i64[::1], i32[:, ::1], i32[::1], i32[::1], f32[::1]
+    results = f32[:, :, ::1], f32[:, ::1], f32[:, :, ::1], f32[:, ::1]
+    operands = numba.types.NamedTuple([*arrays, *results], Operands)
+    settings = numba.types.NamedTuple([i64, i64, i64, f64, f64], Settings)
+    space = numba.types.NamedTuple([f32[::1], f32[::1], f32[::1], f32[:, ::1], i32[:, ::1], i64[:, ::1]], Workspace)
+    return native(_work, numba.void(numba.from_dtype(ITEM)[::1], i64[::1], operands, settings, space, TILE_KERNEL, TILE_KERNEL))

@@ -263,6 +263,8 @@ def cap(scores: Any, softcap: Any) -> None:
 _FLAT, _PLACES, _COUNT = numba.float32[::1], numba.int64[::1], numba.int64
 _STORED = numba.uint8[::1]
 _SIGNATURE = numba.void(_FLAT, _STORED, _COUNT, _PLACES, _PLACES, _COUNT, _COUNT, _COUNT, _COUNT, _FLAT)
+TILE_KERNEL = numba.types.FunctionType(_SIGNATURE)
+"""The type of `score` and of `weigh`, whatever the cache stores."""
 
 
 @cache

@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
-from attention_cases import DTYPES, TOLERANCE, Case, cases
+from attention_cases import DTYPES, Case, cases
 from hypothesis import given, settings
 
 from pagedkv.allocation import KVPoolSettings
@@ -31,25 +30,24 @@ def agree(case: Case) -> None:
     call = check_call(**case.arrays(), **case.keywords())
     out, lse = cpu.attend(call)
     want, want_lse = reference.attend(call)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(out, want, atol=tolerance, rtol=tolerance)
-    np.testing.assert_allclose(lse, want_lse, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(out, want, atol=1e-5, rtol=1e-5)  # both in float32 from the values that are stored
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=1e-5)
 
 
 @given(cases())
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_decode_agrees(case: Case) -> None:
     agree(case)
 
 
 @given(cases(prefill=True))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_prefill_agrees(case: Case) -> None:
     agree(case)
 
 
 @given(cases(dtypes=("float16", "bfloat16")))
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_decode_agrees_in_half_precision(case: Case) -> None:
     agree(case)
 
@@ -76,7 +74,7 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("case", LONG, ids=str)
+@pytest.mark.parametrize("case", LONG, ids=lambda case: f"{case.lengths[0]}x{len(case.lengths)}")
 def test_thousands_of_keys_agree(case: Case) -> None:
     agree(case)
 
@@ -88,7 +86,7 @@ def test_the_error_is_that_of_float32_sums(dtype: str) -> None:
 
 
 def test_large_scores_do_not_overflow() -> None:
-    arrays = Case(lengths=(500,), num_splits=3).arrays() if False else Case(lengths=(500,)).arrays()
+    arrays = Case(lengths=(500,)).arrays()
     arrays["q"] *= 1e4
     call = check_call(**arrays)
     out, lse = cpu.attend(call)
@@ -177,8 +175,7 @@ def test_nothing_to_do_is_done() -> None:
     assert lse.shape == (0, 8)
 
 
-def test_every_sum_is_within_the_tile_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of any size give the same: nothing hangs on the sizes that are fast here."""
+def test_tiles_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for tile_bytes in (1, 4096, 1 << 20):
         monkeypatch.setattr(cpu_plan, "TILE_BYTES", tile_bytes)
         agree(Case(lengths=(333, 64), num_queries=(5, 3), block_size=7))
@@ -264,30 +261,40 @@ def test_every_half_is_widened_whatever_the_machine_can_do(features: str) -> Non
     assert done.stdout.split() == (["8", "True"] if features else ["4", "False"])
 
 
-def test_a_plain_machine_computes_the_same(tmp_path: Path) -> None:
-    """With 4 lanes, as an arm64 machine has."""
-    script = """
-import sys
+TILE = """
+import numba
 import numpy as np
-from attention_cases import Case
-from pagedkv.kernels import cpu, reference, simd
-from pagedkv.kernels.contract import check_call
+from pagedkv.kernels import simd
+from pagedkv.kernels.cpu_tiles import tile_kernels
+
+@numba.njit
+def call(kernel, rows, cache, where, heads, per_head, dim, scores):
+    kernel(rows, cache, 0, where, where, dim, heads, per_head, dim, scores)
 
 assert simd.LANES == 4
-for dtype in ("float32", "float16"):
-    call = check_call(**Case(lengths=(90, 3), num_queries=(4, 1), head_dim=70, group_size=5, dtype=dtype).arrays())
-    np.testing.assert_allclose(cpu.attend(call)[0], reference.attend(call)[0], atol=1e-5)
+rng = np.random.default_rng(0)
+heads, per_head, dim, tokens = 2, 5, 70, 8
+q, cache = rng.standard_normal((heads, per_head, dim)), rng.standard_normal((tokens, heads, dim)).astype(np.float16)
+padded = np.zeros((heads, per_head, 72), np.float32)
+padded[..., :68], padded[..., 70:] = q[..., :68], q[..., 68:]  # the last vector overlaps the one before it by two
+where, scores, acc = np.arange(tokens) * heads * dim, np.empty((tokens, heads, per_head), np.float32), np.zeros_like(padded)
+score, weigh = tile_kernels(np.float16)
+call(score, padded.reshape(-1), cache.reshape(-1).view(np.uint8), where, heads, per_head, dim, scores.reshape(-1))
+np.testing.assert_allclose(scores, np.einsum("hrd,thd->thr", q, cache.astype(float)), atol=1e-4)
+call(weigh, acc.reshape(-1), cache.reshape(-1).view(np.uint8), where, heads, per_head, dim, scores.reshape(-1))
+want = np.einsum("thr,thd->hrd", scores, cache.astype(float))
+np.testing.assert_allclose(acc[..., :68], want[..., :68], atol=1e-4)
+np.testing.assert_allclose(acc[..., 68:], want[..., 66:], atol=1e-4)
 """
+
+
+def test_a_plain_machine_computes_the_same() -> None:
+    """With 4 lanes, as an arm64 machine has."""
     if os.uname().machine != "x86_64":
         pytest.skip("has 4 lanes anyway, or other names")
-    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", TILE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_dataclass_cases_are_plain() -> None:
-    assert replace(LONG[0], seed=1).arrays()["q"].shape == (1, 32, 128)
 
 
 def test_q_and_cache_may_differ_in_type() -> None:
