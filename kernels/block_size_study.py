@@ -12,7 +12,7 @@ from pagedkv.kernels.contract import narrowed, need
 from pagedkv.kernels.dispatch import paged_attention_decode
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,22 +41,21 @@ class BlockSizeStudy:
         Raises:
             KernelError: If there is nothing to measure.
         """
-        need(self.dtype in _DTYPES, f"dtype is {self.dtype!r}: needs one of {', '.join(_DTYPES)}")
+        need(self.dtype in DTYPES, f"dtype is {self.dtype!r}: needs one of {', '.join(DTYPES)}")
         need(self.lengths and min(self.lengths) > 0, f"lengths are {list(self.lengths)}: needs at least one, each 1 or more")
         need(self.block_sizes and min(self.block_sizes) > 0, f"block sizes {self.block_sizes}: need at least one, each 1 or more")
-        calls = [self._call(decode, block_size) for block_size in self.block_sizes]
-        times: list[list[float]] = [[] for _ in calls]
-        for call in calls:
-            call()
-        for _ in range(self.rounds):
-            for call, taken in zip(calls, times, strict=True):
+        steps = [self.arrays(block_size) for block_size in self.block_sizes]
+        times: list[list[float]] = [[] for _ in steps]
+        for _ in range(self.rounds + 1):
+            for arrays, taken in zip(steps, times, strict=True):
                 start = time.perf_counter()
-                call()
+                decode(**arrays)
                 taken.append(time.perf_counter() - start)
         tokens = sum(self.lengths)
-        kv_bytes = 2 * tokens * self.num_kv_heads * self.head_dim * np.dtype(_DTYPES[self.dtype]).itemsize
+        kv_bytes = 2 * tokens * self.num_kv_heads * self.head_dim * np.dtype(DTYPES[self.dtype]).itemsize
         return [
-            self._row(size, statistics.median(taken), tokens, kv_bytes) for size, taken in zip(self.block_sizes, times, strict=True)
+            self._row(size, statistics.median(taken[1:]), tokens, kv_bytes)
+            for size, taken in zip(self.block_sizes, times, strict=True)
         ]
 
     def _row(self, block_size: int, kernel_s: float, tokens: int, kv_bytes: int) -> dict[str, float]:
@@ -70,17 +69,23 @@ class BlockSizeStudy:
             "table_entries": blocks,
         }
 
-    def _call(self, decode: Callable[..., Any], block_size: int) -> Callable[[], Any]:
-        """Return a call of `decode` on random keys in shuffled blocks."""
-        rng, kind = np.random.default_rng(self.seed), _DTYPES[self.dtype]
+    def arrays(self, block_size: int) -> dict[str, Any]:
+        """Return what a decode step takes: random keys in blocks in random order."""
+        rng, kind = np.random.default_rng(self.seed), DTYPES[self.dtype]
         num_blocks = _blocks(self.lengths, block_size)
-        shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
-        k_cache, v_cache = (narrowed(rng.standard_normal(shape, np.float32), kind) for _ in range(2))
-        q = narrowed(rng.standard_normal((len(self.lengths), self.num_q_heads, self.head_dim), np.float32), kind)
         counts = np.array([-(-length // block_size) for length in self.lengths])
         table = np.full((len(counts), counts.max()), -1, np.int32)
         table[np.arange(counts.max()) < counts[:, None]] = rng.permutation(num_blocks)
-        return lambda: decode(q, k_cache, v_cache, table, np.array(self.lengths, np.int32))
+        shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
+        k_cache, v_cache = (narrowed(rng.standard_normal(shape, np.float32), kind) for _ in range(2))
+        q = narrowed(rng.standard_normal((len(counts), self.num_q_heads, self.head_dim), np.float32), kind)
+        return {
+            "q": q,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "block_table": table,
+            "cache_seqlens": np.array(self.lengths, np.int32),
+        }
 
 
 def _blocks(lengths: Sequence[int], block_size: int) -> int:

@@ -9,6 +9,7 @@ token needs (padding, -1; blocks that have left the window) are never looked at.
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,12 @@ def need(ok: object, problem: str) -> None:
 
 def dtype_name(array: Any) -> str:
     """Return the element type's name, the same for numpy and torch; uint16 counts as the bit patterns of bfloat16."""
-    name = str(array.dtype).removeprefix("torch.")
+    return _dtype_name(array.dtype)
+
+
+@cache
+def _dtype_name(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
     return "bfloat16" if name == "uint16" else name
 
 
@@ -117,10 +123,10 @@ def check_shapes(
 def check_cache_pair(k_cache: Any, v_cache: Any, kv_layout: str) -> None:
     """Raise KernelError unless these are the keys and values of one cache."""
     need(kv_layout in KV_LAYOUTS, f"kv_layout is {kv_layout!r}: needs 'NHD' or 'HND'")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, array in (("k_cache", k_cache), ("v_cache", v_cache)):
         axes = "block_size, num_kv_heads" if kv_layout == "NHD" else "num_kv_heads, block_size"
-        need(len(cache.shape) == 4, f"{name} has shape {tuple(cache.shape)}: {kv_layout} is [num_blocks, {axes}, head_dim]")
-        need(min(cache.shape[1:]) > 0, f"{name} has shape {tuple(cache.shape)}: needs at least 1 in every axis")
+        need(len(array.shape) == 4, f"{name} has shape {tuple(array.shape)}: {kv_layout} is [num_blocks, {axes}, head_dim]")
+        need(min(array.shape[1:]) > 0, f"{name} has shape {tuple(array.shape)}: needs at least 1 in every axis")
     shapes = tuple(k_cache.shape), tuple(v_cache.shape)
     need(shapes[0] == shapes[1], f"k_cache has shape {shapes[0]}, v_cache {shapes[1]}: needs the same")
     need(k_cache.dtype == v_cache.dtype, f"k_cache is {dtype_name(k_cache)}, v_cache {dtype_name(v_cache)}: needs the same")
@@ -226,24 +232,30 @@ def check_call(
 
 def _check_values(call: AttentionCall) -> None:
     starts, seqlens, table = call.cu_seqlens_q, call.cache_seqlens, call.block_table
-    if not (starts[0] == 0 and starts[-1] == len(call.q) and (np.diff(starts) >= 0).all()):
+    if not (starts[0] == 0 and starts[-1] == len(call.q) and (starts[1:] >= starts[:-1]).all()):
         raise KernelError(f"cu_seqlens_q is {starts.tolist()}: needs to rise from 0 to the number of queries, {len(call.q)}")
     room = table.shape[1] * call.block_size
-    wrong = np.flatnonzero((seqlens < 0) | (seqlens > room))
-    for i in wrong[:1]:
+    longest = int(seqlens.max(initial=0))
+    if longest > room or seqlens.min(initial=0) < 0:
+        i = int(np.flatnonzero((seqlens < 0) | (seqlens > room))[0])
         works = f"a block table of {table.shape[1]} blocks of {call.block_size} tokens holds 0 to {room}"
         raise KernelError(f"cache_seqlens[{i}] is {seqlens[i]}: {works}")
-    left = call.window_size[0]
-    num_queries = np.diff(starts)
-    first = np.maximum(seqlens - num_queries - left, 0) // call.block_size if left >= 0 else np.zeros_like(seqlens)
-    last = np.where(num_queries > 0, -(-seqlens // call.block_size), 0)
-    column = np.arange(int(last.max(initial=0)))
+    entries = table[:, : -(-longest // call.block_size)]
+    if entries.max(initial=0) >= len(call.k_cache) or entries.min(initial=0) < 0:  # perhaps only where nobody looks
+        _check_entries(call, entries)
+
+
+def _check_entries(call: AttentionCall, entries: Int32Array) -> None:
+    """Raise KernelError if a block that some visible key is in does not exist."""
+    left, num_queries = call.window_size[0], np.diff(call.cu_seqlens_q)
+    first = np.maximum(call.cache_seqlens - num_queries - left, 0) // call.block_size if left >= 0 else np.zeros_like(num_queries)
+    last = np.where(num_queries > 0, -(-call.cache_seqlens // call.block_size), 0)
+    column = np.arange(entries.shape[1])
     used = (column >= first[:, None]) & (column < last[:, None])
-    entries = table[:, : column.size]
     bad = np.argwhere(used & ((entries < 0) | (entries >= len(call.k_cache))))
     for row, place in bad[:1]:
         needed = f"sequence {row} needs blocks {first[row]} to {last[row] - 1} of its table, each 0 to {len(call.k_cache) - 1}"
-        raise KernelError(f"block_table[{row}, {place}] is {table[row, place]}: {needed}")
+        raise KernelError(f"block_table[{row}, {place}] is {entries[row, place]}: {needed}")
 
 
 def widened(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.jit import parallel_jit
 from pagedkv.kernels.contract import AttentionCall, need, widened
 from pagedkv.kernels.cpu_items import Float32Array, Operands, Settings, Workspace, worker
@@ -23,16 +24,21 @@ _LOG2E = math.log2(math.e)
 
 
 @parallel_jit
-def _run(work: Any, items: Any, progress: Any, operands: Any, settings: Any, spaces: Any, score: Any, weigh: Any) -> None:
-    for thread in numba.prange(spaces.q.shape[0]):
-        space = Workspace(
-            spaces.q[thread],
-            spaces.acc[thread],
-            spaces.scores[thread],
-            spaces.rows[thread],
-            spaces.limits[thread],
-            spaces.places[thread],
-        )
+def _run(
+    work: Any,
+    items: Any,
+    progress: Any,
+    operands: Any,
+    settings: Any,
+    floats: Any,
+    limits: Any,
+    places: Any,
+    score: Any,
+    weigh: Any,
+) -> None:
+    for thread in numba.prange(floats.shape[0]):
+        mine = floats[thread]
+        space = Workspace(mine[0], mine[1], mine[2], mine[3], limits[thread], places[thread])
         work(items, progress, operands, settings, space, score, weigh)
 
 
@@ -68,7 +74,7 @@ def attend(call: AttentionCall) -> tuple[Float32Array, Float32Array]:
     settings = Settings(call.k_cache.shape[2], call.block_size, todo.tile_tokens, call.v_scale, call.softcap)
     progress = np.append(0, todo.pieces_left)
     spaces = _workspaces(min(threads, len(todo.items)), todo, head_dim)
-    _run(worker(), todo.items, progress, operands, settings, spaces, *tile_kernels(call.k_cache.dtype.type))
+    _run(worker(), todo.items, progress, operands, settings, *spaces, *tile_kernels(call.k_cache.dtype.type))
     return out, lse
 
 
@@ -89,22 +95,14 @@ def _flat(cache: npt.NDArray[Any], name: str) -> tuple[npt.NDArray[np.uint8], tu
     return np.asarray(_Memory(cache.ctypes.data, extent * cache.itemsize, cache)), strides[:3]
 
 
-def _workspaces(threads: int, todo: Plan, head_dim: int) -> Workspace:
-    """Return memory for each thread, its rows on cache lines of their own."""
-    padded = todo.num_rows * -(-head_dim // LANES) * LANES
-    return Workspace(
-        q=_aligned(threads, padded),
-        acc=_aligned(threads, padded),
-        scores=_aligned(threads, todo.tile_tokens * todo.num_rows),
-        rows=np.empty((threads, 3, todo.num_rows), np.float32),
-        limits=np.empty((threads, 2, todo.num_rows), np.int32),
-        places=np.empty((threads, 2, 2 * todo.tile_tokens), np.int64),
-    )
+def _workspaces(threads: int, todo: Plan, head_dim: int) -> tuple[Float32Array, Int32Array, Int64Array]:
+    """Return what the threads' `Workspace` are made of: the float32 arrays [threads, 4, size], limits and places.
 
-
-def _aligned(threads: int, size: int) -> Float32Array:
-    """Return uninitialised [threads, size], each row from the start of a cache line of 64 bytes."""
+    Each begins a cache line, of 64 bytes, which vectors then do not straddle.
+    """
+    size = todo.num_rows * max(-(-head_dim // LANES) * LANES, todo.tile_tokens)
     size = -(-size // 16) * 16
-    memory = np.empty(threads * size + 16, np.float32)
+    memory = np.empty(threads * 4 * size + 16, np.float32)
     start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + threads * size].reshape(threads, size)
+    floats = memory[start : start + threads * 4 * size].reshape(threads, 4, size)
+    return floats, np.empty((threads, 2, todo.num_rows), np.int32), np.empty((threads, 2, 2 * todo.tile_tokens), np.int64)

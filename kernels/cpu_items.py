@@ -66,7 +66,7 @@ class Workspace(NamedTuple):
     """Padded sums of weighted values, flat."""
     scores: Float32Array
     rows: Float32Array
-    """Maximum, sum and factor of each row [3, rows]."""
+    """Maximum, sum and factor of each row, one after the other, flat."""
     limits: Int32Array
     """The first key that each row sees, and the one past the last [2, rows]."""
     places: Int64Array
@@ -94,6 +94,7 @@ def _begin(item: Any, operands: Any, space: Any, group: Any) -> None:
     head_dim = operands.q.shape[2]
     width = -(-head_dim // LANES) * LANES
     tail = width - LANES
+    num_rows = (item.head_stop - item.head_start) * (item.q_stop - item.q_start) * group
     r = 0
     for head in range(item.head_start, item.head_stop):
         for query in range(item.q_start, item.q_stop):
@@ -104,9 +105,8 @@ def _begin(item: Any, operands: Any, space: Any, group: Any) -> None:
                     e = d if d < tail else d - width + head_dim
                     row[d] = source[e] if d < tail or e >= tail else _ZERO  # not what the vector before has counted
                     total[d] = _ZERO
-                sink = operands.sinks[member] if item.piece == 0 else _NEVER
-                space.rows[0, r] = sink
-                space.rows[1, r] = _ZERO if sink == _NEVER else _ONE
+                space.rows[r] = operands.sinks[member] if item.piece == 0 else _NEVER
+                space.rows[num_rows + r] = _ONE  # counts for nothing beside a maximum of -inf
                 space.limits[0, r], space.limits[1, r] = operands.first[query], operands.last[query]
                 r += 1
 
@@ -118,7 +118,7 @@ def _attend(item: Any, operands: Any, settings: Any, space: Any, head_rows: Any,
     width = -(-head_dim // LANES) * LANES
     num_heads = item.head_stop - item.head_start
     num_rows = num_heads * head_rows
-    row_max, row_sum, rescale = space.rows[0, :num_rows], space.rows[1, :num_rows], space.rows[2, :num_rows]
+    row_max, row_sum, rescale = space.rows[:num_rows], space.rows[num_rows : 2 * num_rows], space.rows[2 * num_rows : 3 * num_rows]
     first, last = space.limits[0, :num_rows], space.limits[1, :num_rows]
     latest, earliest = first[0], last[0]
     for r in range(1, num_rows):
@@ -176,19 +176,21 @@ def _finish(item: Any, operands: Any, settings: Any, space: Any, group: Any) -> 
     tail = width - LANES
     whole = item.num_pieces == 1
     out, lse = (operands.out, operands.lse) if whole else (operands.parts, operands.part_lse)
-    start = item.q_start if whole else item.part + item.piece * (item.q_stop - item.q_start)
+    num_queries = item.q_stop - item.q_start
+    start = item.q_start if whole else item.part + item.piece * num_queries
+    num_rows = (item.head_stop - item.head_start) * num_queries * group
     r = 0
     for head in range(item.head_start, item.head_stop):
-        for i in range(start, start + item.q_stop - item.q_start):
+        for i in range(start, start + num_queries):
             for member in range(head * group, (head + 1) * group):
-                total = space.rows[1, r]
-                factor = np.float32(settings.v_scale) / (total if total != _ZERO else _ONE)
+                total = space.rows[num_rows + r]
+                factor = np.float32(settings.v_scale) / total
                 row, target = space.acc[r * width : (r + 1) * width], out[i, member]
                 for d in range(tail):
                     target[d] = row[d] * factor
                 for d in range(LANES):
                     target[head_dim - LANES + d] = row[tail + d] * factor
-                lse[i, member] = (space.rows[0, r] + math.log2(total)) * _LN2 if total != _ZERO else _NEVER
+                lse[i, member] = (space.rows[r] + math.log2(total)) * _LN2
                 r += 1
 
 
@@ -242,5 +244,5 @@ def worker() -> Any:
     results = f32[:, :, ::1], f32[:, ::1], f32[:, :, ::1], f32[:, ::1]
     operands = numba.types.NamedTuple([*arrays, *results], Operands)
     settings = numba.types.NamedTuple([i64, i64, i64, f64, f64], Settings)
-    space = numba.types.NamedTuple([f32[::1], f32[::1], f32[::1], f32[:, ::1], i32[:, ::1], i64[:, ::1]], Workspace)
+    space = numba.types.NamedTuple([f32[::1], f32[::1], f32[::1], f32[::1], i32[:, ::1], i64[:, ::1]], Workspace)
     return native(_work, numba.void(numba.from_dtype(ITEM)[::1], i64[::1], operands, settings, space, TILE_KERNEL, TILE_KERNEL))

@@ -243,8 +243,9 @@ def choose(q: Any, backend: str, *, decode: bool) -> str:
         raise KernelError(f"no backend for tensors on {device} ({reasons}): move them to the CPU, or make one work")
     if backend not in (*HOST_BACKENDS, *DEVICE_BACKENDS):
         raise unknown_name("backend", backend, ("auto", *HOST_BACKENDS, *DEVICE_BACKENDS))
-    works = ", ".join(name for name, reason in available().items() if reason is None)
-    need(why_not(backend) is None, f"backend '{backend}' cannot run here: {why_not(backend)}. What can: {works}")
+    if why_not(backend) is not None:  # only now ask the others, which imports what they need
+        works = ", ".join(name for name, reason in available().items() if reason is None)
+        raise KernelError(f"backend '{backend}' cannot run here: {why_not(backend)}. What can: {works}")
     here = backend in HOST_BACKENDS or device != "cpu" or simulated(backend)
     need(here, f"backend '{backend}' reads tensors on a GPU, these are on the CPU: move them, or let 'cpu' read them")
     need(decode or backend != "cuda", "'cuda' decodes only, one query per sequence: 'triton', 'cpu' and 'reference' prefill")

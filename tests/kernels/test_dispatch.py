@@ -110,6 +110,20 @@ np.testing.assert_allclose(out, 1)
     assert done.returncode == 0, done.stderr
 
 
+def test_a_call_imports_what_its_own_backend_needs() -> None:
+    script = """
+import sys
+import numpy as np
+from pagedkv.kernels.dispatch import paged_attention_decode
+cache = np.ones((1, 4, 1, 16), np.float32)
+for backend in ("reference", "auto"):
+    paged_attention_decode(np.ones((1, 2, 16), np.float32), cache, cache, [[0]], [3], backend=backend)
+    print(*sys.modules, sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()).isdisjoint({"torch", "triton", "numba.cuda"})
+
+
 def test_the_dispatcher_is_imported_without_heavy_modules() -> None:
     script = "import sys, pagedkv.kernels.dispatch, pagedkv.kernels.adapters, pagedkv.kernels.merge; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
