@@ -14,9 +14,9 @@ from pagedkv.sims.simulation import Run
 def attained(runs: Sequence[Run], goals: tuple[Goal, ...]) -> float | None:
     """Return the share of requests of `runs` that met all `goals`, of those whose fate is known; None if none is known.
 
-    As in the verdict: a request that the end of the run cuts off while it is within the goals is left out, one that is already
-    beyond them has missed them, and so has one that was rejected or failed. `goodput_share` counts those that are cut off as
-    missed, so that it stays below 1 even on an idle machine.
+    What the verdict says, too. A request that the end of the run cuts off while it is within the goals is left out; one that is
+    already beyond them has missed them (a TPOT goal, by its pace so far), and so has one that was rejected or failed.
+    `goodput_share` counts those that are cut off as missed, so that it stays below 1 even on an idle machine.
     """
     met = missed = 0
     for run in runs:

@@ -1,5 +1,6 @@
 """How many users a deployment serves within goals: the largest N that fits."""
 
+from pagedkv.sims.bisection import largest
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.results import simulate
@@ -21,11 +22,4 @@ def largest_users(config: SimulationConfig, allocator: str) -> int:
         one = changed(config, users=users, allocator=(allocator,))
         return simulate(resolve(one)).by_allocator[allocator].verdict.fits
 
-    good, bad = 0, 1
-    while bad <= MOST_USERS and fits(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, MOST_USERS + 1)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
+    return largest(fits, most=MOST_USERS).good

@@ -4,9 +4,10 @@ Heavy modules are imported inside functions, so that `--help` stays quick.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
@@ -15,6 +16,8 @@ from pagedkv.sims.cli_output import LOAD, MEASUREMENT, OUTPUT, SERVING, output_p
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
 _INTERRUPTED = 130
+
+T = TypeVar("T")
 
 Load = Annotated[LoadConfig, Parameter(name="*", group=LOAD)]
 Serving = Annotated[ServingConfig, Parameter(name="*", group=SERVING)]
@@ -41,13 +44,8 @@ def max_users(
     from pagedkv.sims.command import flat
     from pagedkv.sims.console_capacity import show_max_users
     from pagedkv.sims.max_users import max_users as search
-    from pagedkv.sims.progress import ProgressOnStderr
 
-    _check_json(json)
-    names = _allocators(measurement)
-    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
-    with ProgressOnStderr(names, repeats=1) as progress:
-        answers = [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]
+    config, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
     if json is None:
         print_view(lambda console: show_max_users(answers, console, attain=attain))
         return
@@ -76,13 +74,8 @@ def max_context(
     from pagedkv.sims.command import flat
     from pagedkv.sims.console_capacity import show_max_context
     from pagedkv.sims.max_context import max_context as search
-    from pagedkv.sims.progress import ProgressOnStderr
 
-    _check_json(json)
-    names = _allocators(measurement)
-    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
-    with ProgressOnStderr(names, repeats=1) as progress:
-        answers = [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]
+    config, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
     if json is None:
         print_view(lambda console: show_max_context(answers, console, attain=attain))
         return
@@ -204,6 +197,25 @@ def _check_json(json: str | None) -> None:
 
     if json != "-" and (path := output_path(json, "--json")) is not None:
         prepare_file(path, flag="--json")
+
+
+def _answers(
+    search: Callable[..., T],
+    load: LoadConfig,
+    serving: ServingConfig,
+    measurement: MeasurementConfig,
+    *,
+    attain: float,
+    json: str | None,
+) -> tuple[SimulationConfig, list[T]]:
+    """Ask `search` once per allocator, with progress on stderr."""
+    from pagedkv.sims.progress import ProgressOnStderr
+
+    _check_json(json)
+    names = _allocators(measurement)
+    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
+    with ProgressOnStderr(names, repeats=1) as progress:
+        return config, [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]
 
 
 def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import numpy as np
 from pagedkv.arrays import Float64Array
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.scheduler import Blocker
+from pagedkv.sims.attainment import attained
 from pagedkv.sims.command import changed, command_line
 from pagedkv.sims.config import SimulationConfig
-from pagedkv.sims.goodput import Goal
 from pagedkv.sims.load import ClosedLoop
 from pagedkv.sims.metrics import Latencies
 from pagedkv.sims.recording import BLOCKERS
@@ -84,12 +84,12 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
         status = "rejecting"
     elif slow or queueing:
         status = "saturated"
-    attained = _attained(runs, scenario.goals)
-    missed = attained is not None and attained < ATTAIN
+    share = attained(runs, scenario.goals) if scenario.goals else None
+    missed = share is not None and share < ATTAIN
     binding = _binding(
         scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing, missed=missed and status == "stable"
     )
-    served = status == "stable" if attained is None else status in ("stable", "saturated") and not missed and not rising
+    served = status == "stable" if share is None else status in ("stable", "saturated") and not missed and not rising
     fits = served and figures["num_injected"] > 0
     reasons = []
     if figures["num_injected"] == 0:
@@ -102,8 +102,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
         reasons.append(f"requests wait {waiting_share:.0%} of the time" if closed else "more and more requests are there")
     if slow:
         reasons.append(f"{ideal_share:.0%} of the throughput that these users would get from an unloaded machine")
-    if attained is not None:
-        reasons.append(f"{attained:.1%} of requests meet the goals")
+    if share is not None:
+        reasons.append(f"{share:.1%} of requests meet the goals")
     fit, do_not_fit = ("fits", "does not fit") if scenario.load.title == "1 user" else ("fit", "do not fit")
     text = f"{scenario.load.title} {fit if fits else do_not_fit}: {status}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
@@ -191,23 +191,6 @@ def _load_rises(run: Run) -> bool:
     accepted = measured.where((measured.outcome != Outcome.REJECTED) & (measured.outcome != Outcome.FAILED))
     done_s = np.where(accepted.outcome == Outcome.FINISHED, accepted.last_token_s, run.end_s)
     return rises(waiting, np.where(np.isnan(waiting.scheduled_s), run.end_s, waiting.scheduled_s)) or rises(accepted, done_s)
-
-
-def _attained(runs: list[Run], goals: tuple[Goal, ...]) -> float | None:
-    """Return the share of requests that met the goals, leaving out unfinished ones that are within them so far.
-
-    An unfinished one that is beyond a TTFT or E2E goal has missed it for good; beyond a TPOT goal it counts as missed by its pace.
-    """
-    if not goals:
-        return None
-    met = missed = 0
-    for run in runs:
-        log = run.measured
-        refused = (log.outcome == Outcome.REJECTED) | (log.outcome == Outcome.FAILED)
-        within = Latencies.of(log, run.end_s).meet(goals) & ~refused
-        met += int((within & (log.outcome == Outcome.FINISHED)).sum())
-        missed += int((~within).sum())
-    return met / (met + missed) if met + missed else None
 
 
 def _binding(

@@ -3,19 +3,9 @@
 from pagedkv.arrays import Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
-from pagedkv.scheduling.vllm_step import SchedulerLimits
+from pagedkv.scheduling.vllm_step import SchedulerLimits, add_entry
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, WAITING_HEAD, SchedulerArrays
 from pagedkv.step_batch import StepBatch
-
-
-@lean_jit
-def _add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
-    batch["request"][i] = request
-    batch["row"][i] = row
-    batch["num_scheduled_tokens"][i] = num_tokens
-    batch["num_slots_needed"][i] = requests["num_computed_tokens"][request] + num_tokens
-    batch["num_known_tokens"][i] = requests["num_known_tokens"][request]
-    batch["admission_slots"][i] = requests["admission_slots"][request]
 
 
 @lean_jit
@@ -39,7 +29,7 @@ def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: Scheduler
         if threshold > 0:
             tokens = min(tokens, threshold)
         tokens = min(tokens, budget)
-        _add_entry(batch, entries, requests, request, requests["row"][request], tokens)
+        add_entry(batch, entries, requests, request, requests["row"][request], tokens)
         entries += 1
         budget -= tokens
     running_entries = entries
@@ -54,7 +44,7 @@ def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: Scheduler
             if not limits.enable_chunked_prefill:
                 break
             tokens = budget
-        _add_entry(batch, entries, requests, request, state.free_rows[num_running + k], tokens)
+        add_entry(batch, entries, requests, request, state.free_rows[num_running + k], tokens)
         entries += 1
         budget -= tokens
     return running_entries, entries

@@ -142,12 +142,14 @@ def _victim(state: SchedulerArrays, requests: RequestArrays, limits: SchedulerLi
 
 
 @lean_jit
-def _add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
+def add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, row: int, num_tokens: int) -> None:
+    """Let entry `i` of `batch` be the next `num_tokens` of `request`."""
     batch["request"][i] = request
     batch["row"][i] = row
     batch["num_scheduled_tokens"][i] = num_tokens
     batch["num_slots_needed"][i] = requests["num_computed_tokens"][request] + num_tokens
     batch["num_known_tokens"][i] = requests["num_known_tokens"][request]
+    batch["admission_slots"][i] = requests["admission_slots"][request]
 
 
 @lean_jit
@@ -188,7 +190,7 @@ def _schedule_running(
                 entries -= 1
             _preempt(state, requests, pool, limits, rules, place)
         if not gone:
-            _add_entry(batch, entries, requests, request, row, tokens)
+            add_entry(batch, entries, requests, request, row, tokens)
             entries += 1
             budget -= tokens
         elif not limits.by_priority:
@@ -232,7 +234,7 @@ def _schedule_waiting(
         requests["num_hit_tokens"][request] += cached
         state.running[counts[NUM_RUNNING]] = request
         counts[NUM_RUNNING] += 1
-        _add_entry(batch, entries, requests, request, row, tokens)
+        add_entry(batch, entries, requests, request, row, tokens)
         entries += 1
         budget -= tokens
     return entries, False
