@@ -236,5 +236,9 @@ class PagedStepAllocator:
         states = self.state_tables[list(tables)].reshape(-1)
         held = np.array([*(block for table in tables.values() for block in table), *states], np.int64)
         inside = ((lengths >= 0) & (lengths <= width)).all() and ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all()
+        registered = self.arrays.num_registered
+        unkeyed = [row for row, table in tables.items() if not self.pool.blocks["next_same"][table[: registered[row]]].all()]
+        if (registered > lengths).any() or unkeyed:
+            raise IntegrityError(f"{registered.tolist()} blocks should carry their key, in tables {tables}; rows {unkeyed} do not")
         if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.ref_cnt):
             raise IntegrityError(f"reference counts {self.pool.ref_cnt.tolist()} do not match the tables {tables}")

@@ -12,7 +12,7 @@ import numpy as np
 from pagedkv.allocation import Allocator, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int32Array
-from pagedkv.errors import IntegrityError
+from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.step_batch import StepBatch
@@ -135,6 +135,14 @@ def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:
     """Return the allocator `name` for a scheduler: its compiled code where there is some, else the plain path.
 
     Raises:
-        ConfigError: If there is no such allocator.
+        ConfigError: If there is no such allocator, or a setting asks for what is not done step by step: prefixes shared by others
+            than `paged`, hits inside a block, or another eviction than lru. Request by request, the allocators do these.
     """
+    if settings.prefix_match_unit or settings.eviction != "lru":
+        raise ConfigError(
+            f"a scheduler drives whole blocks and lru: prefix-match-unit is {settings.prefix_match_unit}, needs 0, and eviction "
+            f"{settings.eviction!r}, needs 'lru'"
+        )
+    if settings.enable_prefix_caching and name != PagedStepAllocator.name:
+        raise ConfigError(f"a scheduler shares prefixes in paged memory only: {name} needs enable_prefix_caching off here")
     return PagedStepAllocator(settings) if name == PagedStepAllocator.name else RequestByRequest(ALLOCATORS.load(name)(settings))

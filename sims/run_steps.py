@@ -12,8 +12,8 @@ from pagedkv.block_hash import BlockKeys
 from pagedkv.free_queue import NUM_FREE, NUM_KEYED, NUM_SHARES
 from pagedkv.jit import lean_jit
 from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
+from pagedkv.scheduling.completion import complete_step
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
-from pagedkv.scheduling.state import complete_step
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays, drop_head, push_waiting
 from pagedkv.sims.recording import RecorderArrays, record_idle, record_step, record_tokens, set_gauges

@@ -1,6 +1,7 @@
 """The scheduler, one rule at a time. tests/properties holds them all together against an oracle."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, SchedulerSettings, Step
-from pagedkv.scheduling.state import NUM_RUNNING, WAITING_HEAD
+from pagedkv.scheduling.waiting import NUM_RUNNING, WAITING_HEAD
 from pagedkv.step_allocation import step_allocator
 from pagedkv.step_batch import StepBatch
 
@@ -241,3 +242,22 @@ def test_corruption_is_noticed(corrupt: Callable[[Any], None]) -> None:
     corrupt(one)
     with pytest.raises(IntegrityError):
         one.check_integrity()
+
+
+@pytest.mark.parametrize("settings", [{"eviction": "lfu"}, {"prefix_match_unit": 2}])
+def test_what_is_not_done_step_by_step_is_refused(settings: Any) -> None:
+    with pytest.raises(ConfigError, match="a scheduler drives whole blocks and lru"):
+        step_allocator("paged", KVPoolSettings(num_blocks=9, max_model_len=32, **settings))
+
+
+def test_prefixes_are_shared_in_paged_memory_only() -> None:
+    pool = KVPoolSettings(num_blocks=9, block_size=4, max_model_len=32, enable_prefix_caching=True)
+    with pytest.raises(ConfigError, match="radix needs enable_prefix_caching off"):
+        step_allocator("radix", pool)
+    without = Scheduler(SchedulerSettings(max_model_len=32), step_allocator("paged", replace(pool, enable_prefix_caching=False)))
+    with pytest.raises(ConfigError, match="prefix caching is off"):
+        without.add(prompt_tokens=9, output_tokens=1, keys=np.zeros((2, 2), np.uint64))
+    with pytest.raises(ConfigError, match="one by one"):
+        Scheduler(SchedulerSettings(max_model_len=32), step_allocator("radix", replace(pool, enable_prefix_caching=False))).add_all(
+            np.array([1]), np.array([1])
+        )

@@ -11,10 +11,21 @@ from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError, unknown_name
 from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.completion import complete_step
+from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
-from pagedkv.scheduling.state import admit, complete_step, plan_step, preempt_last
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
-from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, WAITING_HEAD, SchedulerArrays, drop_head, push_waiting
+from pagedkv.scheduling.waiting import (
+    NUM_RUNNING,
+    NUM_WAITING,
+    WAITING_HEAD,
+    SchedulerArrays,
+    blocker_of,
+    drop_head,
+    goes_before,
+    push_waiting,
+    stop_running,
+)
 from pagedkv.step_allocation import StepAllocator
 from pagedkv.step_batch import StepBatch, empty_batch
 
@@ -205,6 +216,8 @@ class Scheduler:
         admission_slots = self.allocator.admission_slots(prompt_tokens, output_tokens)
         if admission_slots is None:
             return None
+        if keys is not None and not self._caches:
+            raise ConfigError("block keys, but prefix caching is off: set enable_prefix_caching, or give none")
         if keys is not None and len(keys) < (full := (prompt_tokens + output_tokens - 1) // self.allocator.unit_slots):
             raise ConfigError(f"{len(keys)} block keys for {full} blocks that {prompt_tokens} + {output_tokens} tokens fill")
         request = self.requests.add(
@@ -212,7 +225,7 @@ class Scheduler:
             output_tokens=output_tokens,
             admission_slots=admission_slots,
             priority=priority,
-            keys=keys if self._caches else None,
+            keys=keys,
         )
         # Preempted requests come back to the queue: there must be room for everyone who runs.
         if self.num_waiting + self.num_running + 1 >= self.arrays.waiting.size:
@@ -226,7 +239,8 @@ class Scheduler:
         Raises:
             ConfigError: If a length is below 1.
         """
-        assert self._paged is not None
+        if self._paged is None:
+            raise ConfigError(f"only paged memory takes requests all at once: add those for {self.allocator.name} one by one")
         if prompt_tokens.size and min(prompt_tokens.min(), output_tokens.min()) < 1:
             raise ConfigError("requests need 1 or more prompt and output tokens")
         accepted = self._paged.can_ever_fit(prompt_tokens, output_tokens)
@@ -245,15 +259,17 @@ class Scheduler:
         granted = self.allocator.allocate_slots(batch, 0, num_entries, num_running)
         num_preempted = 0
         while granted < num_running:  # the running ones do not all fit: the last of them makes room, be it the one that asks
-            self.allocator.free(preempt_last(state, requests))
+            last = self.num_running - 1
+            self._preempted[num_preempted] = state.running[last]
             num_preempted += 1
+            self.allocator.free(stop_running(state, requests, last, False))  # noqa: FBT003
             num_running = min(num_running, self.num_running)
             granted = self.allocator.allocate_slots(batch, granted, num_running, num_running)
         if granted > num_running and not num_preempted:
             admit(state, requests, batch, num_running, granted)
         step = self._step
         step.num_running_before, step.num_entries, step.num_preempted = num_running, granted, num_preempted
-        step.blocker = self._blocker(refused=num_preempted > 0 or granted < num_entries)
+        step.blocker = BLOCKERS[blocker_of(state, num_preempted > 0 or granted < num_entries)]
         return step
 
     def _schedule_paged(self, paged: PagedStepAllocator) -> Step:
@@ -275,15 +291,8 @@ class Scheduler:
 
     @property
     def preempted(self) -> Int64Array:
-        """Requests preempted in the step decided last, in order; known for paged memory only. A view."""
+        """Requests preempted in the step decided last, in order. A view."""
         return self._preempted[: self._step.num_preempted]
-
-    def _blocker(self, *, refused: bool) -> Blocker:
-        if self.num_waiting == 0:
-            return Blocker.NONE
-        if refused:
-            return Blocker.KV_MEMORY
-        return Blocker.MAX_NUM_SEQS if self.num_running == self.settings.max_num_seqs else Blocker.TOKEN_BUDGET
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
@@ -324,6 +333,10 @@ class Scheduler:
             or requests["num_computed_tokens"][waiting].any()
             or (slots < requests["num_computed_tokens"][running]).any()
             or self.allocator.units_held[free_rows].any()
+            or (
+                self.limits.by_priority
+                and any(goes_before(requests, waiting[i], waiting[(i - 1) // 2]) for i in range(1, waiting.size))
+            )
         ):
             raise IntegrityError(
                 f"running {running.tolist()} in rows {rows.tolist()} with {slots.tolist()} slots, waiting {waiting.tolist()}"

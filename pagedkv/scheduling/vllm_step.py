@@ -12,19 +12,20 @@ from pagedkv.free_queue import NUM_FREE
 from pagedkv.jit import lean_jit
 from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
 from pagedkv.prefix_cache import find_prefix, insert_block
-from pagedkv.scheduling.requests import NO_KEYS, NO_ROW, RequestArrays
+from pagedkv.scheduling.requests import NO_KEYS, RequestArrays
 from pagedkv.scheduling.waiting import (
     NUM_RUNNING,
     NUM_WAITING,
     WAITING_HEAD,
     SchedulerArrays,
+    blocker_of,
     drop_head,
-    return_waiting,
+    goes_before,
+    start_running,
+    stop_running,
 )
 from pagedkv.step_batch import StepBatch
 
-NOBODY_WAITS, KV_MEMORY, MAX_NUM_SEQS, TOKEN_BUDGET = 0, 1, 2, 3
-"""Why the head of the queue did not start: see `pagedkv.scheduling.scheduler.Blocker`."""
 RAN_BEFORE, ENTRIES, PREEMPTED, BLOCKER = 0, 1, 2, 3
 """In a decision: entries that ran before; entries in all; preemptions; what held the head of the queue up."""
 
@@ -110,33 +111,13 @@ def _admit(
 
 
 @lean_jit
-def _preempt(
-    state: SchedulerArrays, requests: RequestArrays, pool: PagedArrays, limits: SchedulerLimits, rules: PagedRules, place: int
-) -> None:
-    """Let the running request at `place` wait again, its computed tokens forgotten. O(running + blocks)."""
-    last = state.counts[NUM_RUNNING] - 1
-    request = state.running[place]
-    row = requests["row"][request]
-    free_row(pool, rules, row)
-    for i in range(place, last):
-        state.running[i] = state.running[i + 1]
-    state.counts[NUM_RUNNING] = last
-    state.free_rows[last] = row
-    requests["row"][request] = NO_ROW
-    requests["num_computed_tokens"][request] = 0
-    requests["num_preemptions"][request] += 1
-    return_waiting(state, requests, request, limits.by_priority)
-
-
-@lean_jit
 def _victim(state: SchedulerArrays, requests: RequestArrays, limits: SchedulerLimits) -> int:
     """Return the place of the running request that goes first: the last one, or the least urgent, the youngest of these."""
     worst = state.counts[NUM_RUNNING] - 1
     if limits.by_priority:
         for i in range(worst):
             a, b = state.running[i], state.running[worst]
-            pa, pb = requests["priority"][a], requests["priority"][b]
-            if pa > pb or (pa == pb and a > b):
+            if goes_before(requests, b, a):
                 worst = i
     return int(worst)
 
@@ -188,7 +169,7 @@ def _schedule_running(
                 for i in range(place, entries - 1):
                     batch[i] = batch[i + 1]
                 entries -= 1
-            _preempt(state, requests, pool, limits, rules, place)
+            free_row(pool, rules, stop_running(state, requests, place, limits.by_priority))
         if not gone:
             add_entry(batch, entries, requests, request, row, tokens)
             entries += 1
@@ -228,12 +209,10 @@ def _schedule_waiting(
         if not _admit(pool, rules, requests, keys, request, row, num_hits, tokens, counts[NUM_RUNNING] > 0):
             return entries, True
         drop_head(state, requests, limits.by_priority)
-        requests["row"][request] = row
         requests["num_computed_tokens"][request] = requests["num_cached_tokens"][request] = cached
         requests["num_queried_tokens"][request] += requests["num_known_tokens"][request]
         requests["num_hit_tokens"][request] += cached
-        state.running[counts[NUM_RUNNING]] = request
-        counts[NUM_RUNNING] += 1
+        start_running(state, requests, request, row)
         add_entry(batch, entries, requests, request, row, tokens)
         entries += 1
         budget -= tokens
@@ -256,7 +235,7 @@ def schedule_step(
 
     Args:
         state: Who runs and who waits.
-        requests: Their columns.
+        requests: Their `REQUEST` records.
         pool: The memory.
         keys: Keys of blocks; a request's own are those from `first_key` on.
         limits: Limits of the scheduler.
@@ -277,9 +256,4 @@ def schedule_step(
     if not refused:
         entries, refused = _schedule_waiting(state, requests, pool, keys, limits, rules, threshold, batch, ran_before, budget)
     decision[RAN_BEFORE], decision[ENTRIES], decision[PREEMPTED] = ran_before, entries, num_preempted
-    if counts[NUM_WAITING] == 0:
-        decision[BLOCKER] = NOBODY_WAITS
-    elif refused:
-        decision[BLOCKER] = KV_MEMORY
-    else:
-        decision[BLOCKER] = MAX_NUM_SEQS if counts[NUM_RUNNING] == state.running.size else TOKEN_BUDGET
+    decision[BLOCKER] = blocker_of(state, refused)

@@ -1,4 +1,4 @@
-"""Those who wait: a ring under fcfs, a heap by (priority, arrival) under priority. Compiled functions over its arrays."""
+"""Who runs and who waits: a ring under fcfs, a heap by (priority, arrival) under priority. Compiled functions over its arrays."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.jit import lean_jit
-from pagedkv.scheduling.requests import RequestArrays
+from pagedkv.scheduling.requests import NO_ROW, RequestArrays
 
 NUM_RUNNING, WAITING_HEAD, NUM_WAITING = 0, 1, 2
 
@@ -30,7 +30,8 @@ class SchedulerArrays(NamedTuple):
 
 
 @lean_jit
-def _goes_before(requests: RequestArrays, a: int, b: int) -> bool:
+def goes_before(requests: RequestArrays, a: int, b: int) -> bool:
+    """Return whether `a` is more urgent than `b`, or as urgent and earlier."""
     pa, pb = requests["priority"][a], requests["priority"][b]
     return bool(pa < pb or (pa == pb and a < b))
 
@@ -40,7 +41,7 @@ def _sift_in(state: SchedulerArrays, requests: RequestArrays, request: int) -> N
     waiting, place = state.waiting, state.counts[NUM_WAITING]
     while place > 0:
         parent = (place - 1) // 2
-        if not _goes_before(requests, request, waiting[parent]):
+        if not goes_before(requests, request, waiting[parent]):
             break
         waiting[place] = waiting[parent]
         place = parent
@@ -85,11 +86,50 @@ def drop_head(state: SchedulerArrays, requests: RequestArrays, by_priority: bool
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and _goes_before(requests, waiting[child + 1], waiting[child]):
+        if child + 1 < size and goes_before(requests, waiting[child + 1], waiting[child]):
             child += 1
-        if not _goes_before(requests, waiting[child], request):
+        if not goes_before(requests, waiting[child], request):
             break
         waiting[place] = waiting[child]
         place = child
     waiting[place] = request
     return first
+
+
+@lean_jit
+def start_running(state: SchedulerArrays, requests: RequestArrays, request: int, row: int) -> None:
+    """Let `request`, which has left the queue, run in `row`, behind the others. O(1)."""
+    requests["row"][request] = row
+    state.running[state.counts[NUM_RUNNING]] = request
+    state.counts[NUM_RUNNING] += 1
+
+
+@lean_jit
+def stop_running(state: SchedulerArrays, requests: RequestArrays, place: int, by_priority: bool) -> int:  # noqa: FBT001
+    """Let the running request at `place` wait again, its computed tokens forgotten; return the row that it leaves. O(running)."""
+    last = state.counts[NUM_RUNNING] - 1
+    request = state.running[place]
+    row = requests["row"][request]
+    for i in range(place, last):
+        state.running[i] = state.running[i + 1]
+    state.counts[NUM_RUNNING] = last
+    state.free_rows[last] = row
+    requests["row"][request] = NO_ROW
+    requests["num_computed_tokens"][request] = 0
+    requests["num_preemptions"][request] += 1
+    return_waiting(state, requests, request, by_priority)
+    return int(row)
+
+
+NOBODY_WAITS, KV_MEMORY, MAX_NUM_SEQS, TOKEN_BUDGET = 0, 1, 2, 3
+"""Why the head of the queue did not start: the places of `pagedkv.scheduling.scheduler.Blocker`."""
+
+
+@lean_jit
+def blocker_of(state: SchedulerArrays, refused: bool) -> int:  # noqa: FBT001
+    """Return what holds the head of the queue up; `refused` says that memory did, or that there was a preemption."""
+    if state.counts[NUM_WAITING] == 0:
+        return NOBODY_WAITS
+    if refused:
+        return KV_MEMORY
+    return MAX_NUM_SEQS if state.counts[NUM_RUNNING] == state.running.size else TOKEN_BUDGET

@@ -74,7 +74,7 @@ def replay(workload: Workload) -> Counter[str]:
                 prompt_tokens=length,
                 output_tokens=request["max_tokens"],
                 priority=request["priority"],
-                keys=keys_of(request, config["block_size"]),
+                keys=keys_of(request, config["block_size"]) if config["enable_prefix_caching"] else None,
             )
             ids.append(request["id"])
         held = scheduler.allocator.units_held.copy()

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.paged import PagedAllocator
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, SchedulerSettings
-from pagedkv.step_allocation import StepAllocator, step_allocator
+from pagedkv.step_allocation import RequestByRequest, StepAllocator, step_allocator
 
 
 class Arrival(NamedTuple):
@@ -190,6 +191,38 @@ def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
         num_preempted += len(preempted)
         steps += 1
     event(f"preempts: {num_preempted > 0}")
+
+
+@given(workloads())
+@settings(max_examples=150)
+def test_law_14_compiled_or_request_by_request_paged_memory_is_the_same(workload: Workload) -> None:
+    manager = PagedAllocator(workload.pool)
+    compiled, plain = PagedStepAllocator(workload.pool), RequestByRequest(manager)
+    schedulers = Scheduler(workload.limits, compiled), Scheduler(workload.limits, plain)
+    pending, steps = list(workload.arrivals), 0
+    while pending or schedulers[0].num_running or schedulers[0].num_waiting:
+        while pending and pending[0].step <= steps:
+            _, prompt, output = pending.pop(0)
+            one, other = (scheduler.add(prompt_tokens=prompt, output_tokens=output) for scheduler in schedulers)
+            assert one == other
+        one_step, other_step = (scheduler.schedule() for scheduler in schedulers)
+        for name in ("num_entries", "num_running_before", "num_preempted", "blocker"):
+            assert getattr(one_step, name) == getattr(other_step, name)
+        entries = slice(one_step.num_entries)
+        assert one_step.batch[entries].tolist() == other_step.batch[entries].tolist()
+        assert schedulers[0].preempted.tolist() == schedulers[1].preempted.tolist()
+        tables = {request.request_id: manager.manager.block_table(request).tolist() for request in manager.live_requests()}
+        running = schedulers[0].arrays.running[: schedulers[0].num_running].tolist()
+        rows = schedulers[0].requests.arrays["row"]
+        assert {request: compiled.tables.of(rows[request]).tolist() for request in running} == tables
+        assert compiled.pool.free_queue().tolist() == manager.manager.free_queue().tolist()
+        for scheduler in schedulers:
+            scheduler.complete()
+            scheduler.check_integrity()
+        assert schedulers[0].sampled.tolist() == schedulers[1].sampled.tolist()
+        assert schedulers[0].finished.tolist() == schedulers[1].finished.tolist()
+        assert compiled.pool.free_queue().tolist() == manager.manager.free_queue().tolist()
+        steps += 1
 
 
 @pytest.mark.parametrize("name", ALLOCATORS.names())
