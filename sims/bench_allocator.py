@@ -35,7 +35,7 @@ class Measurement:
     ours_s: float
     python_s: float | None = None
     vllm: str = ""
-    """What vLLM's own allocator needs: published with this project's targets, two shared x86-64 cores."""
+    """What vLLM's own allocator in Python needed on two such cores, measured apart from this run."""
 
 
 def median_s(call: Callable[[], Any], *, per: int = 1, repeats: int = 101, inner: int = 20) -> float:
