@@ -99,16 +99,17 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
     for name, value in plan:
         before = kept[name].value if name in kept else _in_force(start, name)
         candidate = changed(config, **{name: value})
+        tried, gains = None, False
         try:
             if warnings := set(deploy(candidate.serving).budget.warnings) - set(start.budget.warnings):
-                raise ConfigError("not tried: " + "; ".join(sorted(warnings)))
-            tried = run(candidate)
+                reason = "not tried: " + "; ".join(sorted(warnings))
+            else:
+                tried = run(candidate)
+                gains, reason = _gain(best, tried, attain)
         except ConfigError as error:
-            trials.append(_trial(name, value, before, None, kept=False, reason=str(error)))
-            continue
-        gains, reason = _gain(best, tried, attain)
+            reason = str(error)
         trials.append(_trial(name, value, before, tried, kept=gains, reason=reason))
-        if gains:
+        if tried is not None and gains:
             config, best, kept[name] = candidate, tried, trials[-1]
     return Advice(
         users=users,
@@ -119,7 +120,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
         attained=(first.attained, best.attained),
         output_tokens_per_s=(first.figures["output_tokens_per_s"], best.figures["output_tokens_per_s"]),
         verdict=best.verdict.text,
-        meets=best.meets(attain),
+        meets=best.fits,
     )
 
 

@@ -9,9 +9,11 @@ from typing import TypeAlias
 from pagedkv.activation_peak import DENSE_PEAK_WIDTH, EXPERT_PEAK_WIDTH, SAMPLER_BYTES_PER_LOGIT
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.sims.config import ATTAIN
+from pagedkv.sims.deployment import PAGE_BYTES
 from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
 from pagedkv.sims.step_time import EAGER_S_PER_LAYER
-from pagedkv.sims.verdict import ATTAIN, THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
+from pagedkv.sims.verdict import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
 from pagedkv.weight_format import WEIGHT_FORMATS
 
 Row: TypeAlias = tuple[str, str, str, str]
@@ -61,6 +63,18 @@ def code_rows() -> tuple[Row, ...]:
             "max(weights, linear) + max(KV, attention) + overheads",
             "estimated",
             "roofline, the halves in sequence",
+        ),
+        (
+            "pages of `vattention`",
+            f"{PAGE_BYTES >> 20} MiB of the keys of the widest layer",
+            "spec",
+            "stock CUDA virtual memory; Prabhu et al., vAttention, ASPLOS 2025",
+        ),
+        (
+            "moving and copying tokens, mapping pages",
+            "no simulated time, whatever the allocator",
+            "estimated",
+            "not priced, in favour of the allocators that need them",
         ),
         (
             "vLLM's defaults by device",

@@ -7,7 +7,7 @@ from typing import Any
 from pagedkv.errors import ConfigError
 from pagedkv.sims.attainment import Term
 from pagedkv.sims.bisection import Bisected, largest
-from pagedkv.sims.config import SimulationConfig
+from pagedkv.sims.config import ATTAIN, SimulationConfig
 from pagedkv.sims.probe import Probe, Probes
 from pagedkv.sims.verdict import Binding
 
@@ -69,7 +69,7 @@ def check_attain(attain: float) -> None:
         ConfigError: If `attain` is not above 0 and at most 1.
     """
     if not 0 < attain <= 1:
-        raise ConfigError(f"--attain is {attain:g}: it is a share of the requests, above 0 and at most 1, e.g. 0.99")
+        raise ConfigError(f"--attain is {attain:g}: it is a share of the requests, above 0 and at most 1, e.g. {ATTAIN:g}")
 
 
 def answer(
@@ -115,8 +115,8 @@ def answer(
     def search(test: Callable[[Probe], bool], *, guard: bool = False) -> Bisected:
         return largest(passing(test), first=first, most=most, resolution=resolution, guard=guard)
 
-    fits = passing(lambda found: found.meets(attain))
-    found = search(lambda found: found.meets(attain), guard=True)
+    fits = passing(lambda found: found.fits)
+    found = search(lambda found: found.fits, guard=True)
     at = probes.at(found.good) if found.good >= first else None
     if at is not None and (at.figures["num_finished"] == 0 or (at.terms and at.attained is None)):
         raise ConfigError("no request was answered within the measured time, so that nothing can be said: give a longer --duration")

@@ -17,18 +17,19 @@ from cyclopts.config import Dict
 
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.sims.cli_output import DEFAULT_PARAMETER, LOAD, MEASUREMENT, OUTPUT, SERVING, output_path, print_view
+from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import GOES_WITH, LOAD_KINDS, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config_words import DEFAULT_PARAMETER
 
-INTERRUPTED, BAD_INPUT = 130, 2
+BAD_INPUT = 2
 
 
 app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | fuzz",
+    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | fuzz | bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,
@@ -117,6 +118,30 @@ def from_vllm(
         fit(serving=serving)
     else:
         simulate(load=config.load, serving=serving)
+
+
+@tools.command
+def bench_kernels(
+    *,
+    dry_run: bool = False,
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """Measure the attention kernels against the memory's bandwidth and against others, losses too. Exit status 1 if one is wrong.
+
+    Args:
+        dry_run: Run everything on tiny shapes: says that it works, the times mean nothing.
+        json: Write the result document to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.kernels.bench import BenchOptions, render, run_bench
+
+    check_json(json)
+    result = run_bench(BenchOptions(dry_run=dry_run))
+    if json is None:
+        print(render(result))  # noqa: T201
+    else:
+        write_json(result, json)
+    if not all(row.get("correct", True) for row in result["rows"]):
+        sys.exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

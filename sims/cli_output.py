@@ -1,11 +1,11 @@
-"""What the commands of the terminal share: how values are read, and where answers go."""
+"""What the commands of the terminal share: groups of flags, and where answers go."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cyclopts import Group, Parameter, convert
+from cyclopts import Group
 
 from pagedkv.errors import ConfigError
 
@@ -17,27 +17,8 @@ SERVING = Group("Machine, model and engine", sort_key=1)
 MEASUREMENT = Group("Measurement", sort_key=2)
 OUTPUT = Group("Output", sort_key=3)
 
-
-def _whole(kind: Any, text: str) -> Any:
-    """Convert as cyclopts would, but take only whole numbers for whole numbers: it would round 5.5 users to 6.
-
-    As in vLLM, 16k is 16,000 and 16K is 16,384.
-    """
-    if kind is int:
-        scale = {"k": 1000, "K": 1024}.get(text[-1:], 1)
-        try:
-            return int(text[:-1] if scale > 1 else text) * scale
-        except ValueError:
-            raise ValueError(f"{text!r} is not a whole number") from None
-    return convert(kind, [text])
-
-
-def converted(kind: Any, tokens: Sequence[Any]) -> Any:
-    """Return the value of type `kind` that `tokens` spell."""
-    return convert(kind, tokens, converter=_whole)
-
-
-DEFAULT_PARAMETER = Parameter(consume_multiple=True, negative_iterable=(), converter=converted)
+INTERRUPTED = 130
+"""Exit status, as shells give it."""
 
 
 def print_view(show: "Callable[[Console], None]") -> None:
@@ -48,6 +29,18 @@ def print_view(show: "Callable[[Console], None]") -> None:
     with console.capture() as answer:  # rich would end the program itself on a closed pipe
         show(console)
     sys.stdout.write("\n".join(line.rstrip() for line in answer.get().split("\n")))
+
+
+def check_json(json: str | None) -> None:
+    """Make sure that the answer can be written, before anything is computed.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    from pagedkv.sims.export import prepare_file
+
+    if json != "-" and (path := output_path(json, "--json")) is not None:
+        prepare_file(path, flag="--json")
 
 
 def write_json(document: dict[str, Any], where: str) -> None:

@@ -12,10 +12,8 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import Parameter
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.cli_output import LOAD, MEASUREMENT, OUTPUT, SERVING, output_path, print_view, write_json
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
-
-_INTERRUPTED = 130
+from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
+from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
 T = TypeVar("T")
 
@@ -31,7 +29,7 @@ def max_users(
     load: Load = LoadConfig(),  # noqa: B008
     serving: Serving = ServingConfig(),  # noqa: B008
     measurement: Measurement = MeasurementConfig(),  # noqa: B008
-    attain: Attain = 0.99,
+    attain: Attain = ATTAIN,
     json: Json = None,
 ) -> None:
     """Find the largest number of users within the goals; without goals, the largest that is stable. Allocator: paged, unless given.
@@ -58,7 +56,7 @@ def max_context(
     load: Load = LoadConfig(),  # noqa: B008
     serving: Serving = ServingConfig(),  # noqa: B008
     measurement: Measurement = MeasurementConfig(),  # noqa: B008
-    attain: Attain = 0.99,
+    attain: Attain = ATTAIN,
     json: Json = None,
 ) -> None:
     """Find the longest context at which --users N fit: within the goals; without goals, stable and without preemptions.
@@ -110,7 +108,7 @@ def sweep(
     from pagedkv.sims.sweep import run_sweep
     from pagedkv.sims.sweep_grid import parse_grid
 
-    _check_json(json)
+    check_json(json)
     grid, folder = parse_grid(flags), output_path(out, "--out")
     assert folder is not None
     steps = [f"of {len(grid):,} runs, {i:,} done" for i in range(len(grid) + 1)]
@@ -127,7 +125,7 @@ def sweep(
     except KeyboardInterrupt:
         kept = f"{done:,} of {len(grid):,} runs are kept in {folder}: the same command goes on from there"
         print(f"interrupted: {kept}", file=sys.stderr)  # noqa: T201
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if json is None:
         print_view(lambda console: show_sweep(result, console))
         print(f"Written: {folder}", file=sys.stderr)  # noqa: T201
@@ -146,6 +144,7 @@ def compare(first: str, second: str, *, json: Json = None) -> None:
     from pagedkv.sims.console_compare import show_run_comparison
     from pagedkv.sims.run_comparison import compare_runs
 
+    check_json(json)
     compared = compare_runs(Path(first), Path(second))
     if json is None:
         print_view(lambda console: show_run_comparison(compared, console))
@@ -158,7 +157,7 @@ def advise(
     load: Load = LoadConfig(),  # noqa: B008
     serving: Serving = ServingConfig(),  # noqa: B008
     measurement: Measurement = MeasurementConfig(),  # noqa: B008
-    attain: Attain = 0.99,
+    attain: Attain = ATTAIN,
     json: Json = None,
 ) -> None:
     """Find settings that serve --users N better, one at a time from the defaults, and print a vllm serve command.
@@ -173,9 +172,10 @@ def advise(
     from pagedkv.sims.advise import advise as search
     from pagedkv.sims.console_advise import show_advice
     from pagedkv.sims.progress import ProgressOnStderr
+    from pagedkv.sims.scenario import asked_allocators
 
-    _check_json(json)
-    names = _allocators(measurement)
+    check_json(json)
+    names = asked_allocators(measurement, usual=("paged",))
     if names != ("paged",):
         raise ConfigError(f"--allocator is {','.join(names)}: advise is about vLLM, whose allocator is paged")
     config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
@@ -185,18 +185,6 @@ def advise(
         print_view(lambda console: show_advice(advice, console))
     else:
         write_json(advice.document(), json)
-
-
-def _check_json(json: str | None) -> None:
-    """Make sure that the answer can be written, before anything is computed.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
-    from pagedkv.sims.export import prepare_file
-
-    if json != "-" and (path := output_path(json, "--json")) is not None:
-        prepare_file(path, flag="--json")
 
 
 def _answers(
@@ -210,25 +198,13 @@ def _answers(
 ) -> tuple[SimulationConfig, list[T]]:
     """Ask `search` once per allocator, with progress on stderr."""
     from pagedkv.sims.progress import ProgressOnStderr
+    from pagedkv.sims.scenario import asked_allocators
 
-    _check_json(json)
-    names = _allocators(measurement)
+    check_json(json)
+    names = asked_allocators(measurement, usual=("paged",))
     config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
     with ProgressOnStderr(names, repeats=1) as progress:
         return config, [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]
-
-
-def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:
-    """Return the allocators that were asked for, paged if none was.
-
-    The default of `simulate` compares three. Identity tells it from the same three typed out.
-    """
-    if measurement.allocator is MeasurementConfig().allocator:
-        return ("paged",)
-    names = tuple(dict.fromkeys(name.strip() for text in measurement.allocator for name in text.split(",") if name.strip()))
-    if not names:
-        raise ConfigError("--allocator has no name: give one, e.g. --allocator paged")
-    return names
 
 
 def _telling(progress: Any, name: str) -> Any:

@@ -11,8 +11,9 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from pagedkv.sims import cli_questions
-from pagedkv.sims.cli_output import DEFAULT_PARAMETER, LOAD, OUTPUT, SERVING, print_view, write_json
+from pagedkv.sims.cli_output import LOAD, OUTPUT, SERVING, check_json, print_view, write_json
 from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.config_words import DEFAULT_PARAMETER
 
 # An app of its own: cyclopts drops the keys of a configuration file that are names of commands, and "hardware" is both.
 tools = App(name="simulate", default_parameter=DEFAULT_PARAMETER, suppress_keyboard_interrupt=False)
@@ -99,6 +100,7 @@ def prefix_cache(
     from pagedkv.sims.console_prefix import show_prefix_study
     from pagedkv.sims.prefix_study import study_prefixes
 
+    check_json(json)
     study = study_prefixes(Path(trace), blocks=blocks, caches=cache, evictions=eviction)
     if json is None:
         print_view(lambda console: show_prefix_study(study, console))
@@ -126,6 +128,7 @@ def fuzz(
     from pagedkv.sims.fuzz_command import run_fuzz
     from pagedkv.sims.progress import ProgressOnStderr
 
+    check_json(json)
     names = tuple(allocator.split(","))
     with ProgressOnStderr(["fuzz"], repeats=1) as progress:
         results = run_fuzz(names, ops, seed, progress=lambda what, share: progress("fuzz", 0, share))

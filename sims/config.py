@@ -26,6 +26,11 @@ GOES_WITH = {
 }
 """By setting of a load: the kinds that it goes with."""
 
+ATTAIN = 0.99
+"""Share of the requests, of those whose fate is known, that must meet the goals."""
+DEFAULT_ALLOCATORS = ("paged", "contiguous-max", "contiguous-oracle")
+"""What `simulate` compares."""
+
 _TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|min|h|)\s*")
 MAX_S = 3.6e9
 """A longer time is a mistake."""
@@ -143,8 +148,8 @@ class ServingConfig:
 class MeasurementConfig:
     """What is compared, for how long, and against which goal."""
 
-    allocator: tuple[str, ...] = ("paged", "contiguous-max", "contiguous-oracle")
-    """Allocators to compare on the same requests; give the flag once per allocator, or a comma list."""
+    allocator: tuple[str, ...] | None = None
+    """Allocators to compare, one flag each or a comma list [default: paged,contiguous-max,contiguous-oracle]."""
     duration: str | None = None
     """Simulated time that is measured, after the warm-up [default: 600s; a trace runs until all is answered]."""
     warmup: str | None = None

@@ -9,6 +9,7 @@ from pagedkv.heaps import HEAPS
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import advantages, comparison
+from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.results import Results
 from pagedkv.units import gib
@@ -104,10 +105,7 @@ def _contiguous_max_holds(results: Results) -> list[RenderableType]:
 
 def _comparison(results: Results) -> RenderableType:
     document = results.document()
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    table.add_column("")
-    for column in document["results"]:
-        table.add_column(column["allocator"], justify="right")
+    table = plain_table("", *(column["allocator"] for column in document["results"]), no_wrap=False)
     for row in comparison(document):
         values = [Text(value, _STATUS_STYLE.get(value, "")) for value in row.values]
         table.add_row(Text("  " * row.depth + row.label, "" if values else "bold"), *values)

@@ -3,20 +3,12 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pagedkv.sims.capacity_answer import CapacityAnswer
+from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.max_context import ContextAnswer
-from pagedkv.sims.verdict import Binding
-
-_LIMITS: dict[Binding, str] = {
-    "kv_memory": "KV memory",
-    "bandwidth": "memory bandwidth",
-    "prefill_compute": "prefill compute",
-    "max_num_seqs": "max-num-seqs",
-    "max_model_len": "max-model-len",
-}
+from pagedkv.sims.verdict import LIMIT_NAMES
 
 
 def show_max_users(answers: Sequence[CapacityAnswer], console: Console, *, attain: float) -> None:
@@ -50,12 +42,12 @@ def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) 
         needed = "no request finished" if term.reached_s is None else f"{attain:.0%} stay within {1e3 * term.reached_s:,.0f} ms"
         share = "–" if term.attained is None else f"{term.attained:.1%}"
         lines.append(f"{term.metric} fails: {share} within {1e3 * term.limit_s:,.0f} ms; {needed}")
-    limit = "" if found.binding is None else f"; limit: {_LIMITS[found.binding]}"
+    limit = "" if found.binding is None else f"; limit: {LIMIT_NAMES[found.binding]}"
     smallest = min((each.value for each in found.tried if not each.fits and each.value > found.value), default=None)
     if smallest is not None:
         lines.append(f"at {smallest:,} {_one(unit, smallest)}: {found.stops.rstrip('.')}{limit}")
     elif found.binding is not None:
-        lines.append(f"as many as are tried fit; next limit: {_LIMITS[found.binding]}")
+        lines.append(f"as many as are tried fit; next limit: {LIMIT_NAMES[found.binding]}")
     if found.preemption_from is None:
         lines.append(f"no preemptions up to {found.preemption_tried:,} {unit}")
     else:
@@ -65,9 +57,7 @@ def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) 
         lines.append(f"anomaly: {more} {unit} fit again; near its limit the figure is noisy, --repeats 5 says how much")
     for line in lines:
         console.print(f"  {line}", markup=False)
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for header in (unit, "fits", "status", "within goals", "preemptions", "output tokens/s"):
-        table.add_column(header, justify="left" if header in ("fits", "status") else "right", no_wrap=True)
+    table = plain_table(unit, "fits", "status", "within goals", "preemptions", "output tokens/s", left=(1, 2))
     for row in found.tried:
         table.add_row(
             f"{row.value:,}",

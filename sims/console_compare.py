@@ -3,9 +3,9 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.run_comparison import RunComparison
 
 
@@ -13,7 +13,7 @@ def show_run_comparison(compared: RunComparison, console: Console) -> None:
     """Print settings that differ, then the figures that do; a star marks a difference that is more than noise."""
     console.print(Text.assemble(("A  ", "bold"), compared.first, "\n", ("B  ", "bold"), compared.second, "\n"), soft_wrap=True)
     if compared.settings:
-        table = _table("setting", "A", "B")
+        table = plain_table("setting", "A", "B", no_wrap=False)
         for setting in compared.settings:
             table.add_row(setting.name.replace("_", "-"), _text(setting.first), _text(setting.second))
         console.print(table, "\n")
@@ -26,7 +26,7 @@ def show_run_comparison(compared: RunComparison, console: Console) -> None:
         if not differing:
             console.print("  every figure is equal\n")
             continue
-        table = _table("figure", "A", "B", "B − A", "", "")
+        table = plain_table("figure", "A", "B", "B − A", "", "", no_wrap=False)
         for each in differing:
             starred |= each.significant is not None
             relative = "" if each.relative is None else f"{each.relative:+.1%}"
@@ -40,13 +40,6 @@ def show_run_comparison(compared: RunComparison, console: Console) -> None:
         console.print("* beyond the 95 % interval of the difference; noise: within it.")
     else:
         console.print("Whether a difference is more than noise needs --repeats 2 or more in both runs.")
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i == 0 else "right")
-    return table
 
 
 def _text(value: Any) -> str:

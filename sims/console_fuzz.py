@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
+from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.fuzz_command import FuzzResult
 
 
 def show_fuzz(results: Sequence[FuzzResult], console: Console) -> None:
     """Print a line per allocator, and every failure with what replays it."""
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for i, header in enumerate(("allocator", "pools", "operations", "per second", "failures")):
-        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
+    table = plain_table("allocator", "pools", "operations", "per second", "failures")
     for name in dict.fromkeys(result.allocator for result in results):
         runs = [result for result in results if result.allocator == name]
         operations, seconds = sum(run.ops for run in runs), sum(run.elapsed_s for run in runs)

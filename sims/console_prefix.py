@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.prefix_study import ENOUGH, UNLIMITED, PrefixStudy
 
 
@@ -17,22 +17,15 @@ def show_prefix_study(study: PrefixStudy, console: Console) -> None:
         f"{study.block_tokens:,}, {study.distinct_blocks:,} of them distinct\n",
         markup=False,
     )
-    table = _table("cache", "eviction", "blocks", "blocks found", "tokens found")
+    table = plain_table("cache", "eviction", "blocks", "blocks found", "tokens found", left=(0, 1))
     for row in study.rows:
         blocks = UNLIMITED if row.blocks is None else f"{row.blocks:,}"
         table.add_row(row.cache, row.eviction, blocks, f"{row.hit_ratio_blocks:.2%}", f"{row.hit_ratio_tokens:.2%}")
     console.print(table)
     console.print()
-    table = _table("cache", "eviction", "best", f"blocks for {ENOUGH:.0%} of it", "tokens of KV")
+    table = plain_table("cache", "eviction", "best", f"blocks for {ENOUGH:.0%} of it", "tokens of KV", left=(0, 1))
     for line in study.capacities:
         needed = line.capacity_for_90_percent
         best = f"{line.best_hit_ratio_blocks:.2%}"
         table.add_row(line.cache, line.eviction, best, f"{needed:,}", f"{needed * study.block_tokens:,}")
     console.print(table)
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i < 2 else "right", no_wrap=True)
-    return table

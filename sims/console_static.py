@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.sims.console import waterfall
+from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.fit import Fit, under_other_rules
 from pagedkv.sims.from_vllm import VllmCommand
@@ -20,7 +20,7 @@ def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
     longest = deployment.scheduler.max_model_len
     console.print(Text(f"{deployment.model.title} on {deployment.hardware.title}, {deployment.config.engine}", "bold"), "\n")
     console.print(waterfall(deployment), "\n")
-    table = _table("tokens each", "paged holds", "contiguous-max holds", right=(0, 1, 2))
+    table = plain_table("tokens each", "paged holds", "contiguous-max holds", left=())
     for row in answer.rows:
         table.add_row(f"{row.context:,}", f"{row.paged:,}", f"{row.contiguous_max:,}")
     console.print(table, "\n")
@@ -47,7 +47,7 @@ def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
 
 def show_models(console: Console) -> None:
     """Print every model of the catalogue."""
-    table = _table("model", "params", "active", "KV B/token", "state", "context", right=(1, 2, 3, 4, 5))
+    table = plain_table("model", "params", "active", "KV B/token", "state", "context")
     for name in model_names():
         model = load_model(name)
         spec = model.kv_spec("auto")
@@ -60,7 +60,7 @@ def show_models(console: Console) -> None:
 
 def show_hardware(console: Console) -> None:
     """Print every machine of the catalogue."""
-    table = _table("machine", "visible", "memory", "spec GB/s", "reached", "BF16 TFLOPS", right=(1, 3, 4, 5))
+    table = plain_table("machine", "visible", "memory", "spec GB/s", "reached", "BF16 TFLOPS", left=(0, 2))
     for name in hardware_names():
         machine = load_hardware(name)
         table.add_row(
@@ -90,10 +90,3 @@ def show_vllm_command(read: VllmCommand, defaults: Sequence[str], command: str, 
     if read.not_modelled:
         console.print(Text(f"Not modelled, the answer may differ: {', '.join(read.not_modelled)}", "yellow"))
     console.print()
-
-
-def _table(*headers: str, right: tuple[int, ...]) -> Table:
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i in right else "left", no_wrap=True)
-    return table

@@ -1,9 +1,9 @@
 """A sweep in the terminal."""
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.sweep import Sweep, errors, labels, value_text
 
 _FIGURES = {
@@ -20,9 +20,8 @@ _MOST_ROWS = 200
 def show_sweep(sweep: Sweep, console: Console) -> None:
     """Print a line per combination, and what was found along the flags."""
     names = [axis.name for axis in sweep.grid.axes]
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for name in (*(name.replace("_", "-") for name in names), "status", *_FIGURES.values()):
-        table.add_column(name, justify="left" if name == "status" else "right")
+    headers = (*(name.replace("_", "-") for name in names), "status", *_FIGURES.values())
+    table = plain_table(*headers, left=(len(names),), no_wrap=False)
     for row in sweep.rows[:_MOST_ROWS]:
         if "result" in row.outcome:
             figures = [_number(row.figure(name)) for name in _FIGURES]

@@ -8,6 +8,7 @@ from pagedkv.catalogue import load_hardware, load_model
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.heaps import HEAPS
+from pagedkv.kv_spec import KVCacheSpec, kv_element_pair_bytes
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
@@ -15,6 +16,9 @@ from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.weight_format import WeightFormat, load_weight_format
+
+PAGE_BYTES = 2 << 20
+"""A page of virtual memory that stock CUDA maps. Source: Prabhu et al., vAttention, ASPLOS 2025."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,9 @@ def deploy(serving: ServingConfig) -> Deployment:
             block_size=serving.block_size,
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=scheduler.max_model_len,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            kv_cache_dtype=serving.kv_cache_dtype,
+            page_tokens=_page_tokens(kv_spec),
             contiguous_heap=serving.contiguous_heap,
             watermark=serving.watermark,
             reserve_full_isl=serving.scheduler_reserve_full_isl,
@@ -90,3 +97,10 @@ def deploy(serving: ServingConfig) -> Deployment:
             enforce_eager=serving.enforce_eager,
         ),
     )
+
+
+def _page_tokens(kv_spec: KVCacheSpec) -> int:
+    """Return the tokens whose keys fill a page of `PAGE_BYTES` in the widest layer."""
+    key_bytes, _ = kv_element_pair_bytes(kv_spec.dtype_name)
+    widest = max(group.num_kv_heads * group.key_dim * key_bytes / group.compression for group in kv_spec.groups)
+    return int(PAGE_BYTES // widest)

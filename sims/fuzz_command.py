@@ -35,11 +35,6 @@ class FuzzResult:
     elapsed_s: float
     """Wall time: the only part that is not the same for the same seed."""
 
-    @property
-    def ops_per_s(self) -> float:
-        """Operations per second, checks included."""
-        return self.ops / self.elapsed_s if self.elapsed_s > 0 else 0.0
-
     def document(self) -> dict[str, object]:
         """Return it as plain values, without the time that it took."""
         plain = asdict(self)

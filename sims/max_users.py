@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.capacity import MOST_USERS
 from pagedkv.sims.capacity_answer import CapacityAnswer, answer, check_attain
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.deployment import deploy
+
+MOST_USERS = 1 << 14
 
 
 def max_users(

@@ -38,23 +38,24 @@ class Probe:
         """Requests that were rejected or failed."""
         return int(self.figures["num_rejected"] + self.figures["num_failed"])
 
-    def meets(self, share: float) -> bool:
-        """Return whether a share `share` of the requests meets the goals and nobody is turned away; without goals, if it is stable.
+    @property
+    def fits(self) -> bool:
+        """Whether the verdict says so.
 
-        With no request whose fate is known, as with few users in a short run, nothing has been missed.
+        With no request whose fate is known, as with few users in a short run, nothing has been missed either.
         """
         if not self.terms:
             return self.verdict.status == "stable"
-        return self.refused == 0 and (self.attained is None or self.attained >= share)
+        return self.verdict.fits or (self.attained is None and self.refused == 0)
 
     def surely_meets(self, share: float) -> bool:
-        """Return whether the lower bound of the interval still meets it; without goals, whether every repeat is stable."""
+        """Return whether the lower bound of the interval is `share` or more; without goals, whether every repeat is stable."""
         if not self.terms:
             return self.stable_repeats == 1.0
         return self.refused == 0 and (self.attained_ci95 is None or self.attained_ci95[0] >= share)
 
     def may_meet(self, share: float) -> bool:
-        """Return whether the upper bound of the interval meets it; without goals, whether a repeat is stable."""
+        """Return whether the upper bound of the interval is `share` or more; without goals, whether a repeat is stable."""
         if not self.terms:
             return self.stable_repeats > 0.0
         return self.refused == 0 and (self.attained_ci95 is None or self.attained_ci95[1] >= share)
@@ -67,8 +68,8 @@ def probe(config: SimulationConfig, allocator: str, *, attain: float, progress: 
         ConfigError: If `config` cannot work.
     """
     scenario = resolve(changed(config, allocator=(allocator,)))
-    result = simulate(scenario, progress=progress).by_allocator[allocator]
-    alone = [judge(scenario, combine([measure(run, scenario.goals)]), [run]) for run in result.runs]
+    result = simulate(scenario, attain=attain, progress=progress).by_allocator[allocator]
+    alone = [judge(scenario, combine([measure(run, scenario.goals)]), [run], attain=attain) for run in result.runs]
     shares = [share for run in result.runs if (share := attained([run], scenario.goals)) is not None] if scenario.goals else []
     return Probe(
         config=config,

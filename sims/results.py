@@ -6,7 +6,7 @@ from typing import Any
 
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import flat
-from pagedkv.sims.config import time_text
+from pagedkv.sims.config import ATTAIN, time_text
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
 from pagedkv.sims.simulation import Progress, Run, run
@@ -66,8 +66,11 @@ class Results:
         }
 
 
-def simulate(scenario: Scenario, *, progress: Progress | None = None) -> Results:
-    """Run every allocator of `scenario`, each `repeats` times, on the same requests; seeds count up from the given one."""
+def simulate(scenario: Scenario, *, attain: float = ATTAIN, progress: Progress | None = None) -> Results:
+    """Run every allocator of `scenario`, each `repeats` times, on the same requests; seeds count up from the given one.
+
+    The verdicts want a share `attain` of the requests within the goals.
+    """
     measurement = scenario.config.measurement
     by_allocator = {}
     for name in scenario.allocators:
@@ -76,7 +79,8 @@ def simulate(scenario: Scenario, *, progress: Progress | None = None) -> Results
             tell = None if progress is None else _telling(progress, name, repeat)
             runs.append(run(scenario, name, seed=measurement.seed + repeat, progress=tell))
         figures = combine([measure(each, scenario.goals) for each in runs])
-        by_allocator[name] = AllocatorResult(runs=runs, figures=figures, verdict=judge(scenario, figures, runs))
+        verdict = judge(scenario, figures, runs, attain=attain)
+        by_allocator[name] = AllocatorResult(runs=runs, figures=figures, verdict=verdict)
     return Results(scenario=scenario, by_allocator=by_allocator)
 
 

@@ -6,7 +6,15 @@ from typing import Any
 
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.sims.config import GOES_WITH, LOAD_KINDS, LoadConfig, MeasurementConfig, SimulationConfig, parse_seconds
+from pagedkv.sims.config import (
+    DEFAULT_ALLOCATORS,
+    GOES_WITH,
+    LOAD_KINDS,
+    LoadConfig,
+    MeasurementConfig,
+    SimulationConfig,
+    parse_seconds,
+)
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.goodput import Goal, parse_goals
 from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
@@ -43,7 +51,7 @@ def resolve(config: SimulationConfig) -> Scenario:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
-    allocators = _allocators(config.measurement)
+    allocators = asked_allocators(config.measurement, usual=DEFAULT_ALLOCATORS)
     goals = parse_goals(config.measurement.goodput)
     _check_load_flags(config.load)
     deployment = deploy(config.serving)
@@ -56,7 +64,7 @@ def resolve(config: SimulationConfig) -> Scenario:
             serving=deployment.config,
             measurement=replace(
                 config.measurement,
-                allocator=allocators,
+                allocator=None if allocators == DEFAULT_ALLOCATORS else allocators,
                 warmup=None if warmup_s == usual[0] else config.measurement.warmup,
                 duration=None if duration_s == usual[1] else config.measurement.duration,
             ),
@@ -89,7 +97,14 @@ def simulated_allocators() -> tuple[str, ...]:
     return tuple(name for name in ALLOCATORS.names() if name not in _SEVERAL_GROUPS)
 
 
-def _allocators(measurement: MeasurementConfig) -> tuple[str, ...]:
+def asked_allocators(measurement: MeasurementConfig, *, usual: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the allocators that `measurement` names, each once; `usual` if it leaves them open.
+
+    Raises:
+        ConfigError: If it names none, or one that there is not or that no simulation can drive.
+    """
+    if measurement.allocator is None:
+        return usual
     names = [name.strip() for text in measurement.allocator for name in text.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"no allocator given: choose from {', '.join(ALLOCATORS.names())}")

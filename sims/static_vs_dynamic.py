@@ -5,10 +5,10 @@
 
 import sys
 
-from pagedkv.sims.capacity import largest_users
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import deploy
 from pagedkv.sims.fit import fit
+from pagedkv.sims.max_users import max_users
 
 GOALS = ("ttft:5000", "tpot:200")
 CASES = (
@@ -32,11 +32,11 @@ def rows() -> list[tuple[str, ...]]:
         deployment = deploy(serving)
         static = fit(deployment)
         config = SimulationConfig(
-            load=LoadConfig(users=1, over_length="drop"),
+            load=LoadConfig(over_length="drop"),
             serving=serving,
             measurement=MeasurementConfig(goodput=GOALS, duration="300s"),
         )
-        paged, contiguous = (largest_users(config, name) for name in ("paged", "contiguous-max"))
+        paged, contiguous = (max_users(config, name, attain=ATTAIN).value for name in ("paged", "contiguous-max"))
         what = f"{deployment.model.name}, {deployment.weight_format.name}, KV {serving.kv_cache_dtype}"
         table.append(
             (

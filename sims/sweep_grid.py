@@ -22,10 +22,9 @@ from typing import Any, get_args
 from cyclopts import CoercionError
 
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.sims.cli_output import converted
 from pagedkv.sims.command import changed, flat
 from pagedkv.sims.config import SimulationConfig, parse_seconds
-from pagedkv.sims.config_words import FIELD_TYPES, parse_config
+from pagedkv.sims.config_words import FIELD_TYPES, converted, parse_config
 from pagedkv.units import parse_bytes
 
 MOST_RUNS = 100_000

@@ -11,7 +11,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.scheduling.scheduler import Blocker
 from pagedkv.sims.attainment import attained
 from pagedkv.sims.command import changed, command_line
-from pagedkv.sims.config import SimulationConfig
+from pagedkv.sims.config import ATTAIN, SimulationConfig
 from pagedkv.sims.load import ClosedLoop
 from pagedkv.sims.metrics import Latencies
 from pagedkv.sims.recording import BLOCKERS
@@ -29,10 +29,8 @@ THROUGHPUT_SHARE_LIMIT = 0.9
 _SAMPLED_REQUESTS = 500
 NEARLY_FULL = 0.1
 """With less than this share of the KV pool or of the running batch free, it is the nearest limit."""
-ATTAIN = 0.99
-"""Share of the requests, of those whose fate is known, that must meet the goals."""
 
-_LIMIT_NAMES = {
+LIMIT_NAMES: dict[Binding, str] = {
     "kv_memory": "KV memory",
     "bandwidth": "memory bandwidth",
     "prefill_compute": "prefill compute",
@@ -61,8 +59,8 @@ class Verdict:
     """What to try next."""
 
 
-def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdict:
-    """Judge one allocator from its figures, combined over repeats, and its runs."""
+def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attain: float = ATTAIN) -> Verdict:
+    """Judge one allocator from its figures, combined over repeats, and its runs; `attain` is the share that must meet the goals."""
     waits = MeanWaits.of(scenario, runs)
     waiting_share = figures["waiting_time_share"] or 0.0
     ideal_share = None
@@ -85,7 +83,7 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
     elif slow or queueing:
         status = "saturated"
     share = attained(runs, scenario.goals) if scenario.goals else None
-    missed = share is not None and share < ATTAIN
+    missed = share is not None and share < attain
     binding = _binding(
         scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing, missed=missed and status == "stable"
     )
@@ -107,7 +105,7 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run]) -> Verdi
     fit, do_not_fit = ("fits", "does not fit") if scenario.load.title == "1 user" else ("fit", "do not fit")
     text = f"{scenario.load.title} {fit if fits else do_not_fit}: {status}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
-    text += f". {'Next limit' if fits else 'Limit'}: {_LIMIT_NAMES[binding]}."
+    text += f". {'Next limit' if fits else 'Limit'}: {LIMIT_NAMES[binding]}."
     return Verdict(
         status=status, fits=fits, binding=binding, text=text, next_command=_next_command(scenario, binding, runs, fits=fits)
     )

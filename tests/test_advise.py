@@ -9,12 +9,11 @@ import pytest
 from pagedkv.sims.advise import GAIN, Advice, advise, serve_command
 from pagedkv.sims.cli import main
 from pagedkv.sims.command import changed
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import deploy
 from pagedkv.sims.from_vllm import parse_vllm_command
 from pagedkv.sims.probe import probe
 
-ATTAIN = 0.99
 TINY = SimulationConfig(
     load=LoadConfig(users=14, think_time="1s", random_input_len=400, random_output_len=60, random_range_ratio=0.5),
     serving=ServingConfig(hardware="rtx-4090", kv_cache_memory_bytes="400MiB", max_model_len=1024),

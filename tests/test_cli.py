@@ -11,6 +11,7 @@ import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -200,6 +201,72 @@ def test_help_imports_nothing_heavy() -> None:
     loaded = set(done.stderr.split())
     assert "cyclopts" in loaded
     assert not loaded & {"numba", "plotly", "torch", "simpy", "llvmlite", "pagedkv.sims.engine"}
+
+
+# --- answers that go to a file --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("fuzz", "fuzz_command.run_fuzz"),
+        ("prefix-cache t.jsonl", "prefix_study.study_prefixes"),
+        ("compare a b", "run_comparison.compare_runs"),
+        ("max-users", "max_users.max_users"),
+        ("sweep --users 1,2 --out s", "sweep.run_sweep"),
+        ("advise --users 1", "advise.advise"),
+        (LOAD, "results.simulate"),
+    ],
+)
+def test_that_it_cannot_be_written_is_said_before_the_work(
+    command: str, work: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def worked(*args: Any, **kwargs: Any) -> NoReturn:
+        raise AssertionError("it has begun to work")
+
+    monkeypatch.setattr(f"pagedkv.sims.{work}", worked)
+    with pytest.raises(SystemExit) as exit:
+        main([*shlex.split(command), "--json", "/proc/none/x.json"])
+    assert exit.value.code == 2
+    assert "cannot write --json" in capsys.readouterr().err
+
+
+# --- the benchmark of the kernels -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands in for the benchmark, whatever is installed: its rows."""
+    rows: list[dict[str, Any]] = [{"correct": True}, {"reason": "not there"}]
+    stand_in: Any = SimpleNamespace(
+        BenchOptions=SimpleNamespace,
+        run_bench=lambda options: {"dry_run": options.dry_run, "rows": rows},
+        render=lambda result: f"{len(result['rows'])} rows",
+    )
+    monkeypatch.setitem(sys.modules, "pagedkv.kernels.bench", stand_in)
+    return rows
+
+
+def test_the_benchmark_is_shown_and_written(bench: list[dict[str, Any]], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stdout(capsys, "bench-kernels") == "2 rows\n"
+    assert document(stdout(capsys, "bench-kernels --dry-run --json -")) == {"dry_run": True, "rows": bench}
+    assert stdout(capsys, "bench-kernels --json x.json") == ""
+    assert document((folder / "x.json").read_text()) == {"dry_run": False, "rows": bench}
+    bench.append({"correct": False})
+    with pytest.raises(SystemExit) as exit:
+        main(["bench-kernels"])
+    assert exit.value.code == 1
+
+
+def test_without_torch_the_benchmark_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "pagedkv.kernels.bench", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as exit:
+        main(["bench-kernels"])
+    assert exit.value.code == 2
+    assert "torch, which is not installed: pip install torch" in capsys.readouterr().err
 
 
 # --- interruption and closed pipes ----------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def parsed(argv: Sequence[str]) -> SimulationConfig:
 
 def one_by_one(config: SimulationConfig) -> SimulationConfig:
     """Return `config` with every comma list of allocators spelt out: that is what it means."""
-    return changed(config, allocator=tuple(",".join(config.measurement.allocator).split(",")))
+    names = config.measurement.allocator
+    return config if names is None else changed(config, allocator=tuple(",".join(names).split(",")))
 
 
 @given(changes=SETTINGS)

@@ -88,6 +88,21 @@ def test_equal_scenarios_have_equal_settings() -> None:
     assert resolve(resolve(spelt).config).config == resolve(spelt).config
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-0.5b", "gemma-3-1b", "glm-4.7-flash", "qwen3-next-80b-a3b"])
+def test_a_page_of_vattention_is_full_with_the_keys_of_the_widest_layer(model: str, kv_cache_dtype: str) -> None:
+    given = ServingConfig(hardware="gb200", model=model, quantization="nvfp4", kv_cache_dtype=kv_cache_dtype)
+    deployment = deploy(given)
+    pool, element_bytes = deployment.pool, {"auto": 2, "fp8": 1}[kv_cache_dtype]
+    widest = max(group.num_kv_heads * group.key_dim for group in deployment.model.layer_groups)
+    assert pool.page_tokens * widest * element_bytes <= 2 * 2**20 < (pool.page_tokens + 1) * widest * element_bytes
+    assert (pool.kv_cache_dtype, pool.max_num_batched_tokens) == (kv_cache_dtype, deployment.scheduler.max_num_batched_tokens)
+
+
+def test_pages_of_vattention_are_as_large_as_its_authors_say() -> None:
+    assert deploy(ServingConfig(model="llama-3-8b")).pool.page_tokens == 1024
+
+
 # --- a slower clock -------------------------------------------------------------------------------------------------
 
 

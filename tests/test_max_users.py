@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 
 from pagedkv.sims.attainment import attained, terms
 from pagedkv.sims.bisection import largest
-from pagedkv.sims.capacity import largest_users
 from pagedkv.sims.cli import main
 from pagedkv.sims.command import changed
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.max_context import max_context
 from pagedkv.sims.max_users import max_users
 from pagedkv.sims.probe import probe
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import resolve
-from pagedkv.sims.verdict import ATTAIN
 
 TINY = SimulationConfig(
     load=LoadConfig(think_time="1s", random_input_len=400, random_output_len=60, random_range_ratio=0.5),
@@ -71,16 +69,19 @@ def test_what_passes_above_the_answer_is_reported() -> None:
 
 
 @pytest.mark.parametrize("goals", [TINY.measurement.goodput, ()], ids=["goals", "no goals"])
-@pytest.mark.parametrize("allocator", ["paged", "contiguous-max"])
-def test_it_is_the_verdicts_number(allocator: str, goals: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("allocator", ["paged", "contiguous-max", "contiguous-oracle"])
+def test_it_fits_by_the_verdict_and_one_more_does_not(allocator: str, goals: tuple[str, ...]) -> None:
     config = changed(TINY, goodput=goals)
     found = max_users(config, allocator, attain=ATTAIN)
-    assert found.value == largest_users(config, allocator) > 1
+    assert found.value > 1
     assert found.interval == (found.value, found.value + 1)
     assert not found.anomalies
     by_value = {row.value: row for row in found.tried}
     assert by_value[found.value].fits
     assert not by_value[found.value + 1].fits
+    for users in (found.value, found.value + 1):
+        result = simulate(resolve(changed(config, users=users, allocator=(allocator,)))).by_allocator[allocator]
+        assert result.verdict.fits == by_value[users].fits
     assert found.binding == probe(changed(config, users=found.value + 1), allocator, attain=ATTAIN).verdict.binding
 
 
@@ -94,6 +95,27 @@ def test_the_share_is_the_one_the_verdict_judges_by(repeats: int) -> None:
         assert f"{share:.1%} of requests meet the goals" in result.verdict.text
         assert (share >= ATTAIN) == result.verdict.fits
         assert share <= min(term.attained or 0.0 for term in terms(result.runs, scenario.goals, attain=ATTAIN))
+
+
+@pytest.mark.parametrize("attain", [0.5, 0.9])
+def test_the_verdict_judges_by_the_share_that_is_wanted(attain: float) -> None:
+    probes = [probe(changed(TINY, users=users), "paged", attain=attain) for users in range(8, 16)]
+    shares = [found.attained for found in probes]
+    assert all(share is not None for share in shares)
+    assert [found.verdict.fits for found in probes] == [share >= attain for share in shares if share is not None]
+    assert any(share is not None and attain <= share < ATTAIN for share in shares)
+    for found in probes:
+        assert found.fits == found.verdict.fits == ("do not fit" not in found.verdict.text)
+
+
+def test_paging_serves_more() -> None:
+    paged, contiguous = (max_users(TINY, name, attain=ATTAIN).value for name in ("paged", "contiguous-max"))
+    assert paged > contiguous
+
+
+def test_what_the_allocators_of_the_configuration_are_does_not_matter() -> None:
+    other = changed(TINY, allocator=("contiguous-pow2",))
+    assert max_users(other, "paged", attain=ATTAIN) == max_users(TINY, "paged", attain=ATTAIN)
 
 
 def test_a_lower_share_lets_more_in() -> None:
@@ -133,7 +155,7 @@ def test_a_goal_that_nobody_meets_is_named_with_what_would() -> None:
     assert (term.metric, term.limit_s, term.attained) == ("ttft", 0.001, 0.0)
     assert term.reached_s is not None
     enough = changed(TINY, users=1, goodput=(f"ttft:{1e3 * term.reached_s + 0.001}", "tpot:40"))
-    assert probe(enough, "paged", attain=ATTAIN).meets(ATTAIN)
+    assert probe(enough, "paged", attain=ATTAIN).fits
 
 
 def test_requests_that_can_never_run_do_not_fit() -> None:
@@ -156,7 +178,7 @@ def test_a_machine_that_fits_everybody_says_so(monkeypatch: pytest.MonkeyPatch) 
         ("max-users --request-rate 3", "--request-rate contradicts"),
         ("max-users --attain 1.2", "attain is 1.2"),
         ("max-users --attain 0", "attain is 0"),
-        ("max-users --allocator ,", "no name"),
+        ("max-users --allocator ,", "no allocator given"),
         ("max-users --allocator pagd", "did you mean paged"),
         ("max-users --goodput tfft:9", "did you mean ttft"),
         ("max-users --model llama-3.1-70b", "GiB"),
@@ -194,7 +216,7 @@ def test_the_longest_context_fits_and_the_next_does_not(goals: tuple[str, ...]) 
     def fits(context: int) -> bool:
         one = changed(config, random_input_len=context - 60, max_model_len=context)
         tried = probe(one, "paged", attain=ATTAIN)
-        return tried.meets(ATTAIN) and (bool(goals) or tried.figures["num_preemptions"] == 0)
+        return tried.fits and (bool(goals) or tried.figures["num_preemptions"] == 0)
 
     assert fits(low)
     assert not fits(high)
