@@ -4,16 +4,22 @@ FlashInfer says page where this project says block; its names stay as they are, 
 """
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pagedkv.arrays import Int32Array
 from pagedkv.kernels.cache_ops import reshape_and_cache, slot_mapping_for
-from pagedkv.kernels.contract import host_array, is_torch, need
+from pagedkv.kernels.contract import AttentionOptions, host_array, integers, is_torch, need
 from pagedkv.kernels.dispatch import paged_attention
+
+_IDLE_INIT = ("use_tensor_cores",)
+_IDLE_PLAN = tuple(
+    "q_data_type kv_data_type data_type rope_scale rope_theta non_blocking fixed_split_size disable_split_kv".split()
+)
+_IDLE_RUN = ("enable_pdl",)
+"""Keywords of FlashInfer that change no result here: how it computes, the types that the arrays have anyway, the RoPE that
+`pos_encoding_mode` turns off."""
 
 
 def block_table_to_csr(block_table: Any, cache_seqlens: Any, block_size: int) -> tuple[Int32Array, Int32Array, Int32Array]:
@@ -118,17 +124,17 @@ def flash_attn_with_kvcache(
     block_size = int(k_cache.shape[1])
     if block_table is None:
         rows = np.arange(batch) if cache_batch_idx is None else cache_batch_idx
-        block_table = _integers(rows, q).reshape(-1, 1)
+        block_table = integers(rows, q).reshape(-1, 1)
         cache_seqlens = block_size if cache_seqlens is None else cache_seqlens
     else:
         need(cache_batch_idx is None, "cache_batch_idx and block_table both say where a sequence lies: leave one out")
         need(cache_seqlens is not None, "cache_seqlens is None: a block table needs the lengths")
-    seqlens = _integers(cache_seqlens if np.ndim(cache_seqlens) else np.full(batch, cache_seqlens), q)
+    seqlens = integers(cache_seqlens if np.ndim(cache_seqlens) else np.full(batch, cache_seqlens), q)
     if k is not None:
         seqlens = _append(k, v, k_cache, v_cache, seqlens, block_table)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "num_splits": num_splits, "backend": backend}
     if seqlen_q > 1:
-        options |= {"cu_seqlens_q": _integers(np.arange(batch + 1) * seqlen_q, q), "causal": causal}
+        options |= {"cu_seqlens_q": integers(np.arange(batch + 1) * seqlen_q, q), "causal": causal}
     packed = q.reshape(batch * seqlen_q, num_heads, head_dim)
     out, lse = paged_attention(packed, k_cache, v_cache, block_table, seqlens, window_size=window_size, return_lse=True, **options)
     out = out.reshape(q.shape)
@@ -143,7 +149,7 @@ def _append(k: Any, v: Any, k_cache: Any, v_cache: Any, seqlens: Any, block_tabl
     longest, room = int(seqlens.max()) + num_new, int(block_table.shape[1]) * block_size
     need(longest <= room, f"{num_new} new tokens make {longest}: the cache has room for {room} per sequence")
     sequences = np.repeat(np.arange(batch), num_new)
-    positions = seqlens.reshape(-1, 1) + _integers(np.arange(num_new), seqlens)
+    positions = seqlens.reshape(-1, 1) + integers(np.arange(num_new), seqlens)
     slots = slot_mapping_for(block_table, sequences, positions.reshape(-1), block_size)
     reshape_and_cache(k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:]), k_cache, v_cache, slots)
     return seqlens + num_new
@@ -155,8 +161,13 @@ class BatchDecodeWithPagedKVCacheWrapper:
     Source: flashinfer/decode.py.
     """
 
-    def __init__(self, float_workspace_buffer: Any = None, kv_layout: str = "NHD", *, backend: str = "auto", **_: Any) -> None:
-        """Make a wrapper. The workspace and FlashInfer's other settings are taken and not needed."""
+    def __init__(self, float_workspace_buffer: Any = None, kv_layout: str = "NHD", *, backend: str = "auto", **more: Any) -> None:
+        """Make a wrapper. The workspace is not needed, nor is `use_tensor_cores`.
+
+        Raises:
+            KernelError: For other keywords. (A CUDA graph would go on reading the tables of the plan that it was captured with.)
+        """
+        _refuse("the wrapper", more, _IDLE_INIT, "kv_layout and backend")
         self._kv_layout, self._backend = kv_layout, backend
         self._shape: tuple[int, int, int, int] | None = None
 
@@ -172,21 +183,19 @@ class BatchDecodeWithPagedKVCacheWrapper:
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
         logits_soft_cap: float | None = None,
-        q_data_type: Any = None,
-        kv_data_type: Any = None,
-        data_type: Any = None,
         sm_scale: float | None = None,
-        **_: Any,
+        **more: Any,
     ) -> None:
         """Take the tables of a step. Types are those of the arrays that `run` gets; `q_data_type` and the like are not needed.
 
         Raises:
-            KernelError: If the tables do not fit together, or positions are to be encoded here.
+            KernelError: If the tables do not fit together, or something is asked that this does not do.
         """
+        _refuse("plan", more, _IDLE_PLAN, "window_left, logits_soft_cap and sm_scale")
         need(pos_encoding_mode == "NONE", f"pos_encoding_mode is {pos_encoding_mode!r}: needs 'NONE'; encode q and k first")
         self._shape = num_qo_heads, num_kv_heads, head_dim, page_size
         self._tables = csr_to_block_table(indptr, indices, last_page_len, page_size)
-        self._options = {"window_size": (window_left, -1), "softcap": logits_soft_cap or 0.0}
+        self._options: AttentionOptions = {"window_size": (window_left, -1), "softcap": logits_soft_cap or 0.0}
         self._scale = head_dim**-0.5 if sm_scale is None else sm_scale
         self._on_device: dict[str, tuple[Any, Any]] = {}
 
@@ -202,7 +211,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
         v_scale: float | None = None,
         out: Any = None,
         return_lse: bool = False,
-        **_: Any,
+        window_left: int | None = None,
+        sinks: Any = None,
+        **more: Any,
     ) -> Any:
         """Attend from `q` [batch, num_qo_heads, head_dim].
 
@@ -214,33 +225,35 @@ class BatchDecodeWithPagedKVCacheWrapper:
             v_scale: Factor of the values.
             out: Where the result goes.
             return_lse: Whether to return the log-sum-exp too.
+            window_left: In place of the planned one.
+            sinks: As `paged_attention`.
+            **more: `enable_pdl` has no effect.
 
         Returns:
             out, or (out, lse [batch, num_qo_heads]): the log-sum-exp to base 2, as FlashInfer's.
 
         Raises:
-            KernelError: If nothing was planned, or for something else.
+            KernelError: If nothing was planned, or for something else; for keywords that would change the result.
         """
+        _refuse("run", more, _IDLE_RUN, "q_scale, k_scale, v_scale, out, return_lse, window_left and sinks")
         need(self._shape is not None, "run before plan: needs the tables of the step first")
         separate = isinstance(paged_kv_cache, tuple | list)
         k_cache, v_cache = paged_kv_cache if separate else (paged_kv_cache[:, 0], paged_kv_cache[:, 1])
         head, place = (2, 1) if self._kv_layout == "NHD" else (1, 2)
         shape = (int(q.shape[1]), int(k_cache.shape[head]), int(k_cache.shape[3]), int(k_cache.shape[place]))
         need(shape == self._shape, f"heads, KV heads, head_dim, page_size are {shape}: planned for {self._shape}")
-        result, lse = paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            *self._tables_for(q),
-            softmax_scale=self._scale * (1.0 if q_scale is None else q_scale),
-            k_scale=1.0 if k_scale is None else k_scale,
-            v_scale=1.0 if v_scale is None else v_scale,
-            out=out,
-            return_lse=True,
-            kv_layout=self._kv_layout,
-            backend=self._backend,
+        options: AttentionOptions = {
             **self._options,
-        )
+            "softmax_scale": self._scale * (1.0 if q_scale is None else q_scale),
+            "k_scale": 1.0 if k_scale is None else k_scale,
+            "v_scale": 1.0 if v_scale is None else v_scale,
+            "sinks": sinks,
+            "kv_layout": self._kv_layout,
+        }
+        if window_left is not None:
+            options["window_size"] = (window_left, -1)
+        tables = self._tables_for(q)
+        result, lse = paged_attention(q, k_cache, v_cache, *tables, out=out, return_lse=True, backend=self._backend, **options)
         return (result, lse / math.log(2)) if return_lse else result
 
     def _tables_for(self, q: Any) -> tuple[Any, Any]:
@@ -248,15 +261,13 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if not is_torch(q) or q.device.type == "cpu":
             return self._tables
         if str(q.device) not in self._on_device:
-            torch = sys.modules["torch"]
-            self._on_device[str(q.device)] = tuple(torch.from_numpy(table).to(q.device) for table in self._tables)  # type: ignore[assignment]
+            table, seqlens = (integers(numbers, q) for numbers in self._tables)
+            self._on_device[str(q.device)] = table, seqlens
         return self._on_device[str(q.device)]
 
 
-def _integers(numbers: Any, like: Any) -> Any:
-    """Return `numbers` as int32, a tensor on the device of `like` if that is one."""
-    if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.as_tensor(numbers, dtype=torch.int32, device=like.device)
-    array: npt.NDArray[Any] = np.asarray(host_array(numbers), np.int32)
-    return array
+def _refuse(call: str, more: dict[str, Any], idle: tuple[str, ...], supported: str) -> None:
+    """Raise KernelError for keywords that would change the result and are not served; None and False ask for nothing."""
+    refused = [name for name, value in more.items() if name not in idle and value is not None and value is not False]
+    taken = f"{call} supports {supported}; without effect it takes {', '.join(idle)}"
+    need(not refused, f"{', '.join(refused)}: not supported. {taken}")

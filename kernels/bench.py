@@ -1,25 +1,37 @@
-"""`pagedkv bench-kernels`: how close to the memory's bandwidth the kernels come, and who is faster.
+"""The kernel benchmark: how close to the memory's bandwidth decoding comes, and who is faster.
 
+`python -m pagedkv.kernels.bench [--dry-run] [--json FILE]` measures on the GPU, or on the CPU where there is none. It needs torch.
 Bandwidth is measured first, in the same run; every backend is checked against float64 before it is timed; wins and losses are both
 in the result. Times under 20 µs are reported as they are, without a share: they are overhead.
 """
 
+import argparse
+import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
+from pagedkv.kernels.contract import KernelError
+
+try:
+    import torch
+except ImportError as absent:
+    raise KernelError("the kernel benchmark measures with torch, which is not installed: pip install torch") from absent
 
 from pagedkv.kernels.bench_backends import BACKENDS, OURS
 from pagedkv.kernels.bench_problem import CPU_SHAPES, GPU_SHAPES, LARGE, TOLERANCE, Problem, Shape, tiny
-from pagedkv.kernels.contract import KernelError
 
 SHARE_FROM_S = 20e-6
 """Shorter times are given without a share of the bandwidth."""
+
+OWN = ("triton", "cuda", "cpu")
+"""Backends of this project."""
 
 CALLS = 8
 """Of a sample, at least: it is as many passes over all copies as this takes."""
@@ -71,7 +83,7 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
         "seed": options.seed,
         **bandwidth,
         "rows": rows,
-        "comparisons": [*_against_others(rows), *([] if options.dry_run else _among_shapes(rows))],
+        "comparisons": [*_against_others(rows, OURS[kind]), *([] if options.dry_run else _among_shapes(rows))],
     }
 
 
@@ -89,8 +101,11 @@ def measure_bandwidth(device: torch.device, *, num_bytes: int, repeats: int) -> 
     return {"copy_bytes_per_s": num_bytes / copy_s, "read_bytes_per_s": num_bytes / 2 / read_s}
 
 
-def time_s(run: Callable[[int], Any], copies: int, device: torch.device, *, repeats: int) -> tuple[float, bool]:
-    """Return (median seconds of a call, whether a CUDA graph launched it). Calls walk over all copies, once untimed."""
+def time_s(run: Callable[[int], Any], copies: int, device: torch.device, *, repeats: int) -> tuple[float, str | None]:
+    """Return (median seconds of a call, why no CUDA graph launched it). Calls walk over all copies, once untimed.
+
+    The reason is None on the CPU, where there are no graphs.
+    """
     order = list(range(copies)) * (-(-CALLS // copies) if repeats > 1 else 1)
     for copy in range(copies):
         run(copy)
@@ -101,9 +116,9 @@ def time_s(run: Callable[[int], Any], copies: int, device: torch.device, *, repe
             for copy in order:
                 run(copy)
             samples.append((time.perf_counter() - start) / len(order))
-        return statistics.median(samples), False
+        return statistics.median(samples), None
     torch.cuda.synchronize()
-    graph = _captured(run, order)
+    graph, no_graph = _captured(run, order)
     samples, event = [], partial(torch.cuda.Event, enable_timing=True)
     for _ in range(repeats):
         start_event, end_event = event(), event()
@@ -116,11 +131,11 @@ def time_s(run: Callable[[int], Any], copies: int, device: torch.device, *, repe
         end_event.record()
         torch.cuda.synchronize()
         samples.append(start_event.elapsed_time(end_event) / 1e3 / len(order))
-    return statistics.median(samples), graph is not None
+    return statistics.median(samples), no_graph
 
 
-def _captured(run: Callable[[int], Any], order: list[int]) -> Any:
-    """Return the calls as a CUDA graph, which launches without Python between; None if they cannot be captured."""
+def _captured(run: Callable[[int], Any], order: list[int]) -> tuple[Any, str | None]:
+    """Return (the calls as a CUDA graph, which launches without Python between, None), or (None, why they cannot be captured)."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -128,27 +143,37 @@ def _captured(run: Callable[[int], Any], order: list[int]) -> Any:
                 run(copy)
         graph.replay()
         torch.cuda.synchronize()
-    except Exception:  # whatever a foreign kernel does that a graph forbids: it is launched one by one then
+    except Exception as failure:  # whatever a kernel does that a graph forbids: it is launched one by one then, and this is told
         torch.cuda.synchronize()
-        return None
-    return graph
+        return None, _told(failure)
+    return graph, None
+
+
+def _told(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
 
 
 def _measure(problem: Problem, backend: str, options: BenchOptions, bandwidth: dict[str, float]) -> dict[str, Any]:
-    """Return the row of one backend: its error and time, or the reason why there is none."""
+    """Return the row of one backend: its error and time, or the reason why there is none.
+
+    Only a KernelError, a refusal, is such a reason for this project's backends: whatever else they raise is a bug, and is raised.
+    """
     shape = problem.shape
     row: dict[str, Any] = {"shape": asdict(shape), "name": shape.name, "backend": backend, "floor_bytes": problem.floor_bytes}
     try:
         run = BACKENDS[backend](problem)
         row["error"] = problem.error(run(0))
         row["correct"] = row["error"] <= TOLERANCE[problem.q_dtype]
-        seconds, row["graph"] = time_s(run, problem.copies, problem.device, repeats=options.repeats)
+        seconds, no_graph = time_s(run, problem.copies, problem.device, repeats=options.repeats)
+        row |= {} if no_graph is None else {"no_graph": no_graph}
         row |= {"us": seconds * 1e6, "tokens_per_s": shape.batch / seconds}
         if seconds >= SHARE_FROM_S and not options.dry_run:
             row["share_of_copy"] = problem.floor_bytes / seconds / bandwidth["copy_bytes_per_s"]
             row["share_of_read"] = problem.floor_bytes / seconds / bandwidth["read_bytes_per_s"]
     except Exception as failure:  # a foreign backend may fail in its own way: say how and go on
-        row["reason"] = f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
+        if backend in OWN and not isinstance(failure, KernelError):
+            raise
+        row["reason"] = _told(failure)
     return row
 
 
@@ -156,17 +181,16 @@ def _timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("correct") and "us" in row]
 
 
-def _against_others(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare, by shape, this project's first backend that ran with every other: a ratio above 1 is a win."""
+def _against_others(rows: list[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
+    """Compare, by shape, the backend `ours` with every other: a ratio above 1 is a win; "no figure" if ours has no right one."""
     found = []
-    for name in dict.fromkeys(row["name"] for row in rows):
+    for name in dict.fromkeys(row["name"] for row in rows if row["backend"] == ours):
         timed = {row["backend"]: row["us"] for row in _timed(rows) if row["name"] == name}
-        ours = next((backend for backend in OURS if backend in timed), None)
+        mine = timed.pop(ours, None)
         for backend, us in timed.items():
-            if ours is not None and backend != ours:
-                ratio = us / timed[ours]
-                verdict = "win" if ratio > 1 else "loss"
-                found.append({"name": name, "ours": ours, "against": backend, "ratio": ratio, "result": verdict})
+            ratio = None if mine is None else us / mine
+            verdict = "no figure" if ratio is None else "win" if ratio > 1 else "loss"
+            found.append({"name": name, "ours": ours, "against": backend, "ratio": ratio, "result": verdict})
     return found
 
 
@@ -202,7 +226,36 @@ def render(result: dict[str, Any]) -> str:
                 continue
             share = f"{row['share_of_copy']:6.1%} of copy" if "share_of_copy" in row else ""
             wrong = "" if row["correct"] else f"  WRONG: error {row['error']:.1e}"
-            lines.append(f"  {row['backend']:26} {row['us']:10.1f} µs  {share}{wrong}")
+            singly = f"  launched one by one, no graph: {row['no_graph']}" if "no_graph" in row else ""
+            lines.append(f"  {row['backend']:26} {row['us']:10.1f} µs  {share}{wrong}{singly}")
     lines += ["", "Comparisons (above 1: ours is faster)"]
-    lines += [f"  {c['name']}: {c['ours']} against {c['against']}: {c['ratio']:.2f} ({c['result']})" for c in result["comparisons"]]
+    for c in result["comparisons"]:
+        verdict = c["result"] if c["ratio"] is None else f"{c['ratio']:.2f} ({c['result']})"
+        lines.append(f"  {c['name']}: {c['ours']} against {c['against']}: {verdict}")
     return "\n".join(lines)
+
+
+def bench_kernels(*, dry_run: bool = False, json_file: Path | str | None = None) -> str:
+    """Run the benchmark and return its report; write the whole result to `json_file` if given.
+
+    Args:
+        dry_run: Run everything on tiny shapes; times mean nothing then.
+        json_file: Where the result of `run_bench` goes.
+    """
+    result = run_bench(BenchOptions(dry_run=dry_run))
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return render(result)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m pagedkv.kernels.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that everything runs; times mean nothing")
+    parser.add_argument("--json", metavar="FILE", help="write the whole result there")
+    given = parser.parse_args(arguments)
+    sys.stdout.write(bench_kernels(dry_run=given.dry_run, json_file=given.json) + "\n")
+
+
+if __name__ == "__main__":
+    main()

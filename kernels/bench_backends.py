@@ -1,4 +1,4 @@
-"""What `pagedkv bench-kernels` compares: each entry prepares a problem and returns the call to time.
+"""What the kernel benchmark compares: each entry prepares a problem and returns the call to time.
 
 Whoever plans once per step (FlashInfer) plans here, outside the timed part; whoever gathers does so inside.
 """
@@ -11,6 +11,7 @@ import torch
 
 from pagedkv.kernels.bench_problem import Problem
 from pagedkv.kernels.contract import need
+from pagedkv.kernels.dispatch import simulated, why_not
 
 Run = Callable[[int], torch.Tensor]
 """Decodes the copy of that number and returns [batch, num_q_heads, head_dim]."""
@@ -21,35 +22,30 @@ def _arguments(problem: Problem) -> Callable[[int], tuple[torch.Tensor, ...]]:
     return lambda copy: (p.queries[copy], p.k_cache, p.v_cache, p.block_tables[copy], p.cache_seqlens)
 
 
+def _need_device(problem: Problem, backend: str, simulation: str) -> None:
+    """Raise KernelError unless the GPU backend can read the problem: on a GPU, or simulated."""
+    hint = f"; {simulation}=1 runs it on the CPU, slowly"
+    need(why_not(backend) is None, f"{why_not(backend)}{hint}")
+    need(problem.device.type == "cuda" or simulated(backend), f"the data is on the CPU{hint}")
+
+
 def triton(problem: Problem) -> Run:
     """Return this project's fast kernel."""
+    _need_device(problem, "triton", "TRITON_INTERPRET")
     from pagedkv.kernels.triton_decode import decode  # noqa: PLC0415
-    from pagedkv.kernels.triton_tile import INTERPRETED  # noqa: PLC0415
 
-    need(problem.device.type == "cuda" or INTERPRETED, "no GPU; TRITON_INTERPRET=1 runs it on the CPU, slowly")
     arguments, longest = _arguments(problem), max(problem.lengths)
     return lambda copy: torch.as_tensor(decode(*arguments(copy), max_seqlen=longest))
 
 
 def cuda(problem: Problem) -> Run:
     """Return this project's readable kernel."""
-    from numba import config  # noqa: PLC0415
-
+    _need_device(problem, "cuda", "NUMBA_ENABLE_CUDASIM")
+    need(problem.shape.dtype != "fp8", "reads no fp8")
     from pagedkv.kernels.cuda import THREADS, decode  # noqa: PLC0415
 
-    simulated = bool(getattr(config, "ENABLE_CUDASIM", False))
-    need(problem.device.type == "cuda" or simulated, "no GPU; NUMBA_ENABLE_CUDASIM=1 runs it on the CPU, slowly")
-    need(problem.shape.dtype != "fp8", "reads no fp8")
-    arguments, threads = _arguments(problem), 16 if simulated else THREADS
-
-    if problem.device.type == "cuda":
-        return lambda copy: torch.as_tensor(decode(*arguments(copy)))
-
-    def run(copy: int) -> torch.Tensor:
-        q, k_cache, v_cache, table, seqlens = arguments(copy)
-        return torch.as_tensor(decode(q, k_cache, v_cache, table, seqlens, threads=threads))
-
-    return run
+    arguments, threads = _arguments(problem), 16 if simulated("cuda") else THREADS
+    return lambda copy: torch.as_tensor(decode(*arguments(copy), threads=threads))
 
 
 def cpu(problem: Problem) -> Run:
@@ -155,5 +151,5 @@ BACKENDS: dict[str, Callable[[Problem], Run]] = {
     "FlashInfer": flashinfer_cuda_cores,
     "FlashInfer, tensor cores": flashinfer_tensor_cores,
 }
-OURS = ("triton", "cuda", "cpu")
-"""Backends of this project; the first that runs is compared with the others."""
+OURS = {"cuda": "triton", "cpu": "cpu"}
+"""By the kind of device: the backend of this project that is compared with the others."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
 from typing import Any
@@ -65,7 +66,7 @@ class CpuBench:
 
     def steps(self, dtype: str, batch: int) -> tuple[list[dict[str, Any]], int]:
         """Return decode steps of sequences of their own, so that no cache holds what comes next, and the bytes of keys of one."""
-        sizes = {"num_q_heads": self.num_q_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        sizes: dict[str, Any] = {"num_q_heads": self.num_q_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         row_bytes = 2 * self.context * self.num_kv_heads * self.head_dim * np.dtype(DTYPES[dtype]).itemsize
         num_steps = max(2, -(-POOL_BYTES // (row_bytes * batch)))
         arrays = BlockSizeStudy(lengths=(self.context,) * (batch * num_steps), dtype=dtype, **sizes).arrays(self.block_size)
@@ -88,9 +89,8 @@ class CpuBench:
             for _ in range(self.rounds + 1):
                 for name, threads in (("1", 1), ("all", all_threads)):
                     numba.set_num_threads(threads)
-                    taken[f"read_{name}"].append(
-                        pool_bytes / sum(_seconds(lambda p=pool, n=threads: _read(p, n)) for pool in pools)
-                    )
+                    read_s = sum(_seconds(partial(_read, pool, threads)) for pool in pools)
+                    taken[f"read_{name}"].append(pool_bytes / read_s)
                     taken[f"decode_{name}"].append(kv_bytes / _seconds(lambda: paged_attention_decode(**next(turn), backend="cpu")))
                     taken[f"cached_{name}"].append(kv_bytes / _seconds(lambda: paged_attention_decode(**one_block, backend="cpu")))
         finally:
@@ -111,23 +111,27 @@ class CpuBench:
         """
         import torch  # noqa: PLC0415  # heavy, and needed only here
 
-        kind, group = getattr(torch, dtype), self.num_q_heads // self.num_kv_heads
+        kind = getattr(torch, dtype)
         torch.set_num_threads(numba.get_num_threads())
-        steps = [{name: torch.from_numpy(array) for name, array in step.items()} for step in self.steps(dtype, batch)[0]]
+        steps: list[dict[str, Any]] = [
+            {name: torch.from_numpy(array) for name, array in step.items()} for step in self.steps(dtype, batch)[0]
+        ]
         for step in steps:
             step |= {name: step[name].view(kind) for name in ("q", "k_cache", "v_cache")}
 
         def gathered(q: Any, k_cache: Any, v_cache: Any, block_table: Any, cache_seqlens: Any) -> Any:
             k, v = (cache[block_table.long()].flatten(1, 2).transpose(1, 2) for cache in (k_cache, v_cache))
-            k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
-            return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
+            return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
-        error = (gathered(**steps[0]).float() - paged_attention_decode(**steps[0]).float()).abs().max().item()
+        def paged(**step: Any) -> Any:
+            return paged_attention_decode(**step, backend="cpu")
+
+        error = (gathered(**steps[0]).float() - paged(**steps[0]).float()).abs().max().item()
         turn = cycle(steps)
         ours, theirs = [], []
         for _ in range(self.rounds):
-            ours.append(_seconds(lambda: paged_attention_decode(**next(turn))))
-            theirs.append(_seconds(lambda: gathered(**next(turn)), times=1))
+            ours.append(_seconds(lambda: paged(**next(turn))))
+            theirs.append(_seconds(lambda: gathered(**next(turn))))
         ratio = statistics.median(y / x for x, y in zip(ours, theirs, strict=True))
         return {
             "decode_s": statistics.median(ours),
@@ -137,10 +141,10 @@ class CpuBench:
         }
 
 
-def _seconds(call: Callable[[], Any], times: int = 3) -> float:
-    """Return the seconds of the fastest of `times` calls: another process may have interrupted the others."""
+def _seconds(call: Callable[[], Any]) -> float:
+    """Return the seconds of the fastest of three calls: another process may have interrupted the others."""
     taken = []
-    for _ in range(times):
+    for _ in range(3):
         start = time.perf_counter()
         call()
         taken.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What `pagedkv bench-kernels` runs: shapes, and memory filled so that no cache can help."""
+"""What the kernel benchmark runs: shapes, and memory filled so that no cache can help."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,11 +1,10 @@
 """Writing to the cache: new keys and values into their slots, copies of blocks and slots. For numpy and torch on any device."""
 
-import sys
 from typing import Any
 
 import numpy as np
 
-from pagedkv.kernels.contract import KernelError, check_cache_pair, device_type, dtype_name, host_array, is_torch, need, nhd
+from pagedkv.kernels.contract import KernelError, check_cache_pair, device_type, dtype_name, host_array, integers, need, nhd
 
 
 def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, kv_layout: str = "NHD") -> None:
@@ -30,7 +29,7 @@ def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_map
         need(shape == (len(new), *head), f"{name} has shape {shape}: the cache needs [tokens, {head[0]}, {head[1]}]")
         kinds = dtype_name(new), dtype_name(k_cache)
         need(kinds[0] == kinds[1], f"{name} is {kinds[0]}, the cache {kinds[1]}: needs the cache's type; convert it first")
-    slots = _integers(slot_mapping, k_cache)
+    slots = integers(slot_mapping, k_cache, bits=64)
     same = tuple(slots.shape) == (len(key),) == (len(value),)
     need(same, f"{len(key)} keys, {len(value)} values, slots of shape {tuple(slots.shape)}: need one each")
     given = slots >= 0
@@ -76,8 +75,8 @@ def slot_mapping_for(block_table: Any, sequences: Any, positions: Any, block_siz
     Raises:
         KernelError: On the CPU, if the table has no block there.
     """
-    sequences, positions = (_integers(numbers, block_table) for numbers in (sequences, positions))
-    blocks = _integers(block_table, block_table)[sequences, positions // block_size]
+    sequences, positions = (integers(numbers, block_table, bits=64) for numbers in (sequences, positions))
+    blocks = integers(block_table, block_table, bits=64)[sequences, positions // block_size]
     if device_type(blocks) == "cpu":
         for i in np.flatnonzero(host_array(blocks) < 0)[:1]:
             where = f"position {int(positions[i])} of sequence {int(sequences[i])}"
@@ -85,16 +84,8 @@ def slot_mapping_for(block_table: Any, sequences: Any, positions: Any, block_siz
     return blocks * block_size + positions % block_size
 
 
-def _integers(numbers: Any, like: Any) -> Any:
-    """Return `numbers` as int64, a tensor on the device of `like` if that is one."""
-    if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.as_tensor(numbers, dtype=torch.int64, device=like.device)
-    return np.asarray(host_array(numbers), np.int64)
-
-
 def _pairs(pairs: Any, cache: Any, size: int) -> Any:
-    moves = _integers(pairs, cache).reshape(-1, 2)
+    moves = integers(pairs, cache, bits=64).reshape(-1, 2)
     if device_type(moves) == "cpu":
         places = host_array(moves)
         need(not places.size or (places.min() >= 0 and places.max() < size), f"pairs {places.tolist()}: need 0 to {size - 1}")

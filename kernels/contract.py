@@ -10,7 +10,7 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,19 @@ from pagedkv.errors import ConfigError
 KV_LAYOUTS = ("NHD", "HND")
 HOST_DTYPES = ("float32", "float16", "bfloat16")
 """What the CPU stores and computes with; numpy has no bfloat16, its bit patterns are uint16 there."""
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keywords of `dispatch.paged_attention` that every backend answers to; they are described there."""
+
+    softmax_scale: float | None
+    num_splits: int
+    k_scale: float
+    v_scale: float
+    window_size: tuple[int, int]
+    softcap: float
+    sinks: Any
+    kv_layout: str
 
 
 class KernelError(ConfigError):
@@ -59,7 +72,7 @@ def host_array(array: Any) -> npt.NDArray[Any]:
     """Return `array` as numpy sees it, without a copy: bfloat16 as uint16 bit patterns.
 
     Raises:
-        KernelError: If it lies on another device.
+        KernelError: If it lies on another device, or is of a type that numpy does not have.
     """
     if not is_torch(array):
         return np.asarray(array)
@@ -68,8 +81,20 @@ def host_array(array: Any) -> npt.NDArray[Any]:
     )
     torch: Any = sys.modules["torch"]
     tensor = array.detach()
-    viewed: npt.NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    try:
+        viewed: npt.NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except TypeError as unknown:
+        works = f"'cpu' and 'reference' read {', '.join(HOST_DTYPES)}, 'triton' reads float8_e4m3fn on a GPU"
+        raise KernelError(f"a {dtype_name(tensor)} tensor on the CPU, a type that numpy lacks: {works}") from unknown
     return viewed
+
+
+def integers(numbers: Any, like: Any, *, bits: int = 32) -> Any:
+    """Return `numbers` as int32, or with so many bits; a tensor on the device of `like` if that is one."""
+    if is_torch(like):
+        torch: Any = sys.modules["torch"]
+        return torch.as_tensor(numbers, dtype=getattr(torch, f"int{bits}"), device=like.device)
+    return np.asarray(host_array(numbers), f"int{bits}")
 
 
 def nhd(cache: Any, kv_layout: str) -> Any:
@@ -84,12 +109,12 @@ def check_shapes(
     block_table: Any,
     cache_seqlens: Any,
     *,
-    cu_seqlens_q: Any = None,
-    num_splits: int = 0,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Any = None,
-    kv_layout: str = "NHD",
+    cu_seqlens_q: Any,
+    num_splits: int,
+    window_size: tuple[int, int],
+    softcap: float,
+    sinks: Any,
+    kv_layout: str,
 ) -> None:
     """Check what needs no look at the values: shapes, types and settings, of numpy arrays or of tensors on any device.
 
@@ -198,12 +223,12 @@ def check_call(
         KernelError: With what would work.
     """
     arrays = [host_array(array) for array in (q, k_cache, v_cache)]
-    integers = [np.ascontiguousarray(host_array(array), np.int32) for array in (block_table, cache_seqlens)]
+    tables = [np.ascontiguousarray(host_array(array), np.int32) for array in (block_table, cache_seqlens)]
     if cu_seqlens_q is not None:
         cu_seqlens_q = np.ascontiguousarray(host_array(cu_seqlens_q), np.int32)
     sinks = None if sinks is None else widened(host_array(sinks)).astype(np.float32)
     options: dict[str, Any] = {"num_splits": num_splits, "window_size": window_size, "softcap": float(softcap), "sinks": sinks}
-    check_shapes(*arrays, *integers, cu_seqlens_q=cu_seqlens_q, kv_layout=kv_layout, **options)
+    check_shapes(*arrays, *tables, cu_seqlens_q=cu_seqlens_q, kv_layout=kv_layout, **options)
     caches = [nhd(cache, kv_layout) for cache in arrays[1:]]
     kind = dtype_name(caches[0])
     need(
@@ -211,16 +236,16 @@ def check_call(
         f"the caches are {kind}: the CPU reads {', '.join(HOST_DTYPES)} (uint16 bit patterns), 'triton' fp8 too",
     )
     if cu_seqlens_q is None:
-        cu_seqlens_q = np.arange(len(integers[1]) + 1, dtype=np.int32)
+        cu_seqlens_q = np.arange(len(tables[1]) + 1, dtype=np.int32)
     scale = (arrays[0].shape[2] ** -0.5 if softmax_scale is None else softmax_scale) * k_scale
     need(math.isfinite(scale) and math.isfinite(v_scale), f"scales {softmax_scale}, {k_scale}, {v_scale}: need finite numbers")
     call = AttentionCall(
         q=arrays[0],
         k_cache=caches[0],
         v_cache=caches[1],
-        block_table=integers[0],
+        block_table=tables[0],
         cu_seqlens_q=cu_seqlens_q,
-        cache_seqlens=integers[1],
+        cache_seqlens=tables[1],
         softmax_scale=float(scale),
         v_scale=float(v_scale),
         causal=causal,

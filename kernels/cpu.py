@@ -74,7 +74,7 @@ def attend(call: AttentionCall) -> tuple[Float32Array, Float32Array]:
     settings = Settings(call.k_cache.shape[2], call.block_size, todo.tile_tokens, call.v_scale, call.softcap)
     progress = np.append(0, todo.pieces_left)
     spaces = _workspaces(min(threads, len(todo.items)), todo, head_dim)
-    _run(worker(), todo.items, progress, operands, settings, *spaces, *tile_kernels(call.k_cache.dtype.type))
+    _run(worker(), todo.items, progress, operands, settings, *spaces, *tile_kernels(call.k_cache.dtype))
     return out, lse
 
 

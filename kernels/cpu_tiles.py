@@ -56,6 +56,20 @@ def tanh(x: Any) -> Any:
 
 
 @jit
+def _ask(
+    stored: Any, start: Any, ahead: Any, head_stride: Any, num_heads: Any, head_dim: Any, token: Any, head: Any
+) -> tuple[Any, Any]:
+    """Ask for STEP rows of the next tile from `head` of `token` on, in the order in which they lie; return where the next begin."""
+    for _ in range(STEP):
+        for d in range(0, head_dim, _CACHE_LINE_BYTES // stored.itemsize):
+            prefetch(stored, ahead[token] + start + head * head_stride + d)
+        head += 1
+        if head == num_heads:
+            token, head = token + 1, 0
+    return token, head
+
+
+@jit
 def score(
     q: Any,
     keys: Any,
@@ -85,17 +99,11 @@ def score(
     width = -(-head_dim // LANES) * LANES
     ragged = width > head_dim
     num_rows = num_heads * head_rows
-    line = _CACHE_LINE_BYTES // keys.itemsize
     next_t = next_head = 0
     for t in range(0, now.size, STEP):
         for head in range(num_heads):
             skip = start + head * head_stride
-            for _ in range(STEP):  # as many rows as are read here, but in the order in which they lie
-                for d in range(0, head_dim, line):
-                    prefetch(keys, ahead[next_t] + start + next_head * head_stride + d)
-                next_head += 1
-                if next_head == num_heads:
-                    next_t, next_head = next_t + 1, 0
+            next_t, next_head = _ask(keys, start, ahead, head_stride, num_heads, head_dim, next_t, next_head)
             k0, k1, k2, k3 = now[t] + skip, now[t + 1] + skip, now[t + 2] + skip, now[t + 3] + skip
             row, stop = head * head_rows, (head + 1) * head_rows
             while row + STEP <= stop:
@@ -144,17 +152,11 @@ def weigh(
     width = -(-head_dim // LANES) * LANES
     ragged = width > head_dim
     num_rows = num_heads * head_rows
-    line = _CACHE_LINE_BYTES // values.itemsize
     next_t = next_head = 0
     for t in range(0, now.size, STEP):
         for head in range(num_heads):
             skip = start + head * head_stride
-            for _ in range(STEP):  # as many rows as are read here, but in the order in which they lie
-                for d in range(0, head_dim, line):
-                    prefetch(values, ahead[next_t] + start + next_head * head_stride + d)
-                next_head += 1
-                if next_head == num_heads:
-                    next_t, next_head = next_t + 1, 0
+            next_t, next_head = _ask(values, start, ahead, head_stride, num_heads, head_dim, next_t, next_head)
             v0, v1, v2, v3 = now[t] + skip, now[t + 1] + skip, now[t + 2] + skip, now[t + 3] + skip
             row, stop = head * head_rows, (head + 1) * head_rows
             while row + STEP <= stop:
@@ -268,9 +270,9 @@ TILE_KERNEL = numba.types.FunctionType(_SIGNATURE)
 
 
 @cache
-def tile_kernels(storage: type[np.generic]) -> tuple[Any, Any]:
+def tile_kernels(storage: np.dtype[Any]) -> tuple[Any, Any]:
     """Return `score` and `weigh` for a cache of `storage` given as bytes, as functions that compiled code takes as arguments."""
-    kind = np.int16 if storage is np.float16 else storage
+    kind = np.int16 if storage == np.float16 else storage.type
 
     def score_stored(q, keys, start, now, ahead, head_stride, num_heads, head_rows, head_dim, scores):  # type: ignore[no-untyped-def]
         score(q, keys.view(kind), start, now, ahead, head_stride, num_heads, head_rows, head_dim, scores)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numba import cuda as numba_cuda
 
-from pagedkv.kernels.contract import KernelError, dtype_name, is_torch, nhd
+from pagedkv.kernels.contract import KernelError, dtype_name, is_torch, narrowed, nhd, widened
 from pagedkv.kernels.split_heuristic import num_splits_for
 
 cuda: Any = numba_cuda  # which has no types
@@ -288,8 +288,6 @@ def _num_slots() -> int:
 def _arrays(q: Any, sinks: Any) -> tuple[Any, Any, Any, Any]:
     """Return float32 queries and sinks (one 0 if none), a maker of float32 arrays, and how to hand an array to a kernel."""
     if not is_torch(q):
-        from pagedkv.kernels.contract import widened  # noqa: PLC0415
-
         extra = np.zeros(1, np.float32) if sinks is None else widened(np.asarray(sinks)).astype(np.float32)
         return widened(q).astype(np.float32), extra, lambda *shape: np.empty(shape, np.float32), lambda array: array
     import torch  # noqa: PLC0415
@@ -303,8 +301,6 @@ def _stored(merged: Any, q: Any, out: Any) -> Any:
     """Return the result in q's type, in `out` if given."""
     if is_torch(q):
         return merged.to(q.dtype) if out is None else out.copy_(merged)
-    from pagedkv.kernels.contract import narrowed  # noqa: PLC0415
-
     result = narrowed(merged, q.dtype)
     if out is None:
         return result

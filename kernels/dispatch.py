@@ -4,11 +4,12 @@ import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Unpack
 
 from pagedkv.errors import unknown_name
 from pagedkv.kernels.contract import (
     HOST_DTYPES,
+    AttentionOptions,
     KernelError,
     check_call,
     check_shapes,
@@ -56,47 +57,22 @@ def simulated(backend: str) -> bool:
     return backend == "triton" and bool(import_module("triton").knobs.runtime.interpret)
 
 
+class CallOptions(AttentionOptions, total=False):
+    """Keywords of `paged_attention` but for those that make a call a decode step or a prefill."""
+
+    out: Any
+    return_lse: bool
+    backend: str
+
+
 def paged_attention_decode(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    *,
-    softmax_scale: float | None = None,
-    out: Any = None,
-    num_splits: int = 0,
-    return_lse: bool = False,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Any = None,
-    kv_layout: str = "NHD",
-    backend: str = "auto",
+    q: Any, k_cache: Any, v_cache: Any, block_table: Any, cache_seqlens: Any, **options: Unpack[CallOptions]
 ) -> Any:
     """Attend from one query per sequence, the newest token, to its cached keys. `q` is [batch, num_q_heads, head_dim].
 
     Arguments, results and errors as `paged_attention`.
     """
-    return paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        cache_seqlens,
-        softmax_scale=softmax_scale,
-        out=out,
-        num_splits=num_splits,
-        return_lse=return_lse,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        kv_layout=kv_layout,
-        backend=backend,
-    )
+    return paged_attention(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q=None, **options)
 
 
 def paged_attention_prefill(
@@ -107,43 +83,14 @@ def paged_attention_prefill(
     cu_seqlens_q: Any,
     cache_seqlens: Any,
     *,
-    softmax_scale: float | None = None,
-    out: Any = None,
-    num_splits: int = 0,
-    return_lse: bool = False,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Any = None,
-    kv_layout: str = "NHD",
     causal: bool = True,
-    backend: str = "auto",
+    **options: Unpack[CallOptions],
 ) -> Any:
     """Attend from the newest tokens of sequences to their cached keys, own included. `q` is [total_q, num_q_heads, head_dim].
 
     Arguments, results and errors as `paged_attention`.
     """
-    return paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        cache_seqlens,
-        cu_seqlens_q=cu_seqlens_q,
-        softmax_scale=softmax_scale,
-        out=out,
-        num_splits=num_splits,
-        return_lse=return_lse,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        kv_layout=kv_layout,
-        causal=causal,
-        backend=backend,
-    )
+    return paged_attention(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q=cu_seqlens_q, causal=causal, **options)
 
 
 def paged_attention(
@@ -179,7 +126,8 @@ def paged_attention(
             sits at position cache_seqlens - n + j.
         softmax_scale: Factor of the scores; None is head_dim ** -0.5.
         out: Where the result goes; None makes a new array like `q`.
-        num_splits: Pieces that a sequence's keys are split into; 0 lets the backend choose.
+        num_splits: Pieces that a sequence's keys are split into; 0 lets the backend choose. It guides speed only: "triton" does not
+            split a prefill, "reference" nothing.
         return_lse: Whether to return the log-sum-exp too.
         k_scale: What a stored key is multiplied by.
         v_scale: What a stored value is multiplied by.
@@ -188,7 +136,7 @@ def paged_attention(
         sinks: One extra logit per query head [num_q_heads] that takes softmax mass and gives no value. The LSE counts it.
         kv_layout: "NHD" or "HND".
         causal: A query sees nothing to its right.
-        backend: "auto", "cpu", "reference", "triton" or "cuda".
+        backend: "auto", "cpu", "reference", "triton" or "cuda". "auto" is never "reference", which is for comparison.
 
     Returns:
         out like `q`, or (out, lse [total_q, num_q_heads] float32, natural log).
@@ -199,31 +147,38 @@ def paged_attention(
     """
     arrays = (q, k_cache, v_cache, block_table, cache_seqlens)
     backend = choose(q, backend, decode=cu_seqlens_q is None)
-    options: dict[str, Any] = {
+    options: AttentionOptions = {
+        "softmax_scale": softmax_scale,
         "num_splits": num_splits,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
         "window_size": window_size,
         "softcap": softcap,
         "sinks": sinks,
         "kv_layout": kv_layout,
     }
-    scales: dict[str, Any] = {"softmax_scale": softmax_scale, "k_scale": k_scale, "v_scale": v_scale}
     if out is not None:
         need(tuple(out.shape) == tuple(q.shape), f"out has shape {tuple(out.shape)}: needs q's, {tuple(q.shape)}")
     if backend in HOST_BACKENDS:
-        call = check_call(*arrays, cu_seqlens_q=cu_seqlens_q, causal=causal, **options, **scales)
+        call = check_call(*arrays, cu_seqlens_q=cu_seqlens_q, causal=causal, **options)
         result, lse = import_module(HOST_BACKENDS[backend]).attend(call)
         result, lse = _like(q, result, out), _like_lse(q, lse)
         return (result, lse) if return_lse else result
-    check_shapes(*arrays, cu_seqlens_q=cu_seqlens_q, **options)
-    del options["num_splits"]
-    if cu_seqlens_q is None:
-        module = import_module(DEVICE_BACKENDS[backend])
-        return module.decode(*arrays, out=out, num_splits=num_splits, return_lse=return_lse, **options, **scales)
-    need(causal, f"'{backend}' attends causally only: 'cpu' and 'reference' do it without a mask")
-    prefill = import_module("pagedkv.kernels.triton_prefill").prefill
-    return prefill(
-        q, k_cache, v_cache, block_table, cu_seqlens_q, cache_seqlens, out=out, return_lse=return_lse, **options, **scales
+    check_shapes(
+        *arrays,
+        cu_seqlens_q=cu_seqlens_q,
+        num_splits=num_splits,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        kv_layout=kv_layout,
     )
+    if cu_seqlens_q is None:
+        return import_module(DEVICE_BACKENDS[backend]).decode(*arrays, out=out, return_lse=return_lse, **options)
+    del options["num_splits"]
+    prefill = import_module("pagedkv.kernels.triton_prefill").prefill
+    tables = block_table, cu_seqlens_q, cache_seqlens
+    return prefill(q, k_cache, v_cache, *tables, out=out, return_lse=return_lse, causal=causal, **options)
 
 
 def choose(q: Any, backend: str, *, decode: bool) -> str:
@@ -235,12 +190,15 @@ def choose(q: Any, backend: str, *, decode: bool) -> str:
     """
     device = device_type(q)
     if backend == "auto":
-        names = [name for name in (HOST_BACKENDS if device == "cpu" else DEVICE_BACKENDS) if decode or name != "cuda"]
+        names = ["cpu"] if device == "cpu" else [name for name in DEVICE_BACKENDS if decode or name != "cuda"]
         for name in names:
             if why_not(name) is None:
                 return name
         reasons = "; ".join(f"'{name}': {why_not(name)}" for name in names)
-        raise KernelError(f"no backend for tensors on {device} ({reasons}): move them to the CPU, or make one work")
+        works = (
+            "make it work, or ask for 'reference', slow and exact" if device == "cpu" else "move them to the CPU, or make one work"
+        )
+        raise KernelError(f"no backend for arrays on {device} ({reasons}): {works}")
     if backend not in (*HOST_BACKENDS, *DEVICE_BACKENDS):
         raise unknown_name("backend", backend, ("auto", *HOST_BACKENDS, *DEVICE_BACKENDS))
     if why_not(backend) is not None:  # only now ask the others, which imports what they need

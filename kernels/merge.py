@@ -2,12 +2,11 @@
 
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pagedkv.kernels.contract import device_type, host_array, is_torch, narrowed, need, nhd, widened
+from pagedkv.kernels.contract import device_type, host_array, integers, is_torch, narrowed, need, nhd, widened
 from pagedkv.kernels.dispatch import paged_attention
 
 
@@ -91,8 +90,8 @@ def cascade_attention(
     caches: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "kv_layout": kv_layout, "return_lse": True, **options}
     prefix = paged_attention(
         block_table=block_table[:1, :blocks],
-        cache_seqlens=_integers([num_shared_tokens], block_table),
-        cu_seqlens_q=_integers([0, len(q)], block_table),
+        cache_seqlens=integers([num_shared_tokens], block_table),
+        cu_seqlens_q=integers([0, len(q)], block_table),
         causal=False,
         **caches,
     )
@@ -102,10 +101,3 @@ def cascade_attention(
     )
     out, lse = merge_state(*prefix, *own)
     return (out, lse) if return_lse else out
-
-
-def _integers(numbers: Sequence[int], like: Any) -> Any:
-    if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.tensor(numbers, dtype=torch.int32, device=like.device)
-    return np.array(numbers, np.int32)

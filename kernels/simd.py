@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from numba import types
-from numba.core.cgutils import get_or_insert_function, ir
+from numba.core.cgutils import get_or_insert_function, ir  # type: ignore[attr-defined]
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
@@ -24,13 +24,13 @@ _VECTOR = ir.VectorType(_F32, LANES)
 _INTEGERS = ir.VectorType(_I32, LANES)
 
 
-class _Vector(types.Type):  # type: ignore[misc]  # numba has no types for mypy
+class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__(name=f"float32x{LANES}")
 
 
-@register_model(_Vector)  # type: ignore[untyped-decorator]
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _VECTOR)
 
@@ -75,11 +75,13 @@ def load(typing: Any, array: Any, index: Any) -> tuple[Any, _Emit]:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if array.dtype == types.float32:
-            return builder.load(_address(context, builder, array, *arguments, _VECTOR), align=4)
+            return builder.load(_address(context, builder, array, arguments[0], arguments[1], _VECTOR), align=4)
         if array.dtype == types.int16 and HALF_IN_HARDWARE:
             half = ir.VectorType(ir.HalfType(), LANES)
-            return builder.fpext(builder.load(_address(context, builder, array, *arguments, half), align=2), _VECTOR)
-        bits = builder.load(_address(context, builder, array, *arguments, ir.VectorType(_I16, LANES)), align=2)
+            return builder.fpext(
+                builder.load(_address(context, builder, array, arguments[0], arguments[1], half), align=2), _VECTOR
+            )
+        bits = builder.load(_address(context, builder, array, arguments[0], arguments[1], ir.VectorType(_I16, LANES)), align=2)
         if array.dtype == types.int16:
             return _from_half(builder, bits)
         return builder.bitcast(builder.shl(builder.zext(bits, _INTEGERS), _constant(16)), _VECTOR)
@@ -92,7 +94,7 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> tuple[Any, _Emit]
     """Write the vector from `array[index]` on, an array of float32."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], _address(context, builder, array, *arguments[:2], _VECTOR), align=4)
+        builder.store(arguments[2], _address(context, builder, array, arguments[0], arguments[1], _VECTOR), align=4)
         return context.get_dummy_value()
 
     return types.void(array, index, vector), emit
@@ -134,7 +136,7 @@ def sums(typing: Any, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, _Emit]:
             ]
             return builder.fadd(*(_shuffled(builder, left, right, part) for part in places))
 
-        ab, cd = (folded(*pair, (0, 2, 4, 6), (1, 3, 5, 7)) for pair in (arguments[:2], arguments[2:]))
+        ab, cd = (folded(left, right, (0, 2, 4, 6), (1, 3, 5, 7)) for left, right in (arguments[:2], arguments[2:]))
         total, width = folded(ab, cd, (0, 2, 4, 6), (1, 3, 5, 7)), LANES
         while width > 4:
             width //= 2
@@ -151,7 +153,7 @@ def prefetch(typing: Any, array: Any, index: Any) -> tuple[Any, _Emit]:
     """Ask for the cache line of `array[index]` in the second-level cache, without waiting."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = _address(context, builder, array, *arguments, ir.IntType(8))
+        place = _address(context, builder, array, arguments[0], arguments[1], ir.IntType(8))
         kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
         read, second_level, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
         builder.call(get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [place, read, second_level, data])
@@ -165,7 +167,7 @@ def fetch_add(typing: Any, array: Any, index: Any, step: Any) -> tuple[Any, _Emi
     """Add to an int64 in `array` and return what it was, as one step that all threads see in one order."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = _address(context, builder, array, *arguments[:2], ir.IntType(64))
+        place = _address(context, builder, array, arguments[0], arguments[1], ir.IntType(64))
         return builder.atomic_rmw("add", place, arguments[2], "seq_cst")
 
     return types.int64(array, index, types.int64), emit

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pagedkv.kernels.contract import nhd
 from pagedkv.kernels.split_heuristic import num_splits_for
-from pagedkv.kernels.triton_tile import FP8, INTERPRETED, LN2, LOG2E, check_rows, compute_dtype, load_rows, softmax_step
+from pagedkv.kernels.triton_tile import LN2, LOG2E, check_rows, compute_dtype, load_rows, softmax_step
 
 TILE_BYTES = 8192
 """Bytes of one tile of K or V. Two of each are in shared memory: two thread blocks fit a DGX Spark's multiprocessor (100 KB)."""
@@ -214,7 +215,7 @@ def decode(
     Returns:
         out [batch, num_q_heads, head_dim], or (out, lse [batch, num_q_heads] fp32, natural log).
     """
-    k_view, v_view = (k_cache.transpose(1, 2), v_cache.transpose(1, 2)) if kv_layout == "HND" else (k_cache, v_cache)
+    k_view, v_view = nhd(k_cache, kv_layout), nhd(v_cache, kv_layout)
     batch, num_heads, head_dim = q.shape
     tensors = {"block_table": block_table, "cache_seqlens": cache_seqlens, "sinks": sinks, "out": out}
     check_rows(q=q, k_cache=k_view, v_cache=v_view, **tensors)
@@ -282,6 +283,3 @@ def decode(
                 num_warps=4,
             )
     return (out, lse) if return_lse else out
-
-
-__all__ = ["FP8", "INTERPRETED", "decode", "decode_kernel", "decode_options", "merge_kernel"]

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pagedkv.kernels.contract import nhd
 from pagedkv.kernels.triton_tile import LN2, LOG2E, check_rows, compute_dtype, load_rows, softmax_step
 
 
@@ -198,7 +199,7 @@ def prefill(
     Returns:
         out [total_q, num_q_heads, head_dim], or (out, lse [total_q, num_q_heads] fp32, natural log).
     """
-    k_view, v_view = (k_cache.transpose(1, 2), v_cache.transpose(1, 2)) if kv_layout == "HND" else (k_cache, v_cache)
+    k_view, v_view = nhd(k_cache, kv_layout), nhd(v_cache, kv_layout)
     total, num_heads, head_dim = q.shape
     tensors = {"block_table": block_table, "cu_seqlens_q": cu_seqlens_q, "cache_seqlens": cache_seqlens, "sinks": sinks, "out": out}
     check_rows(q=q, k_cache=k_view, v_cache=v_view, **tensors)

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import default_rng
 
+from pagedkv.kernels.adapters import flash_attn_with_kvcache
 from pagedkv.kernels.contract import KernelError, check_call
+from pagedkv.kernels.merge import cascade_attention
 from pagedkv.kernels.reference import attend
 from pagedkv.kernels.triton_decode import decode
 from pagedkv.kernels.triton_prefill import prefill
@@ -140,6 +142,35 @@ def test_rows_without_keys_and_more_splits_than_keys(num_splits: int) -> None:
 @pytest.mark.parametrize("window_size", [(-1, -1), (4, 6), (-1, 0), (-1, 30)])
 def test_a_chunk_that_sees_to_its_right(window_size: tuple[int, int]) -> None:
     check_prefill([40, 3, 70], [9, 3, 21], **USUAL, causal=False, window_size=window_size)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+def test_flash_attention(seqlen_q: int, causal: bool) -> None:
+    cache = cached([21, 40], block_size=16, kv_heads=2, dim=32, dtype=torch.float32, layout="NHD")
+    layout = cache.pop("kv_layout")
+    q = torch.from_numpy(default_rng(1).standard_normal((2, seqlen_q, 4, 32))).float()
+    out = flash_attn_with_kvcache(q, **cache, causal=causal, num_splits=2, backend="triton")
+    rows = {**cache, "kv_layout": layout}
+    want, _ = expected(q.flatten(0, 1), rows, [0, seqlen_q, 2 * seqlen_q], causal=causal)
+    torch.testing.assert_close(out.flatten(0, 1).double(), want, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("chunks", [None, [5, 17]])
+def test_a_cascade(chunks: list[int] | None) -> None:
+    cache = cached([70, 90], block_size=16, kv_heads=2, dim=32, dtype=torch.float32, layout="NHD")
+    table = cache["block_table"]
+    table[1, :3] = table[0, :3]
+    starts = [0, 1, 2] if chunks is None else [0, chunks[0], sum(chunks)]
+    q = torch.from_numpy(default_rng(1).standard_normal((starts[-1], 4, 32))).float()
+    places = {} if chunks is None else {"cu_seqlens_q": torch.tensor(starts, dtype=torch.int32)}
+    options: dict[str, Any] = {"sinks": torch.tensor([0.5, -2.0, 3.0, 0.0]), "softcap": 2.0}
+    out, lse = cascade_attention(
+        q, **cache, **places, **options, num_shared_tokens=48, num_splits=2, return_lse=True, backend="triton"
+    )
+    want, want_lse = expected(q, cache, starts, **options)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-4)
 
 
 def test_a_query_may_see_nothing_in_its_tiles_first_keys() -> None:

@@ -135,7 +135,7 @@ def test_what_flash_attention_would_do_and_this_does_not_is_refused(change: dict
 def test_flashinfer_plans_and_runs(kv_layout: str, together: bool, lengths: list[int], left: int) -> None:
     case = Case(lengths=tuple(lengths), kv_layout=kv_layout, interleaved=together)
     arrays = case.arrays()
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(None, kv_layout, use_cuda_graph=False)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(None, kv_layout, use_cuda_graph=False, use_tensor_cores=True)
     csr = block_table_to_csr(arrays["block_table"], lengths, 16)
     wrapper.plan(*csr, 8, 2, 64, 16, window_left=left, logits_soft_cap=3.0, sm_scale=0.2, q_data_type="float32")
     cache: Any = (arrays["k_cache"], arrays["v_cache"])
@@ -164,6 +164,33 @@ def test_a_run_that_was_not_planned_so_is_refused() -> None:
         wrapper.run(arrays["q"][:, :4], cache)
     with pytest.raises(KernelError, match="pos_encoding_mode"):
         wrapper.plan([0, 1], [0], [3], 8, 2, 64, 16, pos_encoding_mode="ROPE_LLAMA")
+
+
+@pytest.mark.parametrize("left", [0, 9])
+def test_a_run_has_a_window_and_sinks_of_its_own(left: int) -> None:
+    arrays, sinks = Case(lengths=(30, 17)).arrays(), np.linspace(-1, 3, 8).astype(np.float32)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper()
+    wrapper.plan(*block_table_to_csr(arrays["block_table"], arrays["cache_seqlens"], 16), 8, 2, 64, 16, window_left=20)
+    cache = arrays["k_cache"], arrays["v_cache"]
+    want = paged_attention_decode(**arrays, window_size=(left, -1), sinks=sinks)
+    np.testing.assert_array_equal(wrapper.run(arrays["q"], cache, window_left=left, sinks=sinks, enable_pdl=True), want)
+    planned = paged_attention_decode(**arrays, window_size=(20, -1))
+    np.testing.assert_array_equal(wrapper.run(arrays["q"], cache), planned)
+
+
+def test_keywords_that_would_change_the_result_are_refused() -> None:
+    wrapper = BatchDecodeWithPagedKVCacheWrapper()
+    table = [0, 1], [0], [3], 8, 2, 64, 16
+    with pytest.raises(
+        KernelError, match=r"use_cuda_graph: not supported. the wrapper supports kv_layout and backend; .*use_tensor"
+    ):
+        BatchDecodeWithPagedKVCacheWrapper(use_cuda_graph=True)
+    with pytest.raises(KernelError, match=r"o_data_type, q_len_per_req: not supported. plan supports window_left"):
+        wrapper.plan(*table, o_data_type="float16", q_len_per_req=2)
+    wrapper.plan(*table, o_data_type=None, non_blocking=True)
+    arrays = Case(lengths=(3,)).arrays()
+    with pytest.raises(KernelError, match=r"window_lft: not supported. run supports .*window_left and sinks; .* enable_pdl"):
+        wrapper.run(arrays["q"], (arrays["k_cache"], arrays["v_cache"]), window_lft=3)
 
 
 def test_tensors_go_through_the_adapters() -> None:

@@ -18,20 +18,18 @@ from pagedkv.kernels.contract import KernelError  # noqa: E402
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-DRY = """
-import json
-from pagedkv.kernels.bench import BenchOptions, run_bench
-print(json.dumps(run_bench(BenchOptions(device="cpu", dry_run=True))))
-"""
 
 
 @pytest.fixture(scope="module")
-def dry() -> dict[str, Any]:
-    """A dry run with the GPU kernels in their interpreter and simulator."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "NUMBA_ENABLE_CUDASIM": "1"}
-    done = subprocess.run([sys.executable, "-c", DRY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A dry run on the CPU, with the GPU kernels in their interpreter and simulator."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": ""}
+    file = tmp_path_factory.mktemp("bench") / "result.json"
+    command = [sys.executable, "-m", "pagedkv.kernels.bench", "--dry-run", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    assert done.stdout == bench.render(result) + "\n"
     return result
 
 
@@ -54,8 +52,13 @@ def test_a_dry_run_gives_no_shares(dry: dict[str, Any]) -> None:
 
 
 def test_wins_and_losses_are_both_told(dry: dict[str, Any]) -> None:
-    assert {c["result"] for c in dry["comparisons"]} == {"win", "loss"}
+    assert {c["result"] for c in dry["comparisons"]} == {"win", "loss", "no figure"}
+    assert {c["ours"] for c in dry["comparisons"]} == {"cpu"}
     for c in dry["comparisons"]:
+        assert (c["result"] == "no figure") == (" fp8 " in c["name"])  # which the CPU kernel does not read
+        if c["ratio"] is None:
+            assert f"against {c['against']}: no figure" in bench.render(dry)
+            continue
         times = {row["backend"]: row["us"] for row in dry["rows"] if row["name"] == c["name"] and "us" in row}
         assert c["ratio"] == pytest.approx(times[c["against"]] / times[c["ours"]])
         assert (c["ratio"] > 1) == (c["result"] == "win")
@@ -76,35 +79,69 @@ def test_the_floor_is_keys_values_queries_and_output() -> None:
     assert problem.floor_bytes == problem.kv_bytes + 2 * 2 * 4 * 16 * 2
 
 
+def broken(problem: Problem) -> Any:
+    raise RuntimeError("no kernel image")
+
+
+def test_a_crash_of_an_own_backend_is_raised_and_a_refusal_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(problem: Problem) -> Any:
+        raise KernelError("not today")
+
+    options = bench.BenchOptions(device="cpu", dry_run=True, shapes=(LARGE,), backends=("cpu", "torch gather + SDPA"))
+    monkeypatch.setitem(bench_backends.BACKENDS, "cpu", refusing)
+    result = bench.run_bench(options)
+    assert [row.get("reason") for row in result["rows"]] == ["KernelError: not today", None]
+    assert [(c["ratio"], c["result"]) for c in result["comparisons"]] == [(None, "no figure")]
+    assert "cpu against torch gather + SDPA: no figure" in bench.render(result)
+    monkeypatch.setitem(bench_backends.BACKENDS, "cpu", broken)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        bench.run_bench(options)
+
+
+def test_a_launch_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "time_s", lambda *_, **__: (30e-6, "RuntimeError: not permitted"))
+    monkeypatch.setattr(bench, "measure_bandwidth", lambda *_, **__: {"copy_bytes_per_s": 1e9, "read_bytes_per_s": 1e9})
+    monkeypatch.setattr(bench, "_cache_bytes", lambda _: 1 << 16)
+    result = bench.run_bench(bench.BenchOptions(device="cpu", shapes=(tiny(LARGE),), backends=("cpu",)))
+    assert "launched one by one, no graph: RuntimeError: not permitted" in bench.render(result)
+
+
+def test_a_failed_capture_is_told_and_the_calls_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_: Any) -> Any:
+        raise RuntimeError("stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    assert bench._captured(lambda _: None, [0]) == (None, "RuntimeError: stream is capturing")
+
+
 def test_a_wrong_backend_is_called_wrong_and_takes_no_part_in_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     def off_by_a_little(problem: Problem) -> Any:
         right = bench_backends.cpu(problem)
         return lambda copy: right(copy) * 1.03
 
-    def broken(problem: Problem) -> Any:
-        raise RuntimeError("no kernel image")
-
     monkeypatch.setitem(bench_backends.BACKENDS, "triton", off_by_a_little)
-    monkeypatch.setitem(bench_backends.BACKENDS, "cuda", broken)
-    names = ("triton", "cuda", "cpu", "torch gather + SDPA")
+    monkeypatch.setitem(bench_backends.BACKENDS, "FlashInfer", broken)
+    names = ("triton", "FlashInfer", "cpu", "torch gather + SDPA")
     result = bench.run_bench(bench.BenchOptions(device="cpu", dry_run=True, shapes=(LARGE,), backends=names))
     rows = {row["backend"]: row for row in result["rows"]}
     assert not rows["triton"]["correct"]
     assert rows["triton"]["error"] == pytest.approx(0.03, rel=0.2)
-    assert rows["cuda"]["reason"] == "RuntimeError: no kernel image"
+    assert rows["FlashInfer"]["reason"] == "RuntimeError: no kernel image"
     assert [(c["ours"], c["against"]) for c in result["comparisons"]] == [("cpu", "torch gather + SDPA")]
     assert "WRONG" in bench.render(result)
     assert "no kernel image" in bench.render(result)
 
 
 def test_shares_follow_from_bytes_time_and_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "time_s", lambda *_, **__: (30e-6, False))
+    monkeypatch.setattr(bench, "time_s", lambda *_, **__: (30e-6, None))
     monkeypatch.setattr(bench, "_cache_bytes", lambda _: 1 << 16)
     options = bench.BenchOptions(device="cpu", shapes=(tiny(LARGE),), backends=("cpu",))
     row = bench.run_bench(options)["rows"][0]
     bandwidth = 4 * (1 << 16) / 30e-6
     assert row["share_of_copy"] == pytest.approx(row["floor_bytes"] / 30e-6 / bandwidth)
-    monkeypatch.setattr(bench, "time_s", lambda *_, **__: (19e-6, False))
+    monkeypatch.setattr(bench, "time_s", lambda *_, **__: (19e-6, None))
     assert "share_of_copy" not in bench.run_bench(options)["rows"][0]
 
 

@@ -278,7 +278,7 @@ q, cache = rng.standard_normal((heads, per_head, dim)), rng.standard_normal((tok
 padded = np.zeros((heads, per_head, 72), np.float32)
 padded[..., :68], padded[..., 70:] = q[..., :68], q[..., 68:]  # the last vector overlaps the one before it by two
 where, scores, acc = np.arange(tokens) * heads * dim, np.empty((tokens, heads, per_head), np.float32), np.zeros_like(padded)
-score, weigh = tile_kernels(np.float16)
+score, weigh = tile_kernels(np.dtype(np.float16))
 call(score, padded.reshape(-1), cache.reshape(-1).view(np.uint8), where, heads, per_head, dim, scores.reshape(-1))
 np.testing.assert_allclose(scores, np.einsum("hrd,thd->thr", q, cache.astype(float)), atol=1e-4)
 call(weigh, acc.reshape(-1), cache.reshape(-1).view(np.uint8), where, heads, per_head, dim, scores.reshape(-1))

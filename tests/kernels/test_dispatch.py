@@ -96,14 +96,21 @@ def test_an_unknown_backend_is_refused_with_the_nearest() -> None:
         paged_attention_decode(**Case(lengths=(5,)).arrays(), backend="cpuu")
 
 
-def test_without_the_compiler_the_reference_serves() -> None:
+def test_without_the_compiler_the_reference_serves_who_asks_for_it() -> None:
     script = """
 import numpy as np
+from pagedkv.kernels.contract import KernelError
 from pagedkv.kernels.dispatch import available, paged_attention_decode
 assert "NUMBA_DISABLE_JIT" in available()["cpu"], available()
 cache = np.ones((1, 4, 1, 16), np.float32)
-out = paged_attention_decode(np.ones((1, 2, 16), np.float32), cache, cache, [[0]], [3])
-np.testing.assert_allclose(out, 1)
+arguments = np.ones((1, 2, 16), np.float32), cache, cache, [[0]], [3]
+np.testing.assert_allclose(paged_attention_decode(*arguments, backend="reference"), 1)
+try:
+    paged_attention_decode(*arguments)
+except KernelError as refused:
+    assert "'cpu': numba does not compile here" in str(refused) and "'reference'" in str(refused), refused
+else:
+    raise AssertionError("auto chose the reference")
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -163,6 +170,23 @@ WRONG = [
 def test_what_does_not_fit_is_refused_with_what_works(change: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelError, match=message):
         paged_attention(**{**Case(lengths=(30, 17)).arrays(), **change})
+
+
+def test_keywords_that_do_not_exist_are_refused() -> None:
+    arrays = Case(lengths=(30,), num_queries=(1,)).arrays()
+    with pytest.raises(TypeError, match="softcaps"):
+        paged_attention_prefill(**arrays, softcaps=2.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="cu_seqlens_q"):
+        paged_attention_decode(**arrays)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_fp8_on_the_cpu_is_refused_with_what_works(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = {name: torch.from_numpy(array) for name, array in Case(lengths=(30,)).arrays().items()}
+    arrays |= {name: arrays[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    with pytest.raises(KernelError, match=r"a float8_e4m3fn tensor on the CPU.* read float32, .* on a GPU"):
+        paged_attention_decode(**arrays, backend=backend)
 
 
 def test_entries_that_no_visible_key_needs_are_not_looked_at() -> None:

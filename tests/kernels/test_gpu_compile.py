@@ -3,9 +3,8 @@
 import re
 from typing import Any
 
+import gpu_compile
 import pytest
-
-from pagedkv.kernels import gpu_compile
 
 CAPABILITIES = [90, 121]
 SHAPES: dict[str, dict[str, Any]] = {
