@@ -31,7 +31,16 @@ NO_COPIES: Int64Array = np.empty((0, 2), np.int64)
 
 
 class Grant(NamedTuple):
-    """What a request got."""
+    """What a request got.
+
+    Example:
+        >>> grant = Grant(num_cached_tokens=2, copies=np.array([[4, 8], [5, 9]]))
+        >>> memory = np.arange(12)
+        >>> for source, destination in grant.copies:
+        ...     memory[destination] = memory[source]
+        >>> memory[8:10].tolist(), Grant()
+        ([4, 5], Grant(num_cached_tokens=0, copies=array([], shape=(0, 2), dtype=int64)))
+    """
 
     num_cached_tokens: int = 0
     """Tokens found in the cache, to count as computed: at admission the leading ones, else 0. Never all that are known."""
@@ -56,25 +65,31 @@ class Allocator(Protocol):
     """Most requests that hold slots at once."""
     state_slots: int
     """Slots' worth of memory that each running request takes for its state besides."""
+    unit_slots: int
+    """Slots that are taken and given back together: a block, a page, or 1."""
     num_groups: int
     """Layer groups that keep slots of their own; 1 but for hybrid models."""
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return the slots to take in one piece at admission, 0 if the request grows step by step, None if it can never fit.
 
-        The owner writes it to `KVRequest.admission_slots`. The last output token never needs a slot.
+        The owner writes it to `KVRequest.admission_slots`. The last output token never needs a slot. O(1).
         """
 
     def get_computed_tokens(self, request: KVRequest) -> int:
-        """Return how many leading tokens an admission now would find cached, at most num_tokens - 1. Nothing is taken."""
+        """Return how many leading tokens an admission now would find cached, at most num_tokens - 1. Nothing is taken.
+
+        O(tokens or blocks compared), where nothing is shared O(1).
+        """
 
     def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
         """Give `request` slots for `num_new_tokens` beyond its computed and its cached tokens.
 
-        A request that holds nothing is admitted: its cached prefix is looked up and held first.
+        A request that holds nothing is admitted: its cached prefix is looked up and held first. What it costs differs: see the
+        table in docs/allocator.md.
 
         Args:
-            request: The request. Its owner counts cached and new tokens as computed afterwards, not the allocator.
+            request: The request. Its owner counts cached and new tokens as computed afterwards, the allocator never.
             num_new_tokens: Known tokens to compute now, 1 or more.
             has_scheduled_reqs: Something runs, so an admission must leave the watermark free.
 
@@ -86,44 +101,53 @@ class Allocator(Protocol):
         """
 
     def note_computed(self, request: KVRequest) -> None:
-        """Hear that the keys and values of all `request.num_computed_tokens` tokens are in their slots now."""
+        """Hear that the keys and values of all `request.num_computed_tokens` tokens are in their slots now.
+
+        O(tokens newly computed) where that makes them findable, else O(1).
+        """
 
     def free(self, request: KVRequest) -> None:
-        """Take back what a finished request holds. Its content may stay for others until the room is needed.
+        """Take back what a finished request holds. Its content may stay for others until the room is needed. O(units held).
 
         Raises:
             ConfigError: If it holds nothing: it was never admitted, or freed before.
         """
 
     def preempt(self, request: KVRequest) -> None:
-        """Take back what `request` holds; it will come again. Its num_computed_tokens is 0 afterwards.
+        """Take back what `request` holds; it will come again. Its num_computed_tokens is 0 afterwards. O(units held).
 
         Raises:
             ConfigError: As `free`.
         """
 
     def live_requests(self) -> Sequence[KVRequest]:
-        """Return the requests that hold slots, in order of admission."""
+        """Return the requests that hold slots, in order of admission. O(requests)."""
 
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots taken for the tokens of `request`, shared and unfilled ones included; 0 if it holds nothing. O(1)."""
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
-        """Return them: entry t is the slot of its token t (NO_SLOT if given back); entries beyond its tokens are unfilled."""
+        """Return them: entry t is the slot of its token t (NO_SLOT if given back); entries beyond its tokens are unfilled.
+
+        O(slots held).
+        """
 
     def cached_slots(self) -> Int64Array:
-        """Return the slots that nobody holds but that keep content for reuse: free for anyone who needs them."""
+        """Return the slots that nobody holds but that keep content for reuse: free for anyone who needs them.
+
+        O(num_slots log num_slots) at most.
+        """
 
     @property
     def free_slots(self) -> int:
-        """Slots that nobody holds, cached ones included."""
+        """Slots that nobody holds, cached ones included. O(requests) at most."""
 
     @property
     def rounding_slots(self) -> int:
-        """Slots lost to a heap's rounding of live reservations: neither held nor free."""
+        """Slots lost to a heap's rounding of live reservations: neither held nor free. O(1)."""
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError, with the state dumped, if an invariant is broken."""
+        """Raise IntegrityError, with the state dumped, if an invariant is broken. O(num_slots + slots held)."""
 
 
 @runtime_checkable
@@ -133,7 +157,8 @@ class Forkable(Protocol):
     def fork(self, parent: KVRequest, child: KVRequest) -> None:
         """Let `child`, which holds nothing and knows the same tokens, share all slots of `parent`.
 
-        Whoever writes first into a slot that both hold gets one of its own: the copies are in the grant of that allocation.
+        The owner then sets `child.num_computed_tokens` to that of `parent`: the allocator does not. Whoever writes first into a
+        slot that both hold gets one of its own: the copies are in the grant of that allocation. O(units held).
 
         Raises:
             ConfigError: If `parent` holds nothing, or `child` holds something; nothing has changed then.
@@ -142,7 +167,15 @@ class Forkable(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVPoolSettings:
-    """What an allocator is built from. Every allocator reads what concerns it."""
+    """What an allocator is built from. Every allocator reads what concerns it.
+
+    Example:
+        >>> KVPoolSettings(num_blocks=9, block_size=4, max_model_len=32).num_slots
+        36
+        >>> KVPoolSettings(num_blocks=9, block_size=4, max_model_len=0)
+        Traceback (most recent call last):
+        pagedkv.errors.ConfigError: max-model-len is 0: needs 1 or more
+    """
 
     num_blocks: int
     """Blocks in the pool, vLLM's null block included; every allocator divides the same num_blocks * block_size slots."""
@@ -167,11 +200,11 @@ class KVPoolSettings:
     eviction: str = "lru"
     """What leaves the prefix cache first: a name in `pagedkv.eviction`."""
     offload_blocks: int = 0
-    """Blocks of a second tier, in host memory or on NVMe, that keeps what leaves the prefix cache."""
+    """Blocks of a second tier, in host memory or on NVMe, that keeps what leaves the prefix cache; 0: there is none."""
     prefix_match_unit: int = 0
     """Tokens in which a hit may end inside a block: a divisor of block_size; 0: hits end with a block."""
     layer_groups: tuple[LayerGroup, ...] = ()
-    """What the model's layers cache, for an allocator that gives each group blocks of its own; empty: all layers alike."""
+    """What the model's layers cache, for an allocator that gives each group blocks of its own, which needs it."""
     kv_cache_dtype: str = "auto"
     """Element type of the cache, for pages of layer groups: a name in `pagedkv.kv_spec`."""
     max_num_batched_tokens: int | None = None

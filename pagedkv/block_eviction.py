@@ -3,10 +3,24 @@
 import numpy as np
 
 from pagedkv.arrays import Int32Array
-from pagedkv.block_grant import count_keyless
 from pagedkv.block_pool import BlockPool
 from pagedkv.errors import IntegrityError
 from pagedkv.eviction_order import EvictionOrder
+from pagedkv.free_queue import FIRST, HEAD, NULL_BLOCK, SPAN, Blocks, FreeQueue
+from pagedkv.jit import jit
+
+
+@jit
+def _count_keyless(blocks: Blocks, queue: FreeQueue, most: int) -> int:
+    """Return how many blocks without a key are handed out before the first one with a key, if `most` or fewer. O(most)."""
+    head, found = queue[HEAD], 0
+    for _ in range(queue[SPAN]):
+        block = queue[FIRST + head]
+        head = head + 1 if head + 1 < queue.size - FIRST else 0
+        if found == most or blocks["next_same"][block] != NULL_BLOCK:
+            break
+        found += block != NULL_BLOCK
+    return found
 
 
 class BlockEviction:
@@ -35,7 +49,7 @@ class BlockEviction:
 
     def make_room(self, num_blocks: int) -> None:
         """See that the next `num_blocks` of the free queue carry no key; so many that are not in use are there."""
-        num_victims = num_blocks - count_keyless(self._pool.blocks, self._pool.queue, num_blocks)
+        num_victims = num_blocks - _count_keyless(self._pool.blocks, self._pool.queue, num_blocks)
         if num_victims > 0:
             victims = self._order.victims(num_victims)
             self._pool.evict(victims)

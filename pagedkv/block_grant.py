@@ -7,7 +7,7 @@ import numpy as np
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.block_moves import release_blocks, take_blocks, touch_blocks
-from pagedkv.free_queue import FIRST, HEAD, NULL_BLOCK, NUM_FREE, SPAN, Blocks, FreeQueue
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
 from pagedkv.jit import jit
 from pagedkv.prefix_cache import Buckets, KeyIndex, insert_block
 
@@ -118,16 +118,3 @@ def grant_blocks(
         if blocks["next_same"][table[i]] == NULL_BLOCK:  # one shared when it was full already may carry its key
             insert_block(blocks, index, buckets, table[i], keys, i)
     return num_replaced
-
-
-@jit
-def count_keyless(blocks: Blocks, queue: FreeQueue, most: int) -> int:
-    """Return how many blocks without a key are handed out before the first one with a key, if `most` or fewer. O(most)."""
-    head, found = queue[HEAD], 0
-    for _ in range(queue[SPAN]):
-        block = queue[FIRST + head]
-        head = head + 1 if head + 1 < queue.size - FIRST else 0
-        if found == most or blocks["next_same"][block] != NULL_BLOCK:
-            break
-        found += block != NULL_BLOCK
-    return found

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_KEYS, NO_TOKENS, Int32Array
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.siphash import extend_chain
 
@@ -37,8 +37,6 @@ PUBLIC_SIPHASH_KEY = b"pagedkv: public!"
 _TOKEN_TYPE, _KEY_TYPE = np.dtype(np.int32), np.dtype(np.uint64)
 _LEAST, _MOST = -(2**31), 2**31 - 1
 """What a token id may be."""
-_NO_TOKENS: Int32Array = np.empty(0, _TOKEN_TYPE)
-_NO_KEYS: BlockKeys = np.empty((0, 2), _KEY_TYPE)
 _FIRST_PARENT: BlockKeys = np.zeros(2, _KEY_TYPE)
 
 
@@ -124,9 +122,9 @@ class BlockHashChain:
         self._parent = _FIRST_PARENT
         """The key that the next full block is chained to."""
         self._extras = _extras(block_size, salt, lora, images) if salt or lora or images else []
-        self._tokens = _NO_TOKENS
+        self._tokens = NO_TOKENS
         """Token ids, with room to grow."""
-        self._keys = _NO_KEYS
+        self._keys = NO_KEYS
         """Keys, with room for those of as many tokens."""
 
     @property

@@ -134,7 +134,10 @@ class BlockPool:
         evict_blocks(*self._arrays, victims)
 
     def reset_prefix_cache(self) -> bool:
-        """Drop all keys and return True, if no block is held; else change nothing and return False. The queue keeps its order."""
+        """Drop all keys and return True, if no block is held; else change nothing and return False.
+
+        The queue keeps its order. O(num_blocks).
+        """
         if self.num_free_blocks < self.num_blocks - 1:
             return False
         self.cache.clear()

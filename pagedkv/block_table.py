@@ -1,8 +1,28 @@
 """Which blocks hold the tokens of each row of the running batch."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pagedkv.arrays import Int32Array, Int64Array
+
+
+def block_slots(blocks: Sequence[int] | Int32Array | Int64Array, size: int, first: int = 0, last: int | None = None) -> Int64Array:
+    """Return the slots of `blocks`, block after block; slot = block * size + offset. O(slots).
+
+    Args:
+        blocks: Block ids.
+        size: Slots in a block.
+        first: First offset wanted of each.
+        last: One past the last offset wanted; None: to the end of the block.
+
+    Example:
+        >>> block_slots([2, 0], 4).tolist(), block_slots([2, 0], 4, 1, 3).tolist()
+        ([8, 9, 10, 11, 0, 1, 2, 3], [9, 10, 1, 2])
+    """
+    starts, offsets = np.asarray(blocks, np.int64) * size, np.arange(first, size if last is None else last)
+    slots: Int64Array = (starts[:, None] + offsets).reshape(-1)
+    return slots
 
 
 class BlockTables:

@@ -8,16 +8,13 @@ checkpoints of llama.cpp aim at.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_TOKENS, Int32Array
 from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
 
 SLOT_PROMPT_SIMILARITY = 0.1
 """An idle slot is preferred if it has more than this share of the prompt. Source: llama.cpp, --slot-prompt-similarity's default."""
-_NO_TOKENS: Int32Array = np.empty(0, np.int32)
 
 
 def common_prefix(a: Int32Array, b: Int32Array) -> int:
@@ -38,7 +35,7 @@ class ServerSlot:
     """Its number."""
     request: KVRequest | None = None
     """What runs here; None: it is idle."""
-    tokens: Int32Array = field(default_factory=lambda: _NO_TOKENS)
+    tokens: Int32Array = field(default_factory=lambda: NO_TOKENS)
     """While it is idle: the tokens whose keys and values it still has."""
     namespace: str = ""
     """What they were computed under."""
@@ -95,11 +92,7 @@ class ServerSlots:
         """Raise ConfigError unless `request` can ask for slots for `num_new_tokens` more tokens."""
         request.check_known(max_model_len=self._settings.max_model_len, num_keys=0)
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=num_slots_held)
-        end, longest = request.num_computed_tokens + num_new_tokens, self._settings.max_model_len
-        if end > longest:
-            raise request.error(
-                f"{end} tokens are more than max_model_len {longest}: {num_new_tokens} new ones are {end - longest} too many"
-            )
+        request.check_length(request.num_computed_tokens + num_new_tokens, self._settings.max_model_len)
         self._tokens(request, request.num_tokens)
         if request not in self._running:
             request.check_place(len(self._running), self._settings.max_num_seqs)
@@ -165,7 +158,7 @@ class ServerSlots:
 
     def forget(self, slot: ServerSlot) -> None:
         """Let an idle slot know nothing."""
-        slot.tokens, slot.namespace = _NO_TOKENS, ""
+        slot.tokens, slot.namespace = NO_TOKENS, ""
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless slots and requests point to each other, and what they remember can be."""
@@ -180,7 +173,7 @@ class ServerSlots:
     def _tokens(self, request: KVRequest, num_tokens: int) -> Int32Array:
         """Return its first `num_tokens` tokens, none if it shares nothing."""
         if not self._settings.enable_prefix_caching or not request.token_ids.size:
-            return _NO_TOKENS
+            return NO_TOKENS
         if request.token_ids.size < num_tokens:
             raise request.error(
                 f"{request.token_ids.size} token_ids, but {num_tokens} tokens are known: extend them, or leave them out"

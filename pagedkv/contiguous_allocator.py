@@ -5,18 +5,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pagedkv.allocation import Grant, KVPoolSettings
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.errors import IntegrityError
 from pagedkv.heaps import HEAPS
 from pagedkv.kv_request import KVRequest
-
-_NO_SLOTS: Int64Array = np.empty(0, np.int64)
 
 
 class ContiguousAllocator:
     """Reserves `reservation(prompt_tokens, output_tokens)` adjacent slots at admission, found by the heap of the settings."""
 
-    num_groups = 1
+    unit_slots = num_groups = 1
 
     def __init__(self, name: str, settings: KVPoolSettings, *, reservation: Callable[[int, int], int]) -> None:
         self.name = name
@@ -94,7 +92,12 @@ class ContiguousAllocator:
 
     def cached_slots(self) -> Int64Array:
         """Return none."""
-        return _NO_SLOTS
+        return NO_SLOTS
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots that the heap has given out, rounding included. O(num_slots)."""
+        taken = (np.arange(address, address + size) for address, size in self.heap.reserved().items())
+        return np.concatenate([NO_SLOTS, *taken])
 
     @property
     def free_slots(self) -> int:

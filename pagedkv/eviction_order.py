@@ -3,19 +3,17 @@
 import heapq
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.arrays import Float64Array, Int32Array, Int64Array
+from pagedkv.arrays import NO_BLOCKS, Float64Array, Int32Array, Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings
+from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings, PlainCandidate
 from pagedkv.free_queue import NULL_BLOCK
 
-_NO_BLOCKS: Int32Array = np.empty(0, np.int32)
 _MIN_HEAP = 64
 """Heap entries that are not worth looking through for stale ones."""
 
@@ -25,7 +23,7 @@ _Entry: TypeAlias = tuple[tuple[float, ...], int, int, int]
 
 
 class BlockRecords(NamedTuple):
-    """What is known of each block; 113 bytes. Times are readings of the order's counter. See `EvictionCandidate`."""
+    """What is known of each block. Times are readings of the order's counter. See `EvictionCandidate`."""
 
     created: Int64Array
     """When it got its key, from 1; 0: it carries none, and the rest is stale."""
@@ -49,21 +47,6 @@ class BlockRecords(NamedTuple):
     """It carries a key and nobody holds it."""
     generation: Int64Array
     """Grows whenever it stops to be a candidate."""
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """The view through which a policy sees a block; one for all, filled anew each time."""
-
-    num_tokens: int
-    last_access: float = 0
-    created: float = 0
-    hit_count: int = 0
-    priority: int = 0
-    depth: int = 0
-    deepest: int = 0
-    expired: bool = False
-    inflation: float = 0.0
 
 
 class EvictionOrder:
@@ -106,9 +89,10 @@ class EvictionOrder:
         self._worth_compacting = _MIN_HEAP
         self._expiring: list[tuple[float, int, int]] = []
         """A heap of when which candidate, in which generation, gets another rank."""
-        self._view = _Candidate(block_size)
+        self._view = PlainCandidate(num_tokens=block_size)
+        """Through this a policy sees a block; one for all, filled anew each time."""
 
-    def stored(self, blocks: Blocks, first_depth_tokens: int, priority: int = 0, *, before: Blocks = _NO_BLOCKS) -> None:
+    def stored(self, blocks: Blocks, first_depth_tokens: int, priority: int = 0, *, before: Blocks = NO_BLOCKS) -> None:
         """Hear that `blocks`, held and consecutive in a sequence, carry a key now. O(len(blocks) + len(before)).
 
         Args:

@@ -3,74 +3,17 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from pagedkv.allocation import Allocator, Forkable, KVPoolSettings
-from pagedkv.arrays import Int32Array, Int64Array
-from pagedkv.block_hash import BlockHashChain, BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.fuzz_guest import Guest
 from pagedkv.kv_request import KVRequest
-from pagedkv.shadow_memory import ShadowMemory, check_unchanged, prefix_identities, state_of
+from pagedkv.shadow_memory import ShadowMemory, check_unchanged, state_of
 
-T = TypeVar("T")
 Choose: TypeAlias = Callable[[int], int]
 """Given n, returns one of 0 to n - 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Script:
-    """All that a request will say, prompt and outputs. Requests may share one."""
-
-    tokens: Int32Array
-    """Its tokens, int32 [tokens]."""
-    namespace: str = ""
-    """Salt of its keys: prefixes are shared only within one."""
-    private: bool = False
-    """Allocators that compare tokens do not get to see any, nor the namespace, which must be its own."""
-    block_size: int
-    """Tokens per key."""
-    identities: Int64Array = field(init=False)
-    """What the slots of its tokens must hold."""
-    keys: BlockKeys = field(init=False)
-    """Keys of its full blocks."""
-
-    def __post_init__(self) -> None:
-        """Work out identities and keys."""
-        chain = BlockHashChain(block_size=self.block_size, salt=self.namespace)
-        chain.extend(self.tokens)
-        object.__setattr__(self, "keys", chain.keys)
-        object.__setattr__(self, "identities", prefix_identities(self.tokens, self.namespace))
-
-
-class Guest:
-    """A request with its script, from its arrival to its end."""
-
-    def __init__(self, script: Script, *, name: int | str, prompt_tokens: int, output_tokens: int, priority: int = 0) -> None:
-        self.script = script
-        self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
-        self.request = KVRequest(request_id=name, num_tokens=prompt_tokens, block_keys=script.keys, priority=priority)
-        self.request.namespace = "" if script.private else script.namespace
-        self.know(prompt_tokens)
-
-    def __repr__(self) -> str:
-        return f"request {self.request.request_id}"
-
-    @property
-    def last(self) -> int:
-        """Tokens that it computes until it is done: its last output needs no slot."""
-        return self.prompt_tokens + self.output_tokens - 1
-
-    @property
-    def uncomputed(self) -> int:
-        """Known tokens yet to be computed."""
-        return self.request.num_tokens - self.request.num_computed_tokens
-
-    def know(self, num_tokens: int) -> None:
-        """Let its first `num_tokens` tokens be known."""
-        self.request.num_tokens = num_tokens
-        if not self.script.private:
-            self.request.token_ids = self.script.tokens[:num_tokens]
 
 
 @dataclass(slots=True)
@@ -123,6 +66,8 @@ class FuzzOwner:
         """Guests that hold slots, in order of admission."""
         self.trail: deque[tuple[object, ...]] = deque(maxlen=24)
         """The last operations."""
+        self._most_new = settings.max_num_batched_tokens or settings.max_model_len
+        """Tokens that a step may compute."""
         self._must_refuse = frozenset(must_refuse)
         """Misuses that only some allocators must notice, of which this one is."""
 
@@ -142,12 +87,14 @@ class FuzzOwner:
             raise IntegrityError(
                 f"{guest}: {hit} of {request.num_tokens} tokens cached; needs 0 or more, less than all, 0 uncached"
             )
-        return self._allocate(guest, hit, min(most, request.num_tokens - hit), has_scheduled_reqs=has_scheduled_reqs)
+        return self._allocate(
+            guest, hit, min(most, request.num_tokens - hit, self._most_new), has_scheduled_reqs=has_scheduled_reqs
+        )
 
     def grow(self, guest: Guest, most: int) -> bool:
         """Give running `guest` slots for up to `most` of its uncomputed tokens; return whether they fitted."""
         self.trail.append(("growth of", guest, "by", most))
-        return self._allocate(guest, 0, min(most, guest.uncomputed))
+        return self._allocate(guest, 0, min(most, guest.uncomputed, self._most_new))
 
     def note_computed(self, guest: Guest) -> None:
         """Tell that running `guest` has computed what it was granted."""

@@ -4,9 +4,9 @@ Whatever is random comes from a function that the caller passes in: one seed is 
 so with fewer operations, or with more checks, the sequence is the same up to there.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,11 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.eviction import EVICTION_POLICIES
-from pagedkv.fuzz_owner import MISUSES, Choose, FuzzCounts, FuzzOwner, Guest, Script
+from pagedkv.fuzz_guest import Guest, Script
+from pagedkv.fuzz_owner import Choose, FuzzCounts, FuzzOwner
+from pagedkv.fuzzer import Fuzzer
 from pagedkv.heaps import HEAPS
-
-T = TypeVar("T")
+from pagedkv.kv_spec import LayerGroup
 
 
 class FuzzFailure(IntegrityError):  # noqa: N818 - it says what happened in a run, and is an IntegrityError
@@ -33,160 +34,6 @@ class FuzzFailure(IntegrityError):  # noqa: N818 - it says what happened in a ru
             f"{self.__cause__}\n  allocator {self.allocator}, {self.settings}\n  seed {self.seed!r}, operation {self.operation} "
             f"({self.operation + 1} operations show it again)\n  " + "\n  ".join(self.trail)
         )
-
-
-_LIKELIHOOD = {"grow": 20, "admit": 12, "compute": 3, "free": 2, "preempt": 2, "fork": 2, "misuse": 4, "ask": 1}
-"""How often each operation is drawn, out of their sum."""
-_NUM_SCRIPTS = 24
-_RENEWAL_OPS = 512
-"""Operations after which one script gives way to a new one, and a request is run alone."""
-_VOCABULARY = 3
-_NAMESPACES = ("", "", "tenant")
-_MOST_WAITING = 8
-_SHORTENINGS = 4
-
-
-class _Fuzzer:
-    """Draws one operation after the other."""
-
-    def __init__(self, owner: FuzzOwner, choose: Choose) -> None:
-        self.owner, self.choose = owner, choose
-        self.settings = owner.settings
-        most = self.settings.max_model_len
-        self.chunks = (1, 1, 1, 1, 1, 2, 3, most)
-        """Tokens to compute at once."""
-        self.first_chunks = (1, 3, 7, most, most)
-        self.waiting: list[Guest] = []
-        self.num_guests = 0
-        self.scripts: list[Script] = []
-        for _ in range(_NUM_SCRIPTS):
-            self.scripts.append(self.new_script())
-        self.table = [getattr(self, name) for name, times in _LIKELIHOOD.items() for _ in range(times)]
-
-    def step(self, operation: int) -> None:
-        """Do one operation."""
-        if operation % _RENEWAL_OPS == _RENEWAL_OPS - 1:
-            self.scripts[self.choose(len(self.scripts))] = self.new_script()
-            self.run_alone()
-        else:
-            self.table[self.choose(len(self.table))]()
-
-    def run_alone(self) -> None:
-        """End all, then run one request from its whole prompt to its end: it must never be refused."""
-        while self.owner.running:
-            self.owner.free(self.pick(self.owner.running))
-        self.owner.memory.check()
-        guest = self.arrival()
-        if guest is not None and self.owner.admit(guest, self.settings.max_model_len):
-            while self.run(guest, self.pick(self.chunks)):
-                pass
-
-    def new_script(self) -> Script:
-        """Return one that begins like another, or is new; tokens are few, so that prefixes agree by chance too."""
-        tokens = np.array([self.choose(_VOCABULARY) for _ in range(self.settings.max_model_len)], np.int32)
-        namespace = _NAMESPACES[self.choose(len(_NAMESPACES))]
-        if private := not self.choose(6):
-            namespace = f"private {self.choose(1 << 30)}"
-        elif self.scripts and self.choose(4):
-            parent = self.pick(self.scripts)
-            shared = self.choose(tokens.size)
-            tokens[:shared] = parent.tokens[:shared]
-        return Script(tokens=tokens, namespace=namespace, private=private, block_size=self.settings.block_size)
-
-    def arrival(self) -> Guest | None:
-        """Return a new guest, or None if it could never fit."""
-        script, priority = self.pick(self.scripts), self.choose(3)
-        for shorter in range(_SHORTENINGS):  # allocators differ in how long a request can be: try half as long
-            most = max(self.settings.max_model_len >> shorter, 2)
-            prompt = 1 + self.choose(most - 1)
-            output = 1 + self.choose(most - prompt)
-            self.num_guests += 1
-            guest = Guest(script, name=self.num_guests, prompt_tokens=prompt, output_tokens=output, priority=priority)
-            if self.owner.arrive(guest):
-                return guest
-        return None
-
-    def admit(self) -> None:
-        """Let someone in: who waits, or a new one."""
-        if len(self.owner.running) == self.settings.max_num_seqs:
-            return self.grow()
-        again = self.waiting and (len(self.waiting) == _MOST_WAITING or self.choose(2))
-        guest = self.waiting.pop(self.choose(len(self.waiting))) if again else self.arrival()
-        if guest is None:
-            return None
-        if not self.owner.admit(guest, self.pick(self.first_chunks), has_scheduled_reqs=bool(self.choose(2))):
-            self.waiting.append(guest)
-        elif self.choose(4):
-            self.owner.note_computed(guest)
-        return None
-
-    def grow(self) -> None:
-        """Let a running request go on."""
-        if self.owner.running:
-            self.run(self.pick(self.owner.running), self.pick(self.chunks))
-
-    def run(self, guest: Guest, chunk: int) -> bool:
-        """Let `guest` compute up to `chunk` tokens, or end if it is done; return whether it may go on."""
-        if not guest.uncomputed:
-            if guest.request.num_computed_tokens == guest.last:
-                self.owner.free(guest)
-                return False
-            guest.know(min(guest.request.num_tokens + chunk, guest.last))
-        if self.owner.grow(guest, chunk):
-            self.owner.note_computed(guest)
-        return True
-
-    def compute(self) -> None:
-        """Tell once more, or late, what is computed."""
-        if self.owner.running:
-            self.owner.note_computed(self.pick(self.owner.running))
-
-    def free(self) -> None:
-        """End a running request wherever it is: in the middle of its prompt, with its next token known or not."""
-        if self.owner.running:
-            guest = self.pick(self.owner.running)
-            if not guest.uncomputed and self.choose(2):
-                guest.know(guest.request.num_tokens + 1)
-            self.owner.free(guest)
-
-    def preempt(self) -> None:
-        """Preempt a running request; it comes again, or gives up."""
-        if self.owner.running:
-            guest = self.pick(self.owner.running)
-            self.owner.preempt(guest)
-            if len(self.waiting) < _MOST_WAITING:
-                self.waiting.append(guest)
-
-    def fork(self) -> None:
-        """Let a running request go on in two ways."""
-        if not self.owner.running or not self.owner.can_fork:
-            return
-        parent, other = self.pick(self.owner.running), self.pick(self.scripts)
-        known = parent.request.num_tokens
-        script = replace(parent.script, tokens=np.concatenate((parent.script.tokens[:known], other.tokens[known:])))
-        self.num_guests += 1
-        output = 1 + self.choose(self.settings.max_model_len - known) if known < self.settings.max_model_len else 1
-        child = Guest(script, name=self.num_guests, prompt_tokens=known, output_tokens=output)
-        if self.owner.arrive(child):
-            self.owner.fork(parent, child)
-
-    def misuse(self) -> None:
-        """Do what must be refused."""
-        guests = self.waiting if self.choose(2) else self.owner.running
-        if guests:
-            self.owner.misuse(self.pick(MISUSES), self.pick(guests))
-
-    def ask(self) -> None:
-        """Ask twice how much of a waiting request is cached."""
-        if self.waiting:
-            request, allocator = self.pick(self.waiting).request, self.owner.allocator
-            first, again = allocator.get_computed_tokens(request), allocator.get_computed_tokens(request)
-            if first != again:
-                raise IntegrityError(f"request {request.request_id}: get_computed_tokens says {first}, then {again}")
-
-    def pick(self, items: Sequence[T]) -> T:
-        """Return one of `items`."""
-        return items[self.choose(len(items))]
 
 
 def fuzz(
@@ -218,7 +65,7 @@ def fuzz(
         ConfigError: If there is no such allocator, or it cannot work with these settings.
     """
     owner = fuzz_owner(allocator, settings)
-    fuzzer = _Fuzzer(owner, choose)
+    fuzzer = Fuzzer(owner, choose)
     operation = 0
     try:
         for operation in range(ops):
@@ -240,7 +87,7 @@ def fuzz_owner(allocator: str, settings: KVPoolSettings) -> FuzzOwner:
     noticed = []
     for kind in ("tokens left out", "keys left out"):
         owner = FuzzOwner(new(settings), settings, must_refuse=(kind,))
-        script = Script(tokens=np.zeros(settings.max_model_len, np.int32), block_size=settings.block_size)
+        script = Script.for_pool(settings, np.zeros(settings.max_model_len, np.int32))
         guest = Guest(script, name="probe", prompt_tokens=settings.max_model_len - 1, output_tokens=1)
         call = owner.arrive(guest) and owner.misuse_call(kind, guest)
         try:
@@ -251,47 +98,95 @@ def fuzz_owner(allocator: str, settings: KVPoolSettings) -> FuzzOwner:
     return FuzzOwner(new(settings), settings, must_refuse=noticed)
 
 
+def hybrid_layers(block_size: int) -> tuple[LayerGroup, ...]:
+    """Return the layers of a small model: one of full attention and one with a window of two blocks."""
+    full = LayerGroup(kind="full", num_layers=1, num_kv_heads=1, key_dim=8, value_dim=8)
+    return full, replace(full, kind="sliding_window", window=2 * block_size)
+
+
 def fuzz_settings(
     allocator: str, *, num_slots: int = 64, max_model_len: int = 24, max_num_seqs: int = 5
 ) -> tuple[KVPoolSettings, ...]:
-    """Return small pools, short of room, that together try every setting that concerns `allocator`.
+    """Return small pools, short of room, that `allocator` can work with.
 
-    A setting concerns it if it refuses nonsense there. Pools that it cannot work with are left out.
+    They have blocks of 1, 2 and 4 tokens with prefix caching and without. Two more have a watermark, state and no gate for whole
+    prompts, one of them pages that are no blocks, and one has more and longer requests in larger blocks. Then comes each other
+    value of each setting in `_OTHER_VALUES` that the allocator reads when it is built.
 
     Raises:
         ConfigError: If it can work with none.
     """
     new = ALLOCATORS.load(allocator)
 
-    def refused(settings: KVPoolSettings) -> bool:
+    def works(settings: KVPoolSettings) -> bool:
         try:
             new(settings)
         except ConfigError:
-            return True
-        return False
+            return False
+        return True
 
-    small = [
-        KVPoolSettings(
-            num_blocks=num_slots // block_size,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            page_tokens=block_size,
-            enable_prefix_caching=caching,
-        )
-        for block_size in (1, 2, 4)
-        for caching in (False, True)
-    ]
-    pools = [*small, replace(small[2], watermark=0.1, state_slots=3, reserve_full_isl=False, page_tokens=3)]
-    pools.append(replace(small[3], watermark=0.1, state_slots=3, reserve_full_isl=False))
-    pools.append(replace(small[1], num_blocks=num_slots, block_size=16, max_num_seqs=3 * max_num_seqs, page_tokens=16))
-    pools[-1] = replace(pools[-1], max_model_len=10 * max_model_len)
-    pools = [pool for pool in pools if not refused(pool)]
+    def small(block_size: int, *, caching: bool, **more: Any) -> KVPoolSettings:
+        settings: dict[str, Any] = {
+            "num_blocks": num_slots // block_size,
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "page_tokens": block_size,
+            "offload_blocks": max(num_slots // block_size // 4, 1),
+            "layer_groups": hybrid_layers(block_size),
+        }
+        return KVPoolSettings(block_size=block_size, enable_prefix_caching=caching, **(settings | more))
+
+    rare: dict[str, Any] = {"watermark": 0.1, "state_slots": 3, "reserve_full_isl": False}
+    large: dict[str, Any] = {"num_blocks": num_slots, "max_num_seqs": 3 * max_num_seqs, "max_model_len": 10 * max_model_len}
+    candidates = [small(block_size, caching=caching) for block_size in (1, 2, 4) for caching in (False, True)]
+    candidates += [small(2, caching=False, page_tokens=3, **rare), small(2, caching=True, **rare), small(16, caching=True, **large)]
+    pools = [settings for settings in candidates if works(settings)]
     if not pools:
-        new(small[0])
-    if refused(replace(pools[0], contiguous_heap="?")):
-        pools += [replace(pools[0], contiguous_heap=heap) for heap in HEAPS.names() if heap != pools[0].contiguous_heap]
-    cached = next((pool for pool in pools if pool.enable_prefix_caching), None)
-    if cached is not None and refused(replace(cached, eviction="?")):
-        pools += [replace(cached, eviction=policy) for policy in EVICTION_POLICIES.names() if policy != cached.eviction]
+        new(candidates[0])
+    usual = small(4, caching=True)
+    usual = usual if usual in pools else pools[0]
+    for name in sorted(settings_read(allocator, usual) & _OTHER_VALUES.keys()):
+        others = [_with(usual, name, value) for value in _OTHER_VALUES[name]() if value != getattr(usual, name)]
+        pools += filter(works, others)
     return tuple(pools)
+
+
+def _with(settings: KVPoolSettings, name: str, value: Any) -> KVPoolSettings:
+    return replace(settings, **{name: value})
+
+
+_OTHER_VALUES: dict[str, Callable[[], Iterable[object]]] = {
+    "contiguous_heap": HEAPS.names,
+    "eviction": EVICTION_POLICIES.names,
+    "freed_to_front": lambda: (False,),
+    "kv_cache_dtype": lambda: ("fp8",),
+    "max_num_batched_tokens": lambda: (3,),
+    "offload_blocks": lambda: (0, 1),
+    "prefix_match_unit": lambda: (1, 2),
+}
+"""Settings that concern some allocators only."""
+
+
+def settings_read(allocator: str, settings: KVPoolSettings) -> frozenset[str]:
+    """Return the names of the settings that `allocator` reads when it is built from `settings`.
+
+    Example:
+        >>> sorted(settings_read("contiguous-max", fuzz_settings("contiguous-max")[0]))
+        ['block_size', 'contiguous_heap', 'max_model_len', 'max_num_seqs', 'num_blocks', 'num_slots', 'state_slots']
+
+    Raises:
+        ConfigError: If it cannot work with them.
+    """
+    read = set[str]()
+
+    class Watched(KVPoolSettings):
+        __slots__ = ()
+
+        def __getattribute__(self, name: str) -> object:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    watched = Watched(**{each.name: getattr(settings, each.name) for each in fields(settings)})
+    read.clear()
+    ALLOCATORS.load(allocator)(watched)
+    return frozenset(read)

@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_BLOCKS, Int32Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
@@ -22,7 +22,6 @@ from pagedkv.kv_spec import LAYER_KINDS, LayerKind
 
 _STATES_AT_ONCE = 2
 """A step reads the state of the last block boundary and writes the next one."""
-_NO_BLOCKS: Int32Array = np.empty(0, np.int32)
 _NO_SALT: BlockKeys = np.zeros(2, np.uint64)
 """The first group's: a model of one group has the keys that requests come with."""
 
@@ -112,7 +111,7 @@ class GroupRule:
             if blocks.size == last - first:
                 return length, blocks
             length = (first + blocks.size) * self.block_size // alignment * alignment
-        return 0, _NO_BLOCKS
+        return 0, NO_BLOCKS
 
 
 class GroupTables:

@@ -7,14 +7,13 @@ from functools import partial
 import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_BLOCKS, Int32Array
 from pagedkv.block_pool import BlockPool
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.free_queue import NULL_BLOCK
 from pagedkv.group_rules import GroupRule, GroupTables
 from pagedkv.kv_request import KVRequest
-
-_NO_BLOCKS: Int32Array = np.empty(0, np.int32)
+from pagedkv.request_rows import RequestRows
 
 
 class HybridCacheManager:
@@ -82,9 +81,8 @@ class HybridCacheManager:
         )
         self._num_held = [0] * self.max_num_seqs
         """By row: blocks in all its tables, null ones not included."""
-        self._rows: dict[KVRequest, int] = {}
-        """By request that holds blocks: its row of the tables."""
-        self._free_rows = list(range(self.max_num_seqs))[::-1]
+        self._requests = RequestRows(self.max_num_seqs)
+        self._rows = self._requests.of
         self._key_block_size = settings.block_size
         self._watermark_blocks = int(settings.watermark * settings.num_blocks)
         self._reserve_full_isl = settings.reserve_full_isl
@@ -95,13 +93,13 @@ class HybridCacheManager:
         return self.pool.num_free_blocks
 
     def free_queue(self) -> Int32Array:
-        """Return the free blocks, the next to be handed out first."""
+        """Return the free blocks, the next to be handed out first. O(num_blocks)."""
         return self.pool.free_queue()
 
     def block_table(self, request: KVRequest, group: int = 0) -> Int32Array:
-        """Return the table of `request` in a group, null blocks included, a view; empty if it holds nothing."""
+        """Return the table of `request` in a group, null blocks included, a view; empty if it holds nothing. O(1)."""
         row = self._rows.get(request)
-        return _NO_BLOCKS if row is None else self.groups[group].tables.of(row)
+        return NO_BLOCKS if row is None else self.groups[group].tables.of(row)
 
     def num_blocks_held(self, request: KVRequest) -> int:
         """Return the blocks in all its tables, null ones not included. O(1)."""
@@ -109,11 +107,11 @@ class HybridCacheManager:
         return 0 if row is None else self._num_held[row]
 
     def live_requests(self) -> tuple[KVRequest, ...]:
-        """Return the requests that hold blocks, in order of admission."""
+        """Return the requests that hold blocks, in order of admission. O(requests)."""
         return tuple(self._rows)
 
     def peak_blocks(self, num_tokens: int) -> int:
-        """Return the most blocks that a request of up to `num_tokens` holds at once, in all groups."""
+        """Return the most blocks that a request of up to `num_tokens` holds at once, in all groups. O(groups)."""
         return sum(rule.peak_blocks(num_tokens, self.max_new_tokens) for rule in self.rules)
 
     def get_computed_blocks(self, request: KVRequest) -> tuple[tuple[Int32Array, ...], int]:
@@ -121,12 +119,13 @@ class HybridCacheManager:
 
         Each group in turn shortens the prefix to one that it has a hit for, until all agree: that is the longest on which they can.
         It ends at a multiple of all block sizes, and before the last token, which is always computed. Changes nothing.
+        O(groups * hits) expected.
 
         Raises:
             ConfigError: If the request has too few keys.
         """
         self._check_known(request)
-        hits = [_NO_BLOCKS] * len(self.groups)
+        hits = [NO_BLOCKS] * len(self.groups)
         length = (request.num_tokens - 1) // self.alignment * self.alignment if self.pool.enable_caching else 0
         agreed = i = 0
         while length and agreed < len(hits):
@@ -135,7 +134,7 @@ class HybridCacheManager:
             agreed = agreed + 1 if shorter == length else 1
             length, i = shorter, (i + 1) % len(hits)
         if not length:
-            return (_NO_BLOCKS,) * len(hits), 0
+            return (NO_BLOCKS,) * len(hits), 0
         nulls = [np.zeros(rule.first_block(length), np.int32) for rule in self.rules]
         return tuple(np.concatenate(parts) for parts in zip(nulls, hits, strict=True)), length
 
@@ -196,20 +195,21 @@ class HybridCacheManager:
     def free(self, request: KVRequest) -> None:
         """Take back all that a finished request holds, group by group: blocks without a key to the front of the queue.
 
+        O(groups + blocks).
+
         Raises:
             ConfigError: If it holds nothing: it was never allocated, or freed before.
         """
-        row = self._rows.get(request)
-        if row is None:
-            raise request.holds_nothing()
+        row = self._requests.expect(request)
         for group in self.groups:
             group.release(row)
         self._num_held[row] = 0
-        del self._rows[request]
-        self._free_rows.append(row)
+        self._requests.close(request)
 
     def preempt(self, request: KVRequest) -> None:
         """Free a request that will come back: nothing of it counts as computed any more, but its keys live on until reuse.
+
+        O(groups + blocks).
 
         Raises:
             ConfigError: If it holds nothing.
@@ -218,27 +218,28 @@ class HybridCacheManager:
         request.num_computed_tokens = 0
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes and return True, if no request holds a block; else change nothing and return False."""
+        """Forget all cached prefixes and return True, if no request holds a block; else change nothing and return False.
+
+        O(num_blocks), and of a False O(1).
+        """
         return self.pool.reset_prefix_cache()
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless reference counts, tables, rows and keys fit together. O(num_blocks + table entries)."""
         self.pool.check_integrity()
-        rows = [(request.request_id, [group.tables.of(row) for group in self.groups]) for request, row in self._rows.items()]
-        held = np.concatenate([_NO_BLOCKS, *(table[table != NULL_BLOCK] for _, tables in rows for table in tables)])
-        inside = ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all()
-        if not inside or not np.array_equal(np.bincount(held, minlength=self.pool.num_blocks), self.pool.ref_cnt):
-            raise IntegrityError(f"reference counts {self.pool.ref_cnt.tolist()} do not match the tables {rows}")
-        if sorted([*self._rows.values(), *self._free_rows]) != list(range(self.max_num_seqs)):
-            raise IntegrityError(f"rows {sorted(self._rows.values())} in use, {sorted(self._free_rows)} free: not each once")
-        for (request, row), (_, tables) in zip(self._rows.items(), rows, strict=True):
+        tables = {request: np.concatenate([group.tables.of(row) for group in self.groups]) for request, row in self._rows.items()}
+        held = {request: table[table != NULL_BLOCK] for request, table in tables.items()}
+        self._requests.check_held(self.pool, held)
+        for request, row in self._rows.items():
             faults = [fault for group in self.groups if (fault := group.fault(request, row))]
-            if faults or sum(np.count_nonzero(table) for table in tables) != self._num_held[row]:
-                raise IntegrityError(f"request {request.request_id!r}, counted {self._num_held[row]} blocks: {faults}, {rows}")
+            if faults or held[request].size != self._num_held[row]:
+                raise IntegrityError(
+                    f"request {request.request_id!r}, counted {self._num_held[row]} blocks: {faults}, {tables[request].tolist()}"
+                )
 
     def _admit(self, request: KVRequest, hits: Sequence[Int32Array]) -> int:
         """Hold the hits of a new request in a row of its own."""
-        row = self._rows[request] = self._free_rows.pop()
+        row = self._requests.open(request)
         for group, hit in zip(self.groups, hits, strict=bool(hits)):
             real = hit[hit != NULL_BLOCK]
             self.pool.touch(real, group.keys(request, hit.size - real.size, hit.size))
@@ -251,7 +252,7 @@ class HybridCacheManager:
     ) -> tuple[Int32Array, ...]:
         """Take counts[i] blocks for group i, whose table then has needs[i]; they are there."""
         num_new, offset, taken = sum(counts), 0, []
-        blocks = self.pool.get_new_blocks(num_new) if num_new else _NO_BLOCKS
+        blocks = self.pool.get_new_blocks(num_new) if num_new else NO_BLOCKS
         assert blocks is not None
         self._num_held[row] += num_new
         for group, need, count in zip(self.groups, needs, counts, strict=True):
@@ -273,8 +274,7 @@ class HybridCacheManager:
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=room)
         if num_new_tokens > self.max_new_tokens:
             raise request.error(f"{num_new_tokens} new tokens: a step computes {self.max_new_tokens} at most, split them")
-        if num_slots > self.max_model_len:
-            raise request.error(f"{num_slots} slots are more than max_model_len {self.max_model_len}")
+        request.check_length(num_slots, self.max_model_len)
         if row is None:
             request.check_place(len(self._rows), self.max_num_seqs)
         elif any(group.lacks(row, request.num_computed_tokens, num_slots) for group in self.groups):

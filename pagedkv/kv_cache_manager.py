@@ -5,19 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_BLOCKS, Int32Array
 from pagedkv.block_grant import SHORTAGE, BlockCopy, grant_blocks
-from pagedkv.block_moves import release_blocks
+from pagedkv.block_moves import release_behind, release_blocks
 from pagedkv.block_pool import BlockPool
-from pagedkv.block_retention import BlockRetention, Growth
 from pagedkv.cache_events import CacheEvents
+from pagedkv.cache_policy import CachePolicy, Growth
 from pagedkv.errors import IntegrityError
 from pagedkv.events import EventSink
 from pagedkv.eviction import EVICTION_POLICIES
 from pagedkv.kv_request import KVRequest
 from pagedkv.partial_tails import CachedTail
-from pagedkv.prefix_lookup import NO_BLOCKS, PrefixLookup
-from pagedkv.request_rows import RequestRows
+from pagedkv.prefix_lookup import PrefixLookup
+from pagedkv.request_rows import TableRows
 
 
 class KVCacheManager:
@@ -51,15 +51,15 @@ class KVCacheManager:
         self.max_model_len = settings.max_model_len
         self.enable_caching = enable_caching
         self.pool = BlockPool(num_blocks=settings.num_blocks, enable_caching=enable_caching)
-        self._requests = rows = RequestRows(settings)
+        self._requests = rows = TableRows(settings)
         self.tables, self._num_registered, self._states = rows.tables, rows.num_registered, rows.states
         self._rows, self._free_rows = rows.of, rows.free
         self.num_state_blocks: int = rows.states.shape[1]
         """Blocks that each request takes at admission for state of fixed size."""
         more = settings.eviction != "lru" or 0 < settings.prefix_match_unit < settings.block_size
-        self.retention = BlockRetention(self.pool, settings) if enable_caching and more else None
+        self.policy = CachePolicy(self.pool, settings) if enable_caching and more else None
         """None: vLLM's default."""
-        self._tails = self.retention.tails if self.retention else None
+        self._tails = self.policy.tails if self.policy else None
         self._lookup = PrefixLookup(self.pool, self._tails, block_size=self.block_size, max_model_len=self.max_model_len)
         self._arrays = (self.pool.blocks, self.pool.queue, self.pool.cache.index, self.pool.cache.buckets)
         self._copies: list[BlockCopy] = []
@@ -68,6 +68,7 @@ class KVCacheManager:
         self._events: CacheEvents | None = None
         self._watermark_blocks = int(settings.watermark * settings.num_blocks)
         self._reserve_full_isl = settings.reserve_full_isl
+        self._freed_to_front = settings.freed_to_front
 
     @property
     def events(self) -> EventSink | None:
@@ -84,20 +85,20 @@ class KVCacheManager:
         return self.pool.num_free_blocks
 
     def free_queue(self) -> Int32Array:
-        """Return the free blocks, the next to be handed out first."""
+        """Return the free blocks, the next to be handed out first. O(num_blocks)."""
         return self.pool.free_queue()
 
     def block_table(self, request: KVRequest) -> Int32Array:
-        """Return the blocks that `request` holds, a view; empty if none."""
+        """Return the blocks that `request` holds, a view; empty if none. O(1)."""
         row = self._rows.get(request)
         return NO_BLOCKS if row is None else self.tables.of(row)
 
     def holds_blocks(self, request: KVRequest) -> bool:
-        """Return whether `request` holds blocks."""
+        """Return whether `request` holds blocks. O(1)."""
         return request in self._rows
 
     def live_requests(self) -> tuple[KVRequest, ...]:
-        """Return the requests that hold blocks, in order of admission."""
+        """Return the requests that hold blocks, in order of admission. O(requests)."""
         return tuple(self._rows)
 
     def get_computed_blocks(self, request: KVRequest) -> tuple[Int32Array, int]:
@@ -162,8 +163,7 @@ class KVCacheManager:
         request.check_slots(
             num_new_tokens=num_new_tokens, num_lookahead_tokens=num_lookahead_tokens, num_slots_held=held * self.block_size
         )
-        if num_slots > self.max_model_len:
-            raise request.error(f"{num_slots} slots are more than max_model_len {self.max_model_len}")
+        request.check_length(num_slots, self.max_model_len)
         gated, kept_free = 0, 0
         if row is None:
             if not self._free_rows:
@@ -177,9 +177,9 @@ class KVCacheManager:
         full = max(min(num_slots, request.num_tokens) // self.block_size, registered) if self.enable_caching else 0
         first_written = max(request.num_computed_tokens // self.block_size, registered)
         growth, num_states = None, self.num_state_blocks if row is None else 0
-        if self.retention is not None:
+        if self.policy is not None:
             growth = Growth(table, held, hits, needed, gated, kept_free, first_written)
-            if not self.retention.make_room(growth, computed_tail, num_states=num_states, priority=request.priority):
+            if not self.policy.make_room(growth, computed_tail, num_states=num_states, priority=request.priority):
                 return None
         keys, replaced = request.block_keys, self._replaced
         num_replaced = grant_blocks(
@@ -197,9 +197,9 @@ class KVCacheManager:
             source, where = replaced[:, 0].tolist()
             if (num_tokens := request.num_computed_tokens - where * self.block_size) > 0:
                 self._copies.append(BlockCopy(source, int(table[where]), num_tokens))
-        if self.retention is not None and growth is not None:
+        if self.policy is not None and growth is not None:
             replaced, states = replaced[:, :num_replaced], self._states[place, :num_states]
-            self._copies += self.retention.granted(
+            self._copies += self.policy.granted(
                 request, place, growth, computed_tail, registered=(registered, full), replaced=replaced, states=states
             )
         taken: Int32Array = table[held + hits.size : needed].copy()
@@ -208,7 +208,7 @@ class KVCacheManager:
         return taken
 
     def take_copies(self) -> Sequence[BlockCopy]:
-        """Return what the grants since the last call want copied: in this order, before the step computes anything."""
+        """Return what the grants since the last call want copied: in this order, before the step computes anything. O(copies)."""
         if not self._copies:
             return ()
         copies, self._copies = self._copies, []
@@ -218,6 +218,8 @@ class KVCacheManager:
 
     def note_computed(self, request: KVRequest) -> None:
         """Hear that its computed tokens are in their slots: with `prefix_match_unit`, hits may end at any of their units now.
+
+        O(units newly computed), O(1) without `prefix_match_unit`.
 
         Raises:
             ConfigError: If it holds nothing, has too few keys, or has computed more than it holds.
@@ -229,7 +231,9 @@ class KVCacheManager:
             self._tails.register(row, self.tables.of(row), request)
 
     def fork(self, parent: KVRequest, child: KVRequest) -> None:
-        """Let `child`, which knows the same tokens, hold all blocks of `parent`, as many of its tokens computed. O(blocks).
+        """Let `child`, which knows the same tokens, hold all blocks of `parent`. O(blocks).
+
+        Its `num_computed_tokens` is left to its owner, who sets it to that of `parent`.
 
         Raises:
             ConfigError: If `parent` holds nothing, `child` holds something or knows other tokens, or requests have a state, which
@@ -251,10 +255,11 @@ class KVCacheManager:
         place = self._requests.fork(row, child)
         if tails:
             tails.fork(row, place)
-        child.num_computed_tokens = parent.num_computed_tokens
 
     def free_lookahead(self, request: KVRequest) -> int:
         """Give back the blocks beyond its computed tokens, once a step has told which drafts were right; return their number.
+
+        O(blocks given back), more by log candidates under another eviction than lru.
 
         Raises:
             ConfigError: If the request holds nothing or has computed nothing.
@@ -271,6 +276,8 @@ class KVCacheManager:
     def free(self, request: KVRequest) -> None:
         """Take back all that a finished request holds: blocks without a key to the front of the queue, the others to the back.
 
+        O(blocks), more by log candidates under another eviction than lru.
+
         Raises:
             ConfigError: If it holds nothing: it was never allocated, or freed before.
         """
@@ -282,6 +289,8 @@ class KVCacheManager:
     def preempt(self, request: KVRequest) -> None:
         """Free a request that will come back: nothing of it counts as computed any more, but its keys live on until reuse.
 
+        O(blocks), as `free`.
+
         Raises:
             ConfigError: If it holds nothing.
         """
@@ -289,10 +298,13 @@ class KVCacheManager:
         request.num_computed_tokens = 0
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes and return True, if no request holds a block; else change nothing and return False."""
+        """Forget all cached prefixes and return True, if no request holds a block; else change nothing and return False.
+
+        O(num_blocks), and of a False O(1).
+        """
         done = self.pool.reset_prefix_cache()
-        if done and self.retention:
-            self.retention.clear()
+        if done and self.policy:
+            self.policy.clear()
         if done and self._events is not None:
             self._events.cleared()
         return done
@@ -301,8 +313,8 @@ class KVCacheManager:
         """Raise IntegrityError unless reference counts, tables, rows and keys fit together. O(num_blocks + blocks held)."""
         self.pool.check_integrity()
         self._requests.check_integrity(self.pool)
-        if self.retention:
-            self.retention.check_integrity()
+        if self.policy:
+            self.policy.check_integrity()
         if self._events is not None:
             self._events.check_integrity()
         for request, row in self._rows.items():
@@ -313,6 +325,7 @@ class KVCacheManager:
         return -(-num_slots // self.block_size)
 
     def _release(self, blocks: Int32Array) -> None:
-        release_blocks(self.pool.blocks, self.pool.queue, blocks, blocks.size)
-        if self.retention:
-            self.retention.released(blocks)
+        release = release_blocks if self._freed_to_front else release_behind
+        release(self.pool.blocks, self.pool.queue, blocks, blocks.size)
+        if self.policy:
+            self.policy.released(blocks)

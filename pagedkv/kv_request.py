@@ -4,12 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_KEYS, NO_TOKENS, Int32Array
 from pagedkv.block_hash import BlockHashChain, BlockKeys
 from pagedkv.errors import ConfigError
-
-_NO_KEYS: BlockKeys = np.empty((0, 2), np.uint64)
-_NO_TOKENS: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -20,12 +17,12 @@ class KVRequest:
     """Its name in messages."""
     num_tokens: int
     """Tokens known: prompt and outputs so far, drafts excluded."""
-    block_keys: BlockKeys = field(default_factory=lambda: _NO_KEYS)
+    block_keys: BlockKeys = field(default_factory=lambda: NO_KEYS)
     """Keys of its full blocks, at least num_tokens // block_size of them unless caching is off."""
-    unit_keys: BlockKeys = field(default_factory=lambda: _NO_KEYS)
+    unit_keys: BlockKeys = field(default_factory=lambda: NO_KEYS)
     """Keys of its units of `KVPoolSettings.prefix_match_unit` tokens, at least num_tokens // prefix_match_unit of them if that is
     on: the keys of a chain with blocks of that size."""
-    token_ids: Int32Array = field(default_factory=lambda: _NO_TOKENS)
+    token_ids: Int32Array = field(default_factory=lambda: NO_TOKENS)
     """The known tokens, int32 [num_tokens], for allocators that compare tokens and not keys; empty: it shares nothing there."""
     namespace: str = ""
     """Salt and adapter: only requests of one namespace share. Keys contain theirs already."""
@@ -66,6 +63,11 @@ class KVRequest:
             raise self.error(
                 f"{self.num_computed_tokens} computed tokens, but it holds {num_slots_held} slots: set it to what is held"
             )
+
+    def check_length(self, num_tokens: int, max_model_len: int) -> None:
+        """Raise ConfigError if it would have slots for `num_tokens` tokens and they are more than `max_model_len`."""
+        if num_tokens > max_model_len:
+            raise self.error(f"{num_tokens} tokens are more than max_model_len {max_model_len}")
 
     def check_place(self, num_live: int, max_num_seqs: int) -> None:
         """Raise ConfigError unless one more request can hold slots besides `num_live`."""

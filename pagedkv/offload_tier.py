@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from pagedkv.errors import ConfigError, IntegrityError, unknown_name
 from pagedkv.events import Key
-from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings
+from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings, PlainCandidate
 from pagedkv.units import gib
 
 TierKind = Literal["host", "nvme"]
@@ -31,20 +31,11 @@ def tier_blocks(tier_bytes: int, block_bytes: int) -> int:
     return tier_bytes // block_bytes
 
 
-@dataclass(slots=True)
-class _Kept:
+@dataclass(slots=True, kw_only=True)
+class _Kept(PlainCandidate):
     """A tier block with content, as an eviction policy sees it."""
 
     key: Key
-    created: float
-    last_access: float
-    hit_count: int = 1
-    num_tokens: int = 0
-    priority: int = 0
-    depth: int = 0
-    deepest: int = 0
-    expired: bool = False
-    inflation: float = 0.0
 
 
 class OffloadTier:
@@ -75,7 +66,7 @@ class OffloadTier:
         """Make an empty tier.
 
         Args:
-            num_blocks: Its capacity.
+            num_blocks: Its capacity; 0: it keeps nothing.
             block_bytes: Bytes of a block, all layers together; None: only blocks are counted.
             kind: `host` for host memory, `nvme` for a disk.
             eviction: What leaves first, one of `TIER_POLICIES`.
@@ -84,8 +75,8 @@ class OffloadTier:
         Raises:
             ConfigError: If one of them cannot be.
         """
-        if num_blocks < 1 or (block_bytes is not None and block_bytes < 1):
-            raise ConfigError(f"a second tier of {num_blocks} blocks of {block_bytes} bytes: needs 1 or more of each")
+        if num_blocks < 0 or (block_bytes is not None and block_bytes < 1):
+            raise ConfigError(f"a second tier of {num_blocks} blocks of {block_bytes} bytes: needs 0 or more, and 1 or more")
         if kind not in get_args(TierKind):
             raise unknown_name("kind of tier", kind, get_args(TierKind))
         if eviction not in TIER_POLICIES:
@@ -188,7 +179,7 @@ class OffloadTier:
             return None
         now = next(self._now)
         self._blocks[key] = block
-        self._kept[block] = _Kept(key, created=now, last_access=now)
+        self._kept[block] = _Kept(key=key, created=now, last_access=now, hit_count=1)
         self._push(block)
         self.offloaded_blocks += 1
         return block

@@ -1,13 +1,9 @@
 """What of a request is cached: its longest known prefix in full blocks, and in part of one more."""
 
-import numpy as np
-
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_BLOCKS, Int32Array
 from pagedkv.block_pool import BlockPool
 from pagedkv.kv_request import KVRequest
 from pagedkv.partial_tails import CachedTail, PartialTails
-
-NO_BLOCKS: Int32Array = np.empty(0, np.int32)
 
 
 class PrefixLookup:

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
 from pagedkv.errors import IntegrityError
 from pagedkv.radix_node import edge_key
 from pagedkv.radix_rules import TreeRules
 from pagedkv.radix_tree import RadixTree
 from pagedkv.slot_allocator import SlotAllocator
-
-NO_SLOTS: Int32Array = np.empty(0, np.int32)
 
 
 class RadixCache:
@@ -46,7 +44,7 @@ class RadixCache:
         """Slots in the free list and in nodes that nobody locks."""
         return self.slots.num_free_slots + self.tree.evictable_size
 
-    def cached_slots(self) -> Int32Array:
+    def cached_slots(self) -> Int64Array:
         """Return the slots of the nodes that nobody locks. O(nodes + slots)."""
         return np.concatenate([NO_SLOTS, *(node.slots for node in self.tree.root.below() if not node.lock_ref)])
 

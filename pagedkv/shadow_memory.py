@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 
 from pagedkv.allocation import NO_SLOT, Allocator, Grant
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
 from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
 
@@ -125,7 +125,7 @@ class ShadowMemory:
         if len(live) > allocator.max_num_seqs:
             raise IntegrityError(f"{len(live)} requests hold slots, max_num_seqs is {allocator.max_num_seqs}")
         held = [self._check_slots(request) for request in live]
-        self._check_accounts(np.unique(np.concatenate(held)) if held else np.empty(0, np.int64), len(live))
+        self._check_accounts(np.unique(np.concatenate(held)) if held else NO_SLOTS, len(live))
 
     def _check_slots(self, request: KVRequest) -> Int64Array:
         """Return the slots that `request` holds for its tokens, in all groups, once they are found right."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -10,13 +11,18 @@ import numpy.typing as npt
 from pagedkv.allocation import NO_SLOT, Allocator
 from pagedkv.arrays import Int8Array, Int32Array, Int64Array
 from pagedkv.errors import ConfigError
-from pagedkv.growing_heap import GrowingHeap
 from pagedkv.kv_request import KVRequest
 
 NOBODY = -1
 """The owner of a unit that no request holds."""
-_UNIT_NAMES = ("unit_slots", "page_slots", "_block_size", "_page_tokens")
-"""What allocators that place blocks or pages call the slots in one."""
+
+
+@runtime_checkable
+class TellsAllTaken(Protocol):
+    """An allocator that tells where state and rounding lie too."""
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots that somebody has, for tokens or whatever else, each once."""
 
 
 class UnitState(IntEnum):
@@ -104,12 +110,12 @@ def snapshot(allocator: Allocator, unit_slots: int | None = None) -> MemorySnaps
 
     Args:
         allocator: Any. Computed tokens are what its requests' num_computed_tokens says.
-        unit_slots: Slots in a unit of the map. By default a block or page where the allocator places those, else one slot.
+        unit_slots: Slots in a unit of the map. By default what the allocator takes and gives back together.
 
     Raises:
         ConfigError: If `unit_slots` is below 1.
     """
-    unit_slots = _own_unit_slots(allocator) if unit_slots is None else unit_slots
+    unit_slots = allocator.unit_slots if unit_slots is None else unit_slots
     if unit_slots < 1:
         raise ConfigError(f"a memory map in units of {unit_slots} slots: needs 1 or more")
     num_slots, requests = allocator.num_slots, tuple(allocator.live_requests())
@@ -130,8 +136,9 @@ def snapshot(allocator: Allocator, unit_slots: int | None = None) -> MemorySnaps
     kept = allocator.cached_slots()
     cached[kept[kept < num_slots]] = True
     aside[_never_handed_out(allocator)] = True
-    taken = _taken(allocator)
-    aside[taken[~held[taken]]] = True
+    if tells_all := isinstance(allocator, TellsAllTaken):
+        taken = allocator.taken_slots()
+        aside[taken[~held[taken]]] = True
     tokens, unfilled = _by_unit(held & filled, unit_slots), _by_unit(held & ~filled, unit_slots)
     states = np.select(
         [ref_counts > 0, _by_unit(cached, unit_slots) > 0, _by_unit(aside, unit_slots) > 0],
@@ -157,14 +164,8 @@ def snapshot(allocator: Allocator, unit_slots: int | None = None) -> MemorySnaps
         unfilled=unfilled,
         tables=tuple(tables),
         parts=parts,
-        unplaced_slots=0 if taken.size else parts.state + parts.rounding,
+        unplaced_slots=0 if tells_all else parts.state + parts.rounding,
     )
-
-
-def _own_unit_slots(allocator: Allocator) -> int:
-    if allocator.placement not in ("block", "page"):
-        return 1
-    return next((int(getattr(allocator, name)) for name in _UNIT_NAMES if hasattr(allocator, name)), 1)
 
 
 def _slots_by_group(allocator: Allocator, request: KVRequest) -> Iterator[tuple[Int64Array, Int64Array]]:
@@ -181,20 +182,6 @@ def _never_handed_out(allocator: Allocator) -> Int64Array:
     num_slots, num_reserved = allocator.num_slots, allocator.num_slots - allocator.usable_slots
     first = 0 if allocator.placement == "block" else num_slots - num_reserved
     return np.arange(first, first + num_reserved)
-
-
-def _taken(allocator: Allocator) -> Int64Array:
-    """Return the slots that are taken for whatever purpose, as far as a heap or a block pool can be asked; else none."""
-    heap, pool = getattr(allocator, "heap", None), getattr(getattr(allocator, "manager", None), "pool", None)
-    extents: list[tuple[int, int]] = []
-    if isinstance(heap, GrowingHeap):
-        extents = [(interval.start, interval.end) for interval in heap.intervals]
-    elif heap is not None:
-        extents = [(address, address + size) for address, size in heap.reserved().items()]
-    elif pool is not None:
-        block_slots = allocator.num_slots // pool.num_blocks
-        extents = [(block * block_slots, (block + 1) * block_slots) for block in np.flatnonzero(pool.ref_cnt).tolist()]
-    return np.concatenate([np.arange(0), *(np.arange(first, last) for first, last in extents)])
 
 
 def _distinct(units: Int64Array) -> Int64Array:

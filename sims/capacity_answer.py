@@ -8,8 +8,8 @@ from pagedkv.errors import ConfigError
 from pagedkv.sims.attainment import Term
 from pagedkv.sims.bisection import Bisected, largest
 from pagedkv.sims.config import ATTAIN, SimulationConfig
+from pagedkv.sims.limits import Binding
 from pagedkv.sims.probe import Probe, Probes
-from pagedkv.sims.verdict import Binding
 
 SCHEMA_VERSION = 1
 

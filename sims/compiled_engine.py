@@ -10,6 +10,7 @@ import numpy as np
 import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
@@ -35,6 +36,9 @@ from pagedkv.sims.step_time import RooflineStepTime
 class CompiledEngine:
     """Takes requests and runs steps over `scheduler`, whose allocator must be the paged one."""
 
+    steps_at_once = 200_000
+    """Steps without a word of how far things are."""
+
     def __init__(self, env: Clock, scheduler: Scheduler, step_time: RooflineStepTime, recorder: Recorder) -> None:
         assert isinstance(scheduler.allocator, PagedStepAllocator)
         self._env, self._scheduler, self._recorder = env, scheduler, recorder
@@ -47,11 +51,14 @@ class CompiledEngine:
         self._failed = np.zeros(1, np.int64)
         env.process(self._serve())
 
-    def submit(self, prompt_tokens: int, output_tokens: int) -> simpy.Event | None:
-        """Queue a request; return the event of its end, or None if it is rejected because it could never run here."""
+    def submit(self, prompt_tokens: int, output_tokens: int, *, keys: BlockKeys | None = None) -> simpy.Event | None:
+        """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
+
+        `keys` are those of all its blocks that will ever be full, if prefixes are cached: see `Scheduler.add`.
+        """
         if self._progress[NEXT_ARRIVAL] < self._progress[NUM_KNOWN]:
             raise ConfigError("requests of the future are known already: submit them all at once, or each when it arrives")
-        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, keys=keys)
         if request is None:
             self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
             return None
@@ -103,7 +110,13 @@ class CompiledEngine:
         while True:
             clock[NOW] = env.now
             reason = run_steps(
-                self._loop(), scheduler.limits, self._allocator.rules, self._coefficients, env.peek(), bool(self._done)
+                self._loop(),
+                scheduler.limits,
+                self._allocator.rules,
+                self._coefficients,
+                env.peek(),
+                bool(self._done),
+                self.steps_at_once,
             )
             env.advance(float(clock[NOW]))
             if reason == IDLE:

@@ -7,8 +7,8 @@ from rich.text import Text
 
 from pagedkv.sims.capacity_answer import CapacityAnswer
 from pagedkv.sims.console_table import plain_table
+from pagedkv.sims.limits import LIMIT_NAMES
 from pagedkv.sims.max_context import ContextAnswer
-from pagedkv.sims.verdict import LIMIT_NAMES
 
 
 def show_max_users(answers: Sequence[CapacityAnswer], console: Console, *, attain: float) -> None:

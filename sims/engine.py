@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.block_hash import BlockKeys
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.step_time import StepTimeModel
@@ -17,8 +18,11 @@ from pagedkv.sims.step_time import StepTimeModel
 class ServingEngine(Protocol):
     """What a load sends its requests to."""
 
-    def submit(self, prompt_tokens: int, output_tokens: int) -> simpy.Event | None:
-        """Queue a request; return the event of its end, or None if it is rejected because it could never run here."""
+    def submit(self, prompt_tokens: int, output_tokens: int, *, keys: BlockKeys | None = None) -> simpy.Event | None:
+        """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
+
+        `keys` are those of all its blocks that will ever be full, if prefixes are cached: see `Scheduler.add`.
+        """
 
     def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end."""
@@ -37,9 +41,12 @@ class Engine:
         self._idle_since_s: float | None = None
         env.process(self._serve())
 
-    def submit(self, prompt_tokens: int, output_tokens: int) -> simpy.Event | None:
-        """Queue a request; return the event of its end, or None if it is rejected because it could never run here."""
-        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    def submit(self, prompt_tokens: int, output_tokens: int, *, keys: BlockKeys | None = None) -> simpy.Event | None:
+        """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
+
+        `keys` are those of all its blocks that will ever be full, if prefixes are cached: see `Scheduler.add`.
+        """
+        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, keys=keys)
         if request is None:
             self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
             return None

@@ -24,9 +24,6 @@ IDLE, IN_FLIGHT, ENDED, PAUSED = 0, 1, 2, 3
 """Why the loop came back: nobody is there; a step runs beyond the horizon; requests have ended for whom somebody waits, or one was
 given up; it was time to say how far things are."""
 
-STEPS_AT_ONCE = 200_000
-"""Steps until it comes back anyway."""
-
 NEXT_ARRIVAL, NUM_KNOWN, NUM_FINISHED, NUM_FAILED = 0, 1, 2, 3
 """In `progress`: who arrives next; requests known, future ones included; how many ended in the last step, or were given up."""
 NOW, STEP_S = 0, 1
@@ -92,6 +89,7 @@ def run_steps(
     coefficients: RooflineCoefficients,
     horizon_s: float,
     return_at_end: bool,  # noqa: FBT001
+    steps_at_once: int,
 ) -> int:
     """Run steps from clock[NOW] on, and let requests that are known already arrive in time, as long as nothing else can happen.
 
@@ -102,6 +100,7 @@ def run_steps(
         coefficients: What a step costs.
         horizon_s: When the next event from outside comes: a step that does not end before it stays in flight.
         return_at_end: Come back when requests end, since somebody waits for that.
+        steps_at_once: Come back after so many steps anyway.
 
     Returns:
         IDLE, IN_FLIGHT (for clock[STEP_S] seconds from clock[NOW] on), ENDED or PAUSED. O(running) per step.
@@ -110,7 +109,7 @@ def run_steps(
     state, requests, pool, keys, batch = loop.state, loop.requests, loop.pool, loop.keys, loop.batch
     decision, recorder, progress, clock, counts = loop.decision, loop.recorder, loop.progress, loop.clock, loop.state.counts
     queue, size, arrival_s, state_blocks = pool.queue, rules.block_size, recorder.times["arrival_s"], pool.states.shape[1]
-    for _ in range(STEPS_AT_ONCE):
+    for _ in range(steps_at_once):
         now_s = clock[NOW]
         while progress[NEXT_ARRIVAL] < progress[NUM_KNOWN] and arrival_s[progress[NEXT_ARRIVAL]] <= now_s:
             push_waiting(state, requests, progress[NEXT_ARRIVAL], limits.by_priority)

@@ -143,11 +143,18 @@ class RooflineStepTime:
         Exact for the prompt's chunks; decode steps are costed at their mean context, where the roofline is linear in it.
         """
         batch = empty_batch(1)
-        total_s, computed = 0.0, 0
+        batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = 1, prompt_tokens + output_tokens // 2
+        prefill_s = self.prefill_cost(prompt_tokens, max_num_batched_tokens=max_num_batched_tokens).total_s
+        return prefill_s + (output_tokens - 1) * self.cost(batch, 1).total_s
+
+    def prefill_cost(self, prompt_tokens: int, *, max_num_batched_tokens: int) -> StepCost:
+        """Return what the prompt of a request that has the machine to itself costs, summed over its chunks."""
+        batch = empty_batch(1)
+        memory_s, compute_s, overhead_s, computed = 0.0, 0.0, 0.0, 0
         while computed < prompt_tokens:
             chunk = min(max_num_batched_tokens, prompt_tokens - computed)
             computed += chunk
             batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = chunk, computed
-            total_s += self.cost(batch, 1).total_s
-        batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = 1, prompt_tokens + output_tokens // 2
-        return total_s + (output_tokens - 1) * self.cost(batch, 1).total_s
+            cost = self.cost(batch, 1)
+            memory_s, compute_s, overhead_s = memory_s + cost.memory_s, compute_s + cost.compute_s, overhead_s + cost.overhead_s
+        return StepCost(memory_s, compute_s, overhead_s)

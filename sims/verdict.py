@@ -8,19 +8,19 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.errors import ConfigError
-from pagedkv.scheduling.scheduler import Blocker
-from pagedkv.sims.attainment import attained
+from pagedkv.sims.attainment import attained, terms
 from pagedkv.sims.command import changed, command_line
 from pagedkv.sims.config import ATTAIN, SimulationConfig
+from pagedkv.sims.limits import LIMIT_NAMES, Binding, queue_blocker, step_limit
 from pagedkv.sims.load import ClosedLoop
 from pagedkv.sims.metrics import Latencies
-from pagedkv.sims.recording import BLOCKERS
+from pagedkv.sims.missed_goal import MissedGoal, missed_goal
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run
+from pagedkv.weight_format import load_weight_format
 
 Status = Literal["stable", "saturated", "rejecting", "failed"]
-Binding = Literal["kv_memory", "bandwidth", "prefill_compute", "max_num_seqs", "max_model_len"]
 
 WAITING_SHARE_LIMIT = 0.05
 """Closed loop: with requests waiting for more of the time than this, the load is saturating."""
@@ -29,19 +29,6 @@ THROUGHPUT_SHARE_LIMIT = 0.9
 _SAMPLED_REQUESTS = 500
 NEARLY_FULL = 0.1
 """With less than this share of the KV pool or of the running batch free, it is the nearest limit."""
-
-LIMIT_NAMES: dict[Binding, str] = {
-    "kv_memory": "KV memory",
-    "bandwidth": "memory bandwidth",
-    "prefill_compute": "prefill compute",
-    "max_num_seqs": "max-num-seqs",
-    "max_model_len": "max-model-len",
-}
-_OF_BLOCKER: dict[Blocker, Binding] = {
-    Blocker.KV_MEMORY: "kv_memory",
-    Blocker.MAX_NUM_SEQS: "max_num_seqs",
-    Blocker.TOKEN_BUDGET: "prefill_compute",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +40,8 @@ class Verdict:
     """With goals: they are met, nobody is turned away, and an open loop's queue does not rise. Without: stable."""
     binding: Binding
     """The limit that is reached, or would be reached first."""
+    missed: str | None
+    """Which goal is missed most, and why; None if the goals are met, or for want of goals."""
     text: str
     """Both, in words."""
     next_command: str
@@ -84,9 +73,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         status = "saturated"
     share = attained(runs, scenario.goals) if scenario.goals else None
     missed = share is not None and share < attain
-    binding = _binding(
-        scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing, missed=missed and status == "stable"
-    )
+    why = missed_goal(scenario, runs) if missed and status != "rejecting" else None
+    binding = why.binding if why else _binding(scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing)
     served = status == "stable" if share is None else status in ("stable", "saturated") and not missed and not rising
     fits = served and figures["num_injected"] > 0
     reasons = []
@@ -102,12 +90,19 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         reasons.append(f"{ideal_share:.0%} of the throughput that these users would get from an unloaded machine")
     if share is not None:
         reasons.append(f"{share:.1%} of requests meet the goals")
+    if why is not None:
+        reasons.append(why.text)
     fit, do_not_fit = ("fits", "does not fit") if scenario.load.title == "1 user" else ("fit", "do not fit")
     text = f"{scenario.load.title} {fit if fits else do_not_fit}: {status}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
     text += f". {'Next limit' if fits else 'Limit'}: {LIMIT_NAMES[binding]}."
     return Verdict(
-        status=status, fits=fits, binding=binding, text=text, next_command=_next_command(scenario, binding, runs, fits=fits)
+        status=status,
+        fits=fits,
+        binding=binding,
+        missed=None if why is None else why.text,
+        text=text,
+        next_command=_next_command(scenario, binding, runs, why, attain=attain, fits=fits),
     )
 
 
@@ -199,30 +194,29 @@ def _binding(
     *,
     rejecting: bool,
     queueing: bool,
-    missed: bool,
 ) -> Binding:
-    """Name the limit that costs requests the most time, or, if none does and no goal is `missed`, the one that is nearest."""
+    """Name the limit that costs requests the most time, or, if none does, the one that is nearest."""
     if rejecting:
         log = runs[0].log.of(Outcome.REJECTED)
         longest = (log.prompt_tokens + log.output_tokens).max(initial=0)
         return "max_model_len" if longest > scenario.deployment.scheduler.max_model_len else "kv_memory"
-    if queueing and waits.queued_s > waits.slowed_s:
-        blocked_s = {_OF_BLOCKER[blocker]: 0.0 for blocker in _OF_BLOCKER}
-        for run in runs:
-            for blocker, seconds in zip(BLOCKERS, run.recorder.integrals.blocked_s.tolist(), strict=True):
-                if blocker in _OF_BLOCKER:
-                    blocked_s[_OF_BLOCKER[blocker]] += seconds
-        return max(blocked_s, key=blocked_s.__getitem__)
-    if not missed and figures["kv"] and figures["kv"]["free"] < NEARLY_FULL:
+    if queueing and waits.queued_s > waits.slowed_s and (blocker := queue_blocker(runs)) is not None:
+        return blocker
+    if figures["kv"] and figures["kv"]["free"] < NEARLY_FULL:
         return "kv_memory"
-    if not missed and figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
+    if figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
         return "max_num_seqs"
-    memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0)
-    return "bandwidth" if memory_s >= compute_s else "prefill_compute"
+    memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
+    return step_limit(memory_s, compute_s)
 
 
-def _next_command(scenario: Scenario, binding: Binding, runs: list[Run], *, fits: bool) -> str:
-    """Return the command to try next: more load if this one fits, else the nearest remedy that would start, else less load."""
+def _next_command(
+    scenario: Scenario, binding: Binding, runs: list[Run], why: MissedGoal | None, *, attain: float, fits: bool
+) -> str:
+    """Return the command to try next: more load if this one fits, else the nearest remedy that would start, else less load.
+
+    Less load does not help prompts that miss a goal all by themselves: a faster format does, or a goal that they can keep.
+    """
     config, load = scenario.config, scenario.config.load
     remedies: list[dict[str, Any]] = []
     if not fits:
@@ -236,7 +230,10 @@ def _next_command(scenario: Scenario, binding: Binding, runs: list[Run], *, fits
         elif binding == "max_num_seqs":
             remedies = [{"max_num_seqs": 2 * scenario.deployment.scheduler.max_num_seqs}]
     more = 2.0 if fits else 0.5
-    if load.users is not None:
+    if why is not None and (why.prompts_alone_miss or load.users == 1):
+        remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]
+        remedies.append({"goodput": _goals_within_reach(scenario, runs, attain)})
+    elif load.users is not None:
         remedies.append({"users": max(1, round(load.users * more))})
     elif load.request_rate is not None:
         remedies.append({"request_rate": load.request_rate * more})
@@ -263,3 +260,20 @@ def _more_kv(scenario: Scenario) -> dict[str, Any]:
 def _narrower_format(scenario: Scenario) -> str | None:
     bits = scenario.deployment.weight_format.bits_per_weight
     return "fp8" if bits > 8 else "nvfp4" if bits > 4.5 and "fp4" in scenario.deployment.hardware.reached_flops else None
+
+
+def _faster_formats(scenario: Scenario) -> list[str]:
+    hardware, current = scenario.deployment.hardware, scenario.deployment.weight_format
+    narrower = _narrower_format(scenario)
+    faster = narrower and hardware.effective_flops(load_weight_format(narrower)) > hardware.effective_flops(current)
+    return [narrower] if narrower and faster else []
+
+
+def _goals_within_reach(scenario: Scenario, runs: list[Run], attain: float) -> tuple[str, ...]:
+    """Return the goals with each limit that is missed raised to what the wanted share would keep, rounded up."""
+    texts = []
+    for term in terms(runs, scenario.goals, attain=attain):
+        limit_s = term.limit_s if term.reached_s is None else max(term.limit_s, term.reached_s)
+        raised_ms = f"{math.ceil(1e3 * limit_s):d}" if limit_s > term.limit_s else f"{1e3 * limit_s:g}"
+        texts.append(f"{term.metric}:{raised_ms}")
+    return tuple(texts)

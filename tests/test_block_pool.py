@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pagedkv.block_hash import BlockKeys
+from pagedkv.block_moves import release_behind
 from pagedkv.block_pool import BlockPool
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.free_queue import NULL_BLOCK, new_queue
+from pagedkv.free_queue import NULL_BLOCK, NUM_KEYED, NUM_SHARES, new_queue
 from pagedkv.prefix_cache import PrefixCache
 
 
@@ -20,13 +21,16 @@ def state(pool: BlockPool) -> list[list[int]]:
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Tables take blocks, share blocks of other tables, and give them back."""
+    """Tables take blocks, share blocks of other tables, let some be found by a key, and give them back."""
 
-    @initialize(num_blocks=st.integers(2, 20))
-    def start(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks=num_blocks)
+    @initialize(num_blocks=st.integers(2, 20), freed_to_front=st.booleans())
+    def start(self, num_blocks: int, freed_to_front: bool) -> None:
+        self.pool = BlockPool(num_blocks=num_blocks, enable_caching=True)
+        self.freed_to_front = freed_to_front
         self.queue = list(range(1, num_blocks))
         self.tables: list[list[int]] = []
+        self.keyed: set[int] = set()
+        self.num_keys = 0
 
     @rule(count=st.integers(0, 8))
     def take(self, count: int) -> None:
@@ -39,6 +43,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
             assert blocks is not None
             assert blocks.tolist() == self.queue[:count]
             self.tables.append(self.queue[:count])
+            self.keyed -= set(self.queue[:count])
             del self.queue[:count]
 
     @rule(data=st.data())
@@ -50,11 +55,25 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.tables.append(list(prefix))
 
     @rule(data=st.data())
+    def cache(self, data: st.DataObject) -> None:
+        plain = sorted({block for table in self.tables for block in table} - self.keyed)
+        chosen = data.draw(st.lists(st.sampled_from(plain), unique=True)) if plain else []
+        self.pool.cache_full_blocks(chosen, keys_of(*range(self.num_keys, self.num_keys + len(chosen))))
+        self.num_keys += len(chosen)
+        self.keyed |= set(chosen)
+
+    @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1))) if self.tables else []
-        self.pool.free_blocks(table)
         held = {block for other in self.tables for block in other}
-        self.queue = [block for block in reversed(table) if block not in held] + self.queue
+        freed = [block for block in reversed(table) if block not in held]
+        if self.freed_to_front:
+            self.pool.free_blocks(table)
+            with_key = [block for block in freed if block in self.keyed]
+            self.queue = [block for block in freed if block not in self.keyed] + self.queue + with_key
+        else:
+            release_behind(self.pool.blocks, self.pool.queue, np.array(table, np.int32), len(table))
+            self.queue += freed
 
     @rule(blocks=st.lists(st.integers(-1, 21), max_size=4))
     def free_what_is_not_held(self, blocks: list[int]) -> None:
@@ -70,8 +89,11 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.pool.check_integrity()
         assert self.pool.free_queue().tolist() == self.queue
         assert self.pool.num_free_blocks == len(self.queue)
+        assert set(self.pool.cache.blocks().tolist()) == self.keyed
+        assert self.pool.queue[NUM_KEYED] == len(self.keyed & set(self.queue))
         held = Counter(block for table in self.tables for block in table)
         assert self.pool.ref_cnt.tolist() == [held[block] for block in range(self.pool.num_blocks)]
+        assert self.pool.queue[NUM_SHARES] == sum(count - 1 for count in held.values())
 
 
 TestBlockPool = BlockPoolMachine.TestCase
@@ -232,7 +254,13 @@ def test_corruption_of_the_cache_is_noticed(column: str, at: int, value: int) ->
         pool.check_integrity()
 
 
-def test_state_stays_within_64_bytes_per_block() -> None:
-    for num_blocks in (2, 5, 1000, 1025):
-        pool, _ = caching_pool(num_blocks)
-        assert pool.num_bytes <= 64 * num_blocks + 64
+@pytest.mark.parametrize("num_blocks", [2, 5, 1000, 1025, 4096])
+def test_state_stays_within_64_bytes_per_block(num_blocks: int) -> None:
+    """48 for the block, its two places in the ring and its key; buckets of 4 bytes are a power of two, so 4 to 8 per block."""
+    pool, cache = caching_pool(num_blocks)
+    queue_header = 32
+    num_bytes = sum(array.nbytes for array in (pool.blocks, pool.queue, cache.index, cache.buckets))
+    assert num_bytes == 48 * num_blocks + 4 * cache.buckets.size + queue_header
+    assert num_blocks <= cache.buckets.size < 2 * num_blocks
+    assert num_bytes <= 64 * num_blocks + queue_header
+    assert pool.num_bytes == num_bytes

@@ -13,6 +13,8 @@ from pagedkv.allocation import Allocator, Forkable, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.eviction import EVICTION_POLICIES
+from pagedkv.eviction_order import EvictionOrder
+from pagedkv.fuzzing import hybrid_layers
 from pagedkv.heaps import HEAPS
 from pagedkv.kv_request import KVRequest
 
@@ -56,7 +58,14 @@ ROOM, SHARING, FUZZED = tables("allocator")
 def allocator(name: str) -> Allocator:
     return ALLOCATORS.load(name)(
         KVPoolSettings(
-            num_blocks=40, block_size=BLOCK_SIZE, max_model_len=32, max_num_seqs=3, page_tokens=8, enable_prefix_caching=True
+            num_blocks=40,
+            block_size=BLOCK_SIZE,
+            max_model_len=32,
+            max_num_seqs=3,
+            page_tokens=8,
+            enable_prefix_caching=True,
+            offload_blocks=20,
+            layer_groups=hybrid_layers(BLOCK_SIZE),
         )
     )
 
@@ -105,6 +114,12 @@ def test_the_toy_allocator_is_shown_in_full() -> None:
 def test_every_allocator_is_in_every_table() -> None:
     for table in (ROOM, SHARING, FUZZED):
         assert sorted(column(table, "allocator")) == list(ALLOCATORS.names())
+
+
+def test_another_policy_costs_the_bytes_that_the_page_says() -> None:
+    (said,) = re.findall(r"(\d+) bytes per block", TEXT)
+    records = EvictionOrder(num_blocks=1, block_size=1).records
+    assert sum(column.itemsize for column in records) == int(said)
 
 
 def test_every_eviction_policy_is_in_the_table() -> None:

@@ -15,10 +15,10 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings
-from pagedkv.eviction.retention import DEFAULT_PRIORITY
 from pagedkv.eviction_order import EvictionOrder
 from pagedkv.kv_cache_manager import KVCacheManager
 from pagedkv.kv_request import KVRequest
+from pagedkv.retention import DEFAULT_PRIORITY
 
 SIZE = 4
 NUM_BLOCKS = 12

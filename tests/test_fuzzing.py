@@ -17,8 +17,9 @@ from pagedkv.allocators.paged import PagedAllocator
 from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.eviction import EVICTION_POLICIES
-from pagedkv.fuzz_owner import MISUSES, Guest, Script
-from pagedkv.fuzzing import FuzzFailure, fuzz, fuzz_owner, fuzz_settings
+from pagedkv.fuzz_guest import Guest, Script
+from pagedkv.fuzz_owner import MISUSES
+from pagedkv.fuzzing import FuzzFailure, fuzz, fuzz_owner, fuzz_settings, settings_read
 from pagedkv.heaps import HEAPS
 from pagedkv.kv_request import KVRequest
 from pagedkv.shadow_memory import ShadowMemory, check_unchanged, prefix_identities, state_of
@@ -110,7 +111,7 @@ def test_a_failure_tells_all_that_shows_it_again(miscounting: str) -> None:
 
 
 def test_a_failure_is_traced_to_the_operation_that_caused_it(miscounting: str) -> None:
-    result = next(r for r in run_fuzz((miscounting,), ops=18_000, seed=3) if r.settings == fuzz_settings(miscounting)[0])
+    result = next(r for r in run_fuzz((miscounting,), ops=24_000, seed=3) if r.settings == fuzz_settings(miscounting)[0])
     assert result.failure
     first = result.ops - 1
     fuzz(miscounting, result.settings, choose_from(result.seed), ops=first, seed=result.seed)
@@ -154,8 +155,20 @@ def test_settings_try_what_concerns_an_allocator() -> None:
     assert {pool.contiguous_heap for pool in fuzz_settings("paged")} == {"buddy"}
     assert {pool.block_size for pool in fuzz_settings("paged")} >= {1, 2, 4}
     assert {pool.enable_prefix_caching for pool in fuzz_settings("paged")} == {True, False}
-    if "radix" in ALLOCATORS.names():
-        assert {pool.eviction for pool in fuzz_settings("radix")} == set(EVICTION_POLICIES.names())
+    assert {pool.eviction for pool in fuzz_settings("radix")} == set(EVICTION_POLICIES.names())
+    assert {pool.prefix_match_unit for pool in fuzz_settings("paged")} == {0, 1, 2}
+    assert {pool.prefix_match_unit for pool in fuzz_settings("radix")} == {0}
+    assert {pool.freed_to_front for pool in fuzz_settings("paged")} == {True, False}
+    assert {0, 1} < {pool.offload_blocks for pool in fuzz_settings("tensorrt-llm")}
+    assert {pool.max_num_batched_tokens for pool in fuzz_settings("hybrid")} == {None, 3}
+
+
+def test_every_setting_that_an_allocator_reads_is_tried_with_two_values() -> None:
+    told = {"max_model_len", "num_slots"}  # the first in a pool that not every allocator can work with, the second follows
+    for name in ALLOCATORS.names():
+        pools = fuzz_settings(name)
+        for setting in settings_read(name, pools[0]) - told:
+            assert len({getattr(pool, setting) for pool in pools}) > 1, (name, setting)
 
 
 NO_IDENTITIES: Int64Array = np.empty(0, np.int64)

@@ -3,7 +3,6 @@
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -593,7 +592,7 @@ MISUSE: dict[str, Callable[[HybridCacheManager, KVRequest], Any]] = {
     "holds no blocks": lambda cache, live: cache.free(request([1])),
     "0 new and 0 look-ahead": lambda cache, live: cache.allocate_slots(live, 0),
     "0 known tokens": lambda cache, live: cache.allocate_slots(request([]), 1),
-    "slots are more than max_model_len 64": lambda cache, live: cache.allocate_slots(live, 49),
+    "65 tokens are more than max_model_len 64": lambda cache, live: cache.allocate_slots(live, 49),
     "a step computes 64 at most": lambda cache, live: cache.allocate_slots(live, 65),
     "65 known tokens": lambda cache, live: cache.get_computed_blocks(request(range(65))),
     "1 block keys for 2 full": lambda cache, live: cache.allocate_slots(
@@ -674,7 +673,7 @@ def test_corruption_is_noticed(where: str) -> None:
     elif where == "hole":
         windowed._num_given_back[row] = 0
     elif where == "rows":
-        cache._free_rows.pop()
+        cache._requests.free.pop()
     elif where == "keys":
         live.block_keys = request(range(1, 17)).block_keys
     elif where == "count":
@@ -688,18 +687,13 @@ def test_corruption_is_noticed(where: str) -> None:
 # The allocator
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HybridSettings(KVPoolSettings):
-    max_num_batched_tokens: int | None = None
-
-
 def attention(kind: Any = "full", num_layers: int = 2, heads: int = 1, window: int | None = None) -> LayerGroup:
     return LayerGroup(kind=kind, num_layers=num_layers, num_kv_heads=heads, key_dim=8, value_dim=8, window=window)
 
 
 def allocator(*layers: LayerGroup, num_blocks: int = 20, caching: bool = False, **pool: Any) -> HybridAllocator:
     pool = {"block_size": 4, "max_model_len": 64, "max_num_seqs": 4, "num_blocks": num_blocks, **pool}
-    return HybridAllocator(HybridSettings(layer_groups=layers, enable_prefix_caching=caching, **pool))
+    return HybridAllocator(KVPoolSettings(layer_groups=layers, enable_prefix_caching=caching, **pool))
 
 
 def accounts(of: HybridAllocator, *live: KVRequest) -> None:
@@ -711,8 +705,13 @@ def accounts(of: HybridAllocator, *live: KVRequest) -> None:
     of.check_integrity()
 
 
-def test_without_groups_it_is_a_model_of_full_attention_and_a_window_of_two_blocks() -> None:
-    pool, guest = allocator(), request(range(20))
+def test_without_groups_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no layer-groups to give blocks to: needs those of the model"):
+        allocator()
+
+
+def test_a_window_gives_back_what_it_has_left_behind() -> None:
+    pool, guest = allocator(attention(), attention("sliding_window", window=8)), request(range(20))
     assert [(kind.kind, kind.window) for kind in pool.manager.rules] == [("full", None), ("sliding_window", 8)]
     for _ in range(20):
         assert pool.allocate_slots(guest, 1) is not None
@@ -771,4 +770,4 @@ def test_who_can_ever_fit_depends_on_the_tokens_of_a_step() -> None:
 def test_state_layers_and_state_slots_are_one_too_many() -> None:
     with pytest.raises(ConfigError, match="state_slots is 4, but layer_groups"):
         allocator(LayerGroup(kind="state", num_layers=2, state_bytes=100), state_slots=4)
-    assert allocator(state_slots=5).state_slots == 8
+    assert allocator(attention(), state_slots=5).state_slots == 8

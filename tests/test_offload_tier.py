@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.paged_offload import PagedOffloadAllocator
-from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.events import BlockRemoved, EventLog, key_bytes
-from pagedkv.fuzz_owner import FuzzCounts, FuzzOwner, Guest, Script
+from pagedkv.fuzz_guest import Guest, Script
+from pagedkv.fuzz_owner import FuzzCounts, FuzzOwner
 from pagedkv.fuzzing import FuzzFailure, fuzz
 from pagedkv.offload_tier import TIER_POLICIES, OffloadTier, tier_blocks
 from pagedkv.shadow_memory import check_unchanged, state_of
@@ -129,12 +129,13 @@ def test_tier_blocks_are_whole_blocks() -> None:
     [
         (lambda: tier_blocks(29, 30), "29 bytes has no room for a block of 30"),
         (lambda: tier_blocks(29, 0), "blocks of 0 bytes: needs 1 or more"),
-        (lambda: OffloadTier(num_blocks=0), "second tier of 0 blocks"),
-        (lambda: OffloadTier(num_blocks=1, block_bytes=0), "of 0 bytes: needs 1 or more"),
+        (lambda: OffloadTier(num_blocks=-1), "second tier of -1 blocks"),
+        (lambda: OffloadTier(num_blocks=1, block_bytes=0), "of 0 bytes: needs 0 or more, and 1 or more"),
         (lambda: OffloadTier(num_blocks=1, kind="hosts"), "unknown kind of tier 'hosts': did you mean host"),  # type: ignore[arg-type]
         (lambda: OffloadTier(num_blocks=1, eviction="slru"), "unknown eviction policy of a second tier 'slru': did you mean lru"),
         (lambda: OffloadTier(num_blocks=1).offloaded_bytes, "set its block_bytes"),
         (lambda: replace(POOL, offload_blocks=-1), "offload-blocks is -1"),
+        (lambda: PagedOffloadAllocator(replace(POOL, offload_blocks=0)), "offload-blocks is 0: paged-offload needs 1 or more"),
         (lambda: PagedOffloadAllocator(POOL, tier_eviction="random"), "unknown eviction policy of a second tier"),
     ],
 )
@@ -298,24 +299,22 @@ def test_a_reset_of_the_prefix_cache_empties_the_tier_too() -> None:
     assert (len(world.tier), world.cached(A), world.cached(B)) == (0, 0, 0)
 
 
-def test_by_default_the_tier_has_half_as_many_blocks_as_the_pool() -> None:
-    assert ALLOCATORS.load("paged-offload")(replace(POOL, offload_blocks=0)).tier.num_blocks == 3  # type: ignore[attr-defined]
+def test_without_a_prefix_cache_there_is_nothing_to_offload() -> None:
+    world = World(replace(POOL, offload_blocks=0, enable_prefix_caching=False))
+    for tokens in (A, B, A):
+        world.run(tokens)
+    assert (world.tier.num_blocks, len(world.tier), world.tier.dropped_blocks) == (0, 0, 0)
+
+
+def test_a_tier_of_no_blocks_keeps_nothing() -> None:
+    tier = OffloadTier(num_blocks=0)
+    assert (tier.store(KEYS[0]), tier.lookup(KEYS), tier.dropped_blocks) == (None, [], 1)
+    tier.check_integrity()
 
 
 def run_fuzz(pool: KVPoolSettings, monkeypatch: pytest.MonkeyPatch, make: Any, *, ops: int, seed: int) -> FuzzCounts:
     monkeypatch.setitem(ALLOCATORS._registered, "paged-offload", make)
     return fuzz("paged-offload", pool, choose_from(seed), ops=ops, seed=seed, check_every=50)
-
-
-def with_unit_keys(unit: int) -> type[Guest]:
-    class UnitGuest(Guest):
-        def __init__(self, script: Script, **more: Any) -> None:
-            super().__init__(script, **more)
-            chain = BlockHashChain(block_size=unit, salt=script.namespace)
-            chain.extend(script.tokens)
-            self.request.unit_keys = chain.keys
-
-    return UnitGuest
 
 
 @pytest.mark.parametrize("policy", TIER_POLICIES)
@@ -340,8 +339,6 @@ def test_random_requests_find_what_they_computed(changes: dict[str, Any], policy
         return made[-1]
 
     pool = replace(POOL, **{"num_blocks": 9, **changes})
-    if pool.prefix_match_unit:
-        monkeypatch.setattr("pagedkv.fuzzing.Guest", with_unit_keys(pool.prefix_match_unit))
     counts = run_fuzz(pool, monkeypatch, make, ops=3000, seed=3)
     assert made[-1].tier.offloaded_blocks > 20
     assert made[-1].tier.loaded_blocks > 5

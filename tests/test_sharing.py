@@ -54,13 +54,20 @@ def serve(cache: KVCacheManager, live: KVRequest, num_new_tokens: int | None = N
     return cache.block_table(live).tolist()
 
 
+def fork(cache: KVCacheManager, parent: KVRequest, child: KVRequest) -> None:
+    """As an owner does it."""
+    cache.fork(parent, child)
+    assert child.num_computed_tokens == 0  # that is the owner's
+    child.num_computed_tokens = parent.num_computed_tokens
+
+
 def family(cache: KVCacheManager, tokens: Any, *names: str) -> list[KVRequest]:
     """Return a served request and its forks."""
     parent = request(tokens, "parent")
     serve(cache, parent)
     children = [request(tokens, name) for name in names]
     for child in children:
-        cache.fork(parent, child)
+        fork(cache, parent, child)
     cache.check_integrity()
     return [parent, *children]
 
@@ -99,7 +106,7 @@ def test_a_full_block_needs_no_copy_and_neither_does_an_empty_one() -> None:
     cache = KVCacheManager(pool())
     parent, child = request(range(4), "parent"), request(range(4), "child")
     serve(cache, parent, num_lookahead_tokens=4)
-    cache.fork(parent, child)
+    fork(cache, parent, child)
     goes_on(child, [9])
     assert serve(cache, child) == [1, 3]  # block 2 was for drafts of the parent: nothing of the child is in it
     assert not cache.take_copies()
@@ -109,7 +116,7 @@ def test_a_block_that_the_parent_keeps_for_later_is_shared_until_it_is_written()
     cache = KVCacheManager(pool())
     parent, child = request(range(6), "parent"), request(range(6), "child")
     serve(cache, parent, num_lookahead_tokens=6)
-    cache.fork(parent, child)
+    fork(cache, parent, child)
     goes_on(child, [9])
     assert serve(cache, child) == [1, 4, 3]
     assert list(cache.take_copies()) == [BlockCopy(2, 4, 2)]
@@ -124,7 +131,7 @@ def test_a_full_block_is_not_written_though_its_key_came_from_another_fork(evict
     cache = KVCacheManager(pool(eviction=eviction))
     parent, child = request(range(6), "parent"), request(range(6), "child")
     serve(cache, parent, 8)
-    cache.fork(parent, child)
+    fork(cache, parent, child)
     goes_on(parent, [6, 7, 8])
     serve(cache, parent)
     cache.free(parent)
@@ -144,7 +151,7 @@ def test_one_key_on_a_shared_full_block_is_enough() -> None:
     serve(cache, request(range(8), "other"))
     parent, child = request(range(6), "parent"), request(range(6), "child")
     serve(cache, parent, 4)
-    cache.fork(parent, child)
+    fork(cache, parent, child)
     for live in (parent, child):
         goes_on(live, [6, 7, 8])
         serve(cache, live)
@@ -178,7 +185,7 @@ def test_beams_part_and_go_and_every_one_finds_what_it_computed() -> None:
         memory.write(live, prefix_identities(live.token_ids, ""), grant, num_tokens)
         return len(grant.copies)
 
-    def fork(parent: KVRequest) -> KVRequest:
+    def beam_like(parent: KVRequest) -> KVRequest:
         child = request(parent.token_ids, f"beam {next(names)}")
         allocator.fork(parent, child)
         memory.fork(parent, child, prefix_identities(child.token_ids, ""))
@@ -186,7 +193,7 @@ def test_beams_part_and_go_and_every_one_finds_what_it_computed() -> None:
 
     beams, copied = [request(range(6), "first")], 0
     write(beams[0], 6)
-    beams += [fork(beams[0]) for _ in range(3)]
+    beams += [beam_like(beams[0]) for _ in range(3)]
     for step in range(20):
         for i, beam in enumerate(beams):
             goes_on(beam, [100 * i + step])
@@ -197,7 +204,7 @@ def test_beams_part_and_go_and_every_one_finds_what_it_computed() -> None:
         for loser in losers:
             allocator.free(loser)
             memory.forget(loser)
-        beams = [child for winner in winners for child in (winner, fork(winner))]
+        beams = [child for winner in winners for child in (winner, beam_like(winner))]
         memory.check()
     assert copied > 40
     for beam in beams:
@@ -281,7 +288,7 @@ def test_what_was_copied_is_found_when_its_source_is_gone() -> None:
     old = request([60, 61], "old", unit=1)
     assert serve(cache, old) == [2]
     cache.free(old)
-    cache.fork(parent, child)
+    fork(cache, parent, child)
     assert cache.get_computed_tail(old, 0) == (2, 1)
     goes_on(child, [2], unit=1)
     assert serve(cache, child) == [2]
@@ -413,14 +420,9 @@ class SharingMachine(RuleBasedStateMachine):
         """By block: the identities of the tokens that are known to be computed in it."""
 
     def guest(self, tokens: list[int], prompt: int, priority: int = 0) -> Guest:
-        script = Script(tokens=np.array(tokens, np.int32), block_size=SIZE)
-        guest = Guest(
-            script, name=next(self.names), prompt_tokens=prompt, output_tokens=len(tokens) - prompt + 1, priority=priority
-        )
-        units = BlockHashChain(block_size=self.pool.prefix_match_unit)
-        units.extend(tokens)
-        guest.request.unit_keys = units.keys
-        return guest
+        script = Script.for_pool(self.pool, np.array(tokens, np.int32))
+        output = len(tokens) - prompt + 1
+        return Guest(script, name=next(self.names), prompt_tokens=prompt, output_tokens=output, priority=priority)
 
     def tail(self, guest: Guest, hit: int) -> int:
         """Return the tokens that some block has in common with what follows `hit` tokens of `guest`, in whole units."""

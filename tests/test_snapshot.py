@@ -10,22 +10,29 @@ from pagedkv.allocation import NO_SLOT, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError
-from pagedkv.fuzz_owner import Guest, Script
-from pagedkv.fuzzing import fuzz_owner, fuzz_settings
+from pagedkv.fuzz_guest import Guest, Script
+from pagedkv.fuzzing import fuzz_owner, fuzz_settings, hybrid_layers
 from pagedkv.kv_request import KVRequest
 from pagedkv.sims.fuzz_command import choose_from
 from pagedkv.snapshot import NOBODY, MemorySnapshot, UnitState, snapshot
 
-POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=4, max_model_len=24, enable_prefix_caching=True)
+POOL = KVPoolSettings(
+    num_blocks=8,
+    block_size=4,
+    max_num_seqs=4,
+    max_model_len=24,
+    enable_prefix_caching=True,
+    layer_groups=hybrid_layers(4),
+)
 FREE, CACHED, HELD, ASIDE = UnitState
 
 
-def script(tokens: Any, block_size: int = 4) -> Script:
-    return Script(tokens=np.array(list(tokens), np.int32), block_size=block_size)
+def script(tokens: Any, pool: KVPoolSettings = POOL) -> Script:
+    return Script.for_pool(pool, np.array(list(tokens), np.int32))
 
 
-def guest(name: str, tokens: Any, *, prompt: int | None = None, block_size: int = 4) -> Guest:
-    said = script(tokens, block_size)
+def guest(name: str, tokens: Any, *, prompt: int | None = None) -> Guest:
+    said = script(tokens)
     return Guest(said, name=name, prompt_tokens=prompt or said.tokens.size, output_tokens=1)
 
 
@@ -156,7 +163,7 @@ def test_every_allocator_is_mapped_slot_by_slot(name: str, pool: KVPoolSettings)
     for step in range(60):
         if len(running) < 3 and choose(2):
             words = [choose(2) for _ in range(12)]
-            new = Guest(script(words, pool.block_size), name=step, prompt_tokens=1 + choose(11), output_tokens=1)
+            new = Guest(script(words, pool), name=step, prompt_tokens=1 + choose(11), output_tokens=1)
             if owner.arrive(new) and owner.admit(new, 1 + choose(new.prompt_tokens)):
                 owner.note_computed(new)
                 running.append(new)

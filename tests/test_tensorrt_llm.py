@@ -15,8 +15,10 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
-from pagedkv.priority_queue import PriorityQueue, Retention, RetentionRange
-from pagedkv.reuse_tree import ReusePool, ReuseTree
+from pagedkv.priority_queue import PriorityQueue
+from pagedkv.retention import Retention, RetentionRange
+from pagedkv.reuse_pool import ReusePool
+from pagedkv.reuse_tree import ReuseTree
 from pagedkv.shadow_memory import ShadowMemory, check_unchanged, prefix_identities, state_of
 
 POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=4, max_model_len=40, enable_prefix_caching=True)
@@ -26,7 +28,7 @@ class World:
     """An allocator, its owner, and the shadow of its memory, checked after every call."""
 
     def __init__(self, pool: KVPoolSettings = POOL, *, host_blocks: int = 0) -> None:
-        self.allocator = TensorRTLLMAllocator(pool, host_blocks=host_blocks)
+        self.allocator = TensorRTLLMAllocator(replace(pool, offload_blocks=host_blocks))
         self.memory = ShadowMemory(self.allocator)
         self.last = Grant()
         self.num_requests = 0
@@ -480,11 +482,6 @@ def test_a_block_size_that_is_no_power_of_two_is_refused_with_the_near_ones(size
         ALLOCATORS.load("tensorrt-llm")(replace(POOL, block_size=size))
 
 
-def test_a_negative_host_tier_is_refused() -> None:
-    with pytest.raises(ConfigError, match="-1 host blocks"):
-        TensorRTLLMAllocator(POOL, host_blocks=-1)
-
-
 def changed(request: KVRequest, **values: Any) -> KVRequest:
     for name, value in values.items():
         setattr(request, name, value)
@@ -734,8 +731,9 @@ class Machine(RuleBasedStateMachine):
             reserve_full_isl=reserve_full_isl,
             state_slots=state_slots,
             enable_prefix_caching=True,
+            offload_blocks=host_blocks,
         )
-        self.allocator = TensorRTLLMAllocator(self.pool, host_blocks=host_blocks)
+        self.allocator = TensorRTLLMAllocator(self.pool)
         self.memory = ShadowMemory(self.allocator)
         self.live: list[KVRequest] = []
         self.waiting: list[KVRequest] = []
@@ -862,10 +860,10 @@ def test_all_laws_hold_under_random_use() -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=120, stateful_step_count=40))
 
 
-def test_what_is_registered_has_no_host_tier() -> None:
+def test_what_is_registered() -> None:
     allocator: Allocator = ALLOCATORS.load("tensorrt-llm")(POOL)
     assert isinstance(allocator, TensorRTLLMAllocator)
-    assert (allocator.name, allocator.placement, allocator.host_blocks, allocator.usable_slots) == ("tensorrt-llm", "block", 0, 32)
+    assert (allocator.name, allocator.placement, allocator.unit_slots, allocator.usable_slots) == ("tensorrt-llm", "block", 4, 32)
 
 
 def test_an_empty_pool_gives_its_blocks_in_order() -> None:

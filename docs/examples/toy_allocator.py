@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagedkv.allocation import Grant, KVPoolSettings
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
 
 
 class ToyAllocator:
-    """Area i holds slots i * length to (i + 1) * length - 1; the state of a request lies behind its tokens."""
+    """Area i holds slots i * unit_slots to (i + 1) * unit_slots - 1; the state of a request lies behind its tokens."""
 
     name = "toy-allocator"
     placement = "block"
@@ -25,9 +25,9 @@ class ToyAllocator:
     def __init__(self, settings: KVPoolSettings) -> None:
         self.max_model_len, self.max_num_seqs = settings.max_model_len, settings.max_num_seqs
         self.num_slots, self.state_slots = settings.num_slots, settings.state_slots
-        self.length = self.max_model_len + self.state_slots
-        self.free_areas, self.areas = list(range(self.num_slots // self.length))[::-1], dict[KVRequest, int]()
-        self.usable_slots = len(self.free_areas) * self.length
+        self.unit_slots = self.max_model_len + self.state_slots
+        self.free_areas, self.areas = list(range(self.num_slots // self.unit_slots))[::-1], dict[KVRequest, int]()
+        self.usable_slots = len(self.free_areas) * self.unit_slots
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         return self.max_model_len if self.usable_slots else None
@@ -37,8 +37,7 @@ class ToyAllocator:
 
     def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=self.num_slots_held(request))
-        if request.num_computed_tokens + num_new_tokens > self.max_model_len:
-            raise request.error(f"{num_new_tokens} tokens more: needs at most max_model_len {self.max_model_len} in all")
+        request.check_length(request.num_computed_tokens + num_new_tokens, self.max_model_len)
         if request not in self.areas:
             request.check_place(len(self.areas), self.max_num_seqs)
             if not self.free_areas:
@@ -65,15 +64,15 @@ class ToyAllocator:
         return self.max_model_len if request in self.areas else 0
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
-        return np.arange(self.num_slots_held(request)) + self.areas.get(request, 0) * self.length
+        return np.arange(self.num_slots_held(request)) + self.areas.get(request, 0) * self.unit_slots
 
     def cached_slots(self) -> Int64Array:
-        return np.empty(0, np.int64)
+        return NO_SLOTS
 
     @property
     def free_slots(self) -> int:
-        return len(self.free_areas) * self.length
+        return len(self.free_areas) * self.unit_slots
 
     def check_integrity(self) -> None:
-        if sorted([*self.free_areas, *self.areas.values()]) != list(range(self.usable_slots // self.length)):
+        if sorted([*self.free_areas, *self.areas.values()]) != list(range(self.usable_slots // self.unit_slots)):
             raise IntegrityError(f"areas {list(self.areas.values())} held, {self.free_areas} free: not each once")

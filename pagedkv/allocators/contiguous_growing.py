@@ -10,12 +10,10 @@ import numpy as np
 
 from pagedkv.allocation import Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.errors import IntegrityError
 from pagedkv.growing_heap import GrowingHeap, Interval
 from pagedkv.kv_request import KVRequest
-
-_NO_SLOTS: Int64Array = np.empty(0, np.int64)
 
 
 @ALLOCATORS.register("contiguous-growing")
@@ -31,7 +29,7 @@ class ContiguousGrowingAllocator:
 
     name = "contiguous-growing"
     placement = "growing"
-    num_groups = 1
+    unit_slots = num_groups = 1
     rounding_slots = 0
 
     def __init__(self, settings: KVPoolSettings) -> None:
@@ -68,8 +66,7 @@ class ContiguousGrowingAllocator:
         request.check_known(max_model_len=self.max_model_len, num_keys=0)
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=self.num_slots_held(request))
         tokens = request.num_computed_tokens + num_new_tokens
-        if tokens > self.max_model_len:
-            raise request.error(f"{tokens} tokens are more than max_model_len {self.max_model_len}")
+        request.check_length(tokens, self.max_model_len)
         size, interval = self._size(tokens), self._intervals.get(request)
         if interval is None:
             request.check_place(len(self._intervals), self.max_num_seqs)
@@ -119,11 +116,15 @@ class ContiguousGrowingAllocator:
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return them. They are others after somebody's grant with copies."""
         interval = self._intervals.get(request)
-        return _NO_SLOTS if interval is None else np.arange(interval.start + self.state_slots, interval.end)
+        return NO_SLOTS if interval is None else np.arange(interval.start + self.state_slots, interval.end)
 
     def cached_slots(self) -> Int64Array:
         """Return none."""
-        return _NO_SLOTS
+        return NO_SLOTS
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots of all intervals, state included. O(num_slots)."""
+        return np.concatenate([NO_SLOTS, *(np.arange(each.start, each.end) for each in self.heap.intervals)])
 
     @property
     def free_slots(self) -> int:

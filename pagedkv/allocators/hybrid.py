@@ -9,30 +9,28 @@ import numpy as np
 
 from pagedkv.allocation import NO_SLOT, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
+from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError
 from pagedkv.group_rules import GroupRule
 from pagedkv.hybrid_cache_manager import HybridCacheManager
 from pagedkv.kv_request import KVRequest
 from pagedkv.layer_groups import plan_layer_groups
 
-_NO_BLOCKS: Int32Array = np.empty(0, np.int32)
-
 
 @ALLOCATORS.register("hybrid")
 class HybridAllocator:
     """Blocks of one pool for all groups of layers.
 
-    A block is a page of one group: `num_blocks` of them have `page_slots` slots each, those of the group with the longest blocks;
-    slot = block * page_slots + offset. Pages of groups with shorter blocks leave slots unused, which `slots_held` lists at the end.
+    A block is a page of one group: `num_blocks` of them have `unit_slots` slots each, those of the group with the longest blocks;
+    slot = block * unit_slots + offset. Pages of groups with shorter blocks leave slots unused, which `slots_held` lists at the end.
     free_slots + the slots held in all groups + state_slots per live request = usable_slots.
 
-    Groups come from `layer_groups` of the settings. Without any it is a model of one group of full attention and one with a window
-    of two blocks, so that what holds for all allocators is tried on windows as well.
+    Groups come from `layer_groups` of the settings, which must have some.
 
     State layers: with prefix caching a group like others, which keeps the state of the last block boundary; without it a page per
-    request, which counts as `state_slots`. `state_slots` of the settings, for models without layer groups, are such pages too, and
-    nothing is shared then: a request cannot begin behind a prefix whose state is not kept.
+    request, which counts as `state_slots`. `state_slots` of the settings, for state that no layer group tells of, are such pages
+    too, and nothing is shared then: a request cannot begin behind a prefix whose state is not kept.
 
     A refusal changes nothing but this: what has left a window is given back before.
     """
@@ -42,21 +40,26 @@ class HybridAllocator:
     rounding_slots = 0
 
     def __init__(self, settings: KVPoolSettings) -> None:
+        """Make an empty pool.
+
+        Raises:
+            ConfigError: If there are no layer groups, or both they and `state_slots` tell of state.
+        """
         rules = _rules(settings)
         self._token_groups = tuple(i for i, rule in enumerate(rules) if not _is_per_request(rule, settings.max_model_len))
         """Groups with slots of their own."""
-        self.page_slots = max((rules[i].block_size for i in self._token_groups), default=settings.block_size)
-        rules += (_state_per_request(settings.max_model_len),) * -(-settings.state_slots // self.page_slots)
+        self.unit_slots = max((rules[i].block_size for i in self._token_groups), default=settings.block_size)
+        rules += (_state_per_request(settings.max_model_len),) * -(-settings.state_slots // self.unit_slots)
         self.manager = HybridCacheManager(
             settings,
             rules,
             enable_caching=settings.enable_prefix_caching,
-            max_num_batched_tokens=getattr(settings, "max_num_batched_tokens", None),
+            max_num_batched_tokens=settings.max_num_batched_tokens,
         )
         self.num_groups = len(self._token_groups)
-        self.state_slots = (len(rules) - self.num_groups) * self.page_slots
-        self.num_slots = settings.num_blocks * self.page_slots
-        self.usable_slots = self.num_slots - self.page_slots
+        self.state_slots = (len(rules) - self.num_groups) * self.unit_slots
+        self.num_slots = settings.num_blocks * self.unit_slots
+        self.usable_slots = self.num_slots - self.unit_slots
         self.max_model_len = settings.max_model_len
         self.max_num_seqs = settings.max_num_seqs
 
@@ -66,7 +69,7 @@ class HybridAllocator:
         Only max_num_batched_tokens bounds what windows hold: without it all tokens could come in one step, after a preemption.
         """
         tokens = prompt_tokens + output_tokens - 1
-        fits = tokens <= self.max_model_len and self.manager.peak_blocks(tokens) * self.page_slots <= self.usable_slots
+        fits = tokens <= self.max_model_len and self.manager.peak_blocks(tokens) * self.unit_slots <= self.usable_slots
         return 0 if fits else None
 
     def get_computed_tokens(self, request: KVRequest) -> int:
@@ -99,7 +102,7 @@ class HybridAllocator:
 
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of its pages in all groups, not those of its state."""
-        held = self.manager.num_blocks_held(request) * self.page_slots
+        held = self.manager.num_blocks_held(request) * self.unit_slots
         return held - self.state_slots if held else 0
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
@@ -108,44 +111,41 @@ class HybridAllocator:
         NO_SLOT stands for tokens whose block was given back, and for those whose state no step left behind.
         """
         if not self._token_groups:
-            return self._slots(_NO_BLOCKS, 0, 0)
+            return NO_SLOTS
         index = self._token_groups[group]
         size, table = self.manager.rules[index].block_size, self.manager.block_table(request, index)
-        tokens = self._slots(table, 0, size)
+        tokens = block_slots(table, self.unit_slots, 0, size)
         tokens[np.repeat(table == 0, size)] = NO_SLOT
-        return np.concatenate((tokens, self._slots(table[table != 0], size, self.page_slots)))
+        return np.concatenate((tokens, block_slots(table[table != 0], self.unit_slots, size)))
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of pages that carry a key and that nobody holds."""
         pool = self.manager.pool
         keyed = pool.cache.blocks()
-        return self._slots(keyed[pool.ref_cnt[keyed] == 0], 0, self.page_slots)
+        return block_slots(keyed[pool.ref_cnt[keyed] == 0], self.unit_slots)
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots of the pages that somebody holds, for tokens or for state. O(num_slots)."""
+        return block_slots(np.flatnonzero(self.manager.pool.ref_cnt), self.unit_slots)
 
     @property
     def free_slots(self) -> int:
         """Slots in the free queue."""
-        return self.manager.num_free_blocks * self.page_slots
+        return self.manager.num_free_blocks * self.unit_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pool, tables and keys fit together."""
         self.manager.check_integrity()
 
-    def _slots(self, blocks: Int32Array, first: int, last: int) -> Int64Array:
-        """Return the slots from `first` to `last` (exclusive) of each of `blocks`."""
-        slots: Int64Array = (blocks[:, None].astype(np.int64) * self.page_slots + np.arange(first, last)).reshape(-1)
-        return slots
-
 
 def _rules(settings: KVPoolSettings) -> tuple[GroupRule, ...]:
     """Return what each group of the settings keeps."""
-    layers = settings.layer_groups
-    size = settings.block_size
-    if not layers:
-        return (
-            GroupRule(kind="full", block_size=size),
-            GroupRule(kind="sliding_window", block_size=size, window=2 * size),
+    if not settings.layer_groups:
+        raise ConfigError(
+            "hybrid has no layer-groups to give blocks to: needs those of the model, ModelSpec.layer_groups; for a model of which "
+            "nothing but its tokens is known, use paged"
         )
-    plan = plan_layer_groups(layers, block_size=size, kv_cache_dtype=getattr(settings, "kv_cache_dtype", "auto"))
+    plan = plan_layer_groups(settings.layer_groups, block_size=settings.block_size, kv_cache_dtype=settings.kv_cache_dtype)
     if settings.state_slots and any(group.kind == "state" for group in plan.groups):
         raise ConfigError(f"state_slots is {settings.state_slots}, but layer_groups have the state layers already: needs 0")
     return plan.rules(max_model_len=settings.max_model_len, enable_caching=settings.enable_prefix_caching)

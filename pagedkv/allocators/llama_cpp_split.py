@@ -6,7 +6,7 @@ import numpy as np
 
 from pagedkv.allocation import NO_COPIES, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.cell_cache import padded
 from pagedkv.cell_slots import ServerSlots
 from pagedkv.errors import IntegrityError
@@ -25,7 +25,7 @@ class SplitStreams:
     """
 
     placement = "cell"
-    num_groups = 1
+    unit_slots = num_groups = 1
     rounding_slots = 0
 
     def __init__(self, name: str, settings: KVPoolSettings, *, num_server_slots: int, stream_cells: int) -> None:
@@ -129,7 +129,7 @@ class SplitStreams:
         """Return its stream. A fork that has not written yet has the cells that it reads first and their places in its own last."""
         slot = self.server_slots.of(request)
         if slot is None:
-            return np.empty(0, np.int64)
+            return NO_SLOTS
         own = self._cells(self._streams[slot.index])
         source, size = self._uncopied.get(slot.index, (0, 0))
         return np.concatenate((self._cells(source)[:size], own[size:], own[:size]))
@@ -137,7 +137,7 @@ class SplitStreams:
     def cached_slots(self) -> Int64Array:
         """Return the cells of what idle slots remember."""
         idle = (self._cells(self._streams[slot.index])[: slot.tokens.size] for slot in self.server_slots.idle())
-        return np.concatenate([np.empty(0, np.int64), *idle])
+        return np.concatenate([NO_SLOTS, *idle])
 
     @property
     def free_slots(self) -> int:

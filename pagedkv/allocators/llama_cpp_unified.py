@@ -6,7 +6,7 @@ import numpy as np
 
 from pagedkv.allocation import Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.cell_cache import CellCache, CellSequence
 from pagedkv.cell_slots import ServerSlot, ServerSlots
 from pagedkv.errors import IntegrityError
@@ -23,7 +23,7 @@ class LlamaCppUnified:
 
     name = "llama-cpp-unified"
     placement = "cell"
-    num_groups = 1
+    unit_slots = num_groups = 1
     rounding_slots = 0
 
     def __init__(self, settings: KVPoolSettings) -> None:
@@ -69,8 +69,7 @@ class LlamaCppUnified:
                 return None
             slot, num_cached = chosen
         num_kept = request.num_computed_tokens + num_cached
-        if num_kept + num_new_tokens > self.max_model_len:
-            raise request.error(f"{num_kept + num_new_tokens} tokens are more than max_model_len {self.max_model_len}")
+        request.check_length(num_kept + num_new_tokens, self.max_model_len)
         if not self._fits(slot, num_kept, num_new_tokens):
             return None
         sequence = self._sequences[slot.index]
@@ -130,12 +129,12 @@ class LlamaCppUnified:
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return its cells."""
         slot = self.server_slots.of(request)
-        return np.empty(0, np.int64) if slot is None else self._sequences[slot.index].cells.copy()
+        return NO_SLOTS if slot is None else self._sequences[slot.index].cells.copy()
 
     def cached_slots(self) -> Int64Array:
         """Return the cells of what idle slots remember, without those that a fork still runs on. O(n log n) in these cells."""
         cells: Int64Array = np.unique(
-            np.concatenate([np.empty(0, np.int64), *(self._sequences[s.index].cells for s in self.server_slots.idle())])
+            np.concatenate([NO_SLOTS, *(self._sequences[s.index].cells for s in self.server_slots.idle())])
         )
         unheld: Int64Array = cells[self.cells.num_live[cells] == 0]
         return unheld

@@ -9,7 +9,8 @@ import numpy as np
 
 from pagedkv.allocation import NO_COPIES, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import NO_BLOCKS, Int64Array
+from pagedkv.block_table import block_slots
 from pagedkv.kv_cache_manager import KVCacheManager
 from pagedkv.kv_request import KVRequest
 
@@ -29,12 +30,12 @@ class PagedAllocator:
         self.usable_slots = settings.num_slots - settings.block_size
         self.max_model_len = settings.max_model_len
         self.max_num_seqs = settings.max_num_seqs
-        self._block_size = settings.block_size
+        self.unit_slots = settings.block_size
         self.state_slots = self.manager.num_state_blocks * settings.block_size
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if even the empty pool is too small."""
-        slots = -(-(prompt_tokens + output_tokens - 1) // self._block_size) * self._block_size + self.state_slots
+        slots = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) * self.unit_slots + self.state_slots
         return 0 if slots <= self.usable_slots else None
 
     def get_computed_tokens(self, request: KVRequest) -> int:
@@ -45,7 +46,7 @@ class PagedAllocator:
 
     def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
         """Take blocks as tokens come. O(hits + blocks taken + blocks filled)."""
-        manager, hits, num_cached, tail = self.manager, _NO_BLOCKS, 0, None
+        manager, hits, num_cached, tail = self.manager, NO_BLOCKS, 0, None
         if not manager.holds_blocks(request):
             hits, num_cached = manager.get_computed_blocks(request)
             tail = manager.get_computed_tail(request, hits.size)
@@ -54,7 +55,7 @@ class PagedAllocator:
         if taken is None:
             return None
         copies = manager.take_copies()
-        return Grant(num_cached, np.concatenate([copy.slots(self._block_size) for copy in copies]) if copies else NO_COPIES)
+        return Grant(num_cached, np.concatenate([copy.slots(self.unit_slots) for copy in copies]) if copies else NO_COPIES)
 
     def note_computed(self, request: KVRequest) -> None:
         """Full blocks are findable from the moment their slots are given, as in vLLM; their beginnings from now on."""
@@ -82,31 +83,28 @@ class PagedAllocator:
 
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of its blocks."""
-        return self.manager.block_table(request).size * self._block_size
+        return self.manager.block_table(request).size * self.unit_slots
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the slots of its blocks."""
-        return self._slots(self.manager.block_table(request))
+        return block_slots(self.manager.block_table(request), self.unit_slots)
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of blocks that carry a key and that nobody holds, and of the beginnings of others that can be found."""
-        pool, retention = self.manager.pool, self.manager.retention
+        pool, policy = self.manager.pool, self.manager.policy
         keyed = pool.cache.blocks()
-        slots = self._slots(keyed[pool.ref_cnt[keyed] == 0])
-        return slots if retention is None else np.union1d(slots, retention.idle_tail_slots())
+        slots = block_slots(keyed[pool.ref_cnt[keyed] == 0], self.unit_slots)
+        return slots if policy is None else np.union1d(slots, policy.idle_tail_slots())
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots of the blocks that somebody holds, for tokens or for state. O(num_slots)."""
+        return block_slots(np.flatnonzero(self.manager.pool.ref_cnt), self.unit_slots)
 
     @property
     def free_slots(self) -> int:
         """Slots in the free queue."""
-        return self.manager.num_free_blocks * self._block_size
+        return self.manager.num_free_blocks * self.unit_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pool, tables and keys fit together."""
         self.manager.check_integrity()
-
-    def _slots(self, blocks: Int32Array) -> Int64Array:
-        slots: Int64Array = (blocks[:, None].astype(np.int64) * self._block_size + np.arange(self._block_size)).reshape(-1)
-        return slots
-
-
-_NO_BLOCKS: Int32Array = np.empty(0, np.int32)

@@ -6,6 +6,8 @@ from pagedkv.allocation import Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.paged import PagedAllocator
 from pagedkv.arrays import Int64Array
+from pagedkv.block_table import block_slots
+from pagedkv.errors import ConfigError
 from pagedkv.events import BlockRemoved, CacheCleared, Event, EventSink, Key, key_bytes
 from pagedkv.kv_request import KVRequest
 from pagedkv.offload_tier import OffloadTier, TierKind
@@ -13,7 +15,7 @@ from pagedkv.offload_tier import OffloadTier, TierKind
 
 @ALLOCATORS.register("paged-offload")
 class PagedOffloadAllocator(PagedAllocator):
-    """The paged allocator and an `OffloadTier` of `offload_blocks` blocks (0: half as many as the pool has).
+    """The paged allocator and an `OffloadTier` of `offload_blocks` blocks; with prefix caching that must be 1 or more.
 
     Where the cached prefix of a request ends in the pool, the lookup goes on in the tier. Blocks found there are loaded into new
     blocks, which count as cached, and carry their key in the pool from then on. Blocks that lose their key because they are handed
@@ -34,10 +36,16 @@ class PagedOffloadAllocator(PagedAllocator):
         block_bytes: int | None = None,
         unified_memory: bool = False,
     ) -> None:
-        """Make an empty pool and an empty tier; see `OffloadTier` for what a tier is told."""
+        """Make an empty pool and an empty tier; see `OffloadTier` for what a tier is told.
+
+        Raises:
+            ConfigError: Also if a prefix cache is to have a tier of no blocks.
+        """
+        if settings.enable_prefix_caching and not settings.offload_blocks:
+            raise ConfigError("offload-blocks is 0: paged-offload needs 1 or more; paged is the allocator without a second tier")
         super().__init__(settings)
         self.tier = OffloadTier(
-            num_blocks=settings.offload_blocks or max(settings.num_blocks // 2, 1),
+            num_blocks=settings.offload_blocks,
             block_bytes=block_bytes,
             kind=kind,
             eviction=tier_eviction,
@@ -52,7 +60,7 @@ class PagedOffloadAllocator(PagedAllocator):
     def get_computed_tokens(self, request: KVRequest) -> int:
         """Return the tokens in the longest run of its full blocks, first in the pool, then in the tier. O(hits)."""
         tokens, found = self._find(request)
-        return tokens + len(found) * self._block_size if found else super().get_computed_tokens(request)
+        return tokens + len(found) * self.unit_slots if found else super().get_computed_tokens(request)
 
     def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
         """Take blocks as tokens come, and copy what must leave and what comes back. O(hits + blocks taken * log of the tier)."""
@@ -76,19 +84,19 @@ class PagedOffloadAllocator(PagedAllocator):
         hits, tokens = self.manager.get_computed_blocks(request)
         if not len(self.tier):
             return tokens, []
-        return tokens, self.tier.lookup(key_bytes(request.block_keys[hits.size : (request.num_tokens - 1) // self._block_size]))
+        return tokens, self.tier.lookup(key_bytes(request.block_keys[hits.size : (request.num_tokens - 1) // self.unit_slots]))
 
     def _load(self, request: KVRequest, num_new_tokens: int, found: list[int], *, has_scheduled_reqs: bool) -> Grant | None:
         """Admit `request` with its hits and what was `found` in the tier."""
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=0)
         hits, tokens = self.manager.get_computed_blocks(request)
-        loaded = len(found) * self._block_size
+        loaded = len(found) * self.unit_slots
         taken = self.manager.allocate_slots(request, num_new_tokens + loaded, hits, has_scheduled_reqs=has_scheduled_reqs)
         if taken is None:
             return None
         self.tier.load(found)
         sources = self._tier_slots(found)
-        return Grant(tokens + loaded, np.stack((sources, self._slots(taken[: len(found)])), axis=1))
+        return Grant(tokens + loaded, np.stack((sources, block_slots(taken[: len(found)], self.unit_slots)), axis=1))
 
     def _offload(self, *, pinned: frozenset[int]) -> Int64Array:
         """Give the content of removed blocks a place in the tier; return the slots to copy."""
@@ -100,10 +108,10 @@ class PagedOffloadAllocator(PagedAllocator):
                     sources.append(block)
                     targets.append(place)
         self._removed.clear()
-        return np.stack((self._slots(np.array(sources, np.int32)), self._tier_slots(targets)), axis=1)
+        return np.stack((block_slots(sources, self.unit_slots), self._tier_slots(targets)), axis=1)
 
     def _tier_slots(self, tier_blocks: list[int]) -> Int64Array:
-        return self._slots(np.array(tier_blocks, np.int32)) + self.num_slots
+        return block_slots(tier_blocks, self.unit_slots) + self.num_slots
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, BlockRemoved):

@@ -11,10 +11,10 @@ import numpy as np
 
 from pagedkv.allocation import Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import NO_SLOTS, NO_TOKENS, Int32Array, Int64Array
 from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
-from pagedkv.radix_cache import NO_SLOTS, RadixCache
+from pagedkv.radix_cache import RadixCache
 from pagedkv.radix_node import TreeNode
 from pagedkv.radix_rules import TreeRules
 from pagedkv.slot_allocator import int32_array
@@ -88,7 +88,7 @@ class RadixAllocator:
         self.usable_slots = settings.num_slots - settings.block_size
         self.max_model_len = settings.max_model_len
         self.max_num_seqs = settings.max_num_seqs
-        self._block_size = settings.block_size
+        self.unit_slots = settings.block_size
         self.state_slots = self._whole_blocks(settings.state_slots)
         self._enable_caching = settings.enable_prefix_caching
         self._watermark_slots = int(settings.watermark * settings.num_blocks) * settings.block_size
@@ -111,7 +111,7 @@ class RadixAllocator:
         request.check_known(max_model_len=self.max_model_len, num_keys=0)
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=num_held)
         num_tokens = request.num_computed_tokens + num_new_tokens
-        self._check_length(request, num_tokens)
+        request.check_length(num_tokens, self.max_model_len)
         if holding is None:
             return self._admit(request, num_new_tokens, self._watermark_slots if has_scheduled_reqs else 0)
         missing = self._whole_blocks(num_tokens) - num_held
@@ -168,7 +168,7 @@ class RadixAllocator:
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of the nodes that nobody locks. O(nodes + slots)."""
-        return self.cache.cached_slots().astype(np.int64)
+        return self.cache.cached_slots()
 
     @property
     def free_slots(self) -> int:
@@ -194,7 +194,7 @@ class RadixAllocator:
         prefix = self._prefix(request)
         num_cached, num_unlocked = self.cache.peek(prefix, request.namespace)
         num_tokens = num_cached + num_new_tokens
-        self._check_length(request, num_tokens)
+        request.check_length(num_tokens, self.max_model_len)
         gated = max(num_tokens, request.num_tokens) if self._reserve_full_isl else num_tokens
         needed = self._whole_blocks(gated) - num_cached + self.state_slots + kept_free
         if needed > self.free_slots - num_unlocked:
@@ -222,7 +222,7 @@ class RadixAllocator:
 
         A node counts a request once, however often this is called: else each would look twice used to lfu and slru.
         """
-        end = max(request.num_computed_tokens // self._block_size * self._block_size, holding.num_shared)
+        end = max(request.num_computed_tokens // self.unit_slots * self.unit_slots, holding.num_shared)
         tokens = self._tokens(request, end)
         self.cache.store(
             tokens,
@@ -244,7 +244,7 @@ class RadixAllocator:
 
     def _prefix(self, request: KVRequest) -> Int32Array:
         """Return the tokens to look up: all but the last, which is computed for its logits; none if it shares nothing."""
-        return self._tokens(request, request.num_tokens)[:-1] if self._shares(request) else NO_SLOTS
+        return self._tokens(request, request.num_tokens)[:-1] if self._shares(request) else NO_TOKENS
 
     def _shares(self, request: KVRequest) -> bool:
         return self._enable_caching and request.token_ids.size > 0
@@ -265,9 +265,5 @@ class RadixAllocator:
         request.check_slots(num_new_tokens=1, num_slots_held=holding.num_slots)
         return holding
 
-    def _check_length(self, request: KVRequest, num_tokens: int) -> None:
-        if num_tokens > self.max_model_len:
-            raise request.error(f"{num_tokens} slots are more than max_model_len {self.max_model_len}")
-
     def _whole_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size) * self._block_size
+        return -(-num_tokens // self.unit_slots) * self.unit_slots

@@ -11,10 +11,12 @@ import numpy as np
 from pagedkv.allocation import NO_COPIES, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int64Array
+from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
-from pagedkv.priority_queue import Retention, RetentionRange, check_priority
-from pagedkv.reuse_tree import BlockCopies, ReuseMatch, ReuseNode, ReusePool
+from pagedkv.retention import Retention, RetentionRange, check_priority
+from pagedkv.reuse_pool import BlockCopies, ReusePool
+from pagedkv.reuse_tree import ReuseMatch, ReuseNode
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +56,7 @@ class TensorRTLLMAllocator:
     Retention priority. `KVRequest.priority` 0 says nothing: a block has 35 then, or what an earlier holder said. 1 to 100 are as
     given. `set_retention` says more, priority 0 included, for this admission. The last holder to release a block is believed.
 
-    The host tier (`host_blocks`, 0 as registered) takes evicted blocks of priority 30 and more, evicting its own leaves by the same
+    The host tier, of `offload_blocks` blocks, takes evicted blocks of priority 30 and more, evicting its own leaves by the same
     rules. Its slots are numbered from num_slots on and occur in `Grant.copies` only: to the host before a block of the GPU is used
     anew, and back on a hit. `offloaded_slots` and `onboarded_slots` count them: times the bytes of a slot that is the traffic.
 
@@ -67,26 +69,23 @@ class TensorRTLLMAllocator:
     num_groups = 1
     rounding_slots = 0
 
-    def __init__(self, settings: KVPoolSettings, *, host_blocks: int = 0) -> None:
+    def __init__(self, settings: KVPoolSettings) -> None:
         size = settings.block_size
         if size < 2 or size & (size - 1):
             near = sorted({max(1 << size.bit_length() - 1, 2), 1 << size.bit_length()})
             raise ConfigError(
                 f"block size {size}: tensorrt-llm needs a power of two, 2 or more; {' or '.join(map(str, near))} would work"
             )
-        if host_blocks < 0:
-            raise ConfigError(f"{host_blocks} host blocks: needs 0 or more")
         self.num_slots = self.usable_slots = settings.num_slots
         self.max_model_len, self.max_num_seqs = settings.max_model_len, settings.max_num_seqs
-        self.host_blocks = host_blocks
-        self._block_size, self._num_blocks = size, settings.num_blocks
+        self.unit_slots, self._num_blocks = size, settings.num_blocks
         self._num_state_blocks = -(-settings.state_slots // size)
         self.state_slots = self._num_state_blocks * size
         self._watermark_blocks = int(settings.watermark * settings.num_blocks)
         self._reserve_full_isl = settings.reserve_full_isl
         self._caching = settings.enable_prefix_caching
         self._holdings: dict[KVRequest, _Holding] = {}
-        self._pool = ReusePool(num_blocks=settings.num_blocks, host_blocks=host_blocks, block_size=size)
+        self._pool = ReusePool(num_blocks=settings.num_blocks, host_blocks=settings.offload_blocks, block_size=size)
 
     @property
     def offloaded_slots(self) -> int:
@@ -147,7 +146,7 @@ class TensorRTLLMAllocator:
             request.check_place(len(self._holdings), self.max_num_seqs)
             return self._admit(request, num_new_tokens, self._watermark_blocks if has_scheduled_reqs else 0)
         num_slots = request.num_computed_tokens + num_new_tokens
-        self._check_length(request, num_slots)
+        request.check_length(num_slots, self.max_model_len)
         num_taken = self._num_blocks_for(num_slots) - len(holding.blocks)
         if num_taken > self._pool.gpu.num_free:
             return None
@@ -163,14 +162,14 @@ class TensorRTLLMAllocator:
         """
         holding = self._holding(request)
         self._check_content(request)
-        if not 0 <= request.num_computed_tokens <= len(holding.blocks) * self._block_size:
+        if not 0 <= request.num_computed_tokens <= len(holding.blocks) * self.unit_slots:
             raise request.error(
                 f"{request.num_computed_tokens} computed tokens: needs 0 up to the {self.num_slots_held(request)} slots it holds"
             )
         holding.num_written = request.num_computed_tokens
-        num_full = min(holding.num_written, request.num_tokens - 1) // self._block_size
+        num_full = min(holding.num_written, request.num_tokens - 1) // self.unit_slots
         if num_full > holding.num_walked and self._shares(request):
-            self._store(request, holding, num_full * self._block_size)
+            self._store(request, holding, num_full * self.unit_slots)
 
     def free(self, request: KVRequest) -> None:
         """Store what it computed, but for its last token, and let go of its blocks, tail first. O(tokens to store + blocks)."""
@@ -180,7 +179,7 @@ class TensorRTLLMAllocator:
             self._store(request, holding, min(holding.num_written, request.num_tokens - 1))
         del self._holdings[request]
         for i in reversed(range(len(holding.blocks))):
-            self._pool.release(holding.blocks[i], self._retention(request, holding, i * self._block_size))
+            self._pool.release(holding.blocks[i], self._retention(request, holding, i * self.unit_slots))
         for block in reversed(holding.state):
             self._pool.release(block, None)
 
@@ -195,25 +194,25 @@ class TensorRTLLMAllocator:
 
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of its blocks."""
-        return len(self._holdings[request].blocks) * self._block_size if request in self._holdings else 0
+        return len(self._holdings[request].blocks) * self.unit_slots if request in self._holdings else 0
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the slots of its blocks."""
-        return self._slots(self._holdings[request].blocks if request in self._holdings else [])
+        return block_slots(self._holdings[request].blocks if request in self._holdings else [], self.unit_slots)
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of the stored blocks on the GPU that nobody holds, whole blocks. O(cached)."""
-        return self._slots([node.block for node in self._pool.gpu.queue])
+        return block_slots([node.block for node in self._pool.gpu.queue], self.unit_slots)
 
     @property
     def free_slots(self) -> int:
         """Slots of the blocks on the GPU that nobody holds."""
-        return self._pool.gpu.num_free * self._block_size
+        return self._pool.gpu.num_free * self.unit_slots
 
     def _admit(self, request: KVRequest, num_new_tokens: int, kept_free: int) -> Grant | None:
         pool, match = self._pool, self._match(request)
         path, partial, num_cached = match.path, match.partial, self._num_matched(match)
-        self._check_length(request, num_cached + num_new_tokens)
+        request.check_length(num_cached + num_new_tokens, self.max_model_len)
         num_blocks = self._num_blocks_for(max(num_cached + num_new_tokens, request.num_tokens if self._reserve_full_isl else 0))
         num_taken = num_blocks + self._num_state_blocks - sum(map(pool.is_on_gpu, path))
         num_free = pool.gpu.num_free - sum(node in pool.gpu.queue for node in path)
@@ -247,12 +246,12 @@ class TensorRTLLMAllocator:
         return self._pool.tree.match(request.namespace, request.token_ids[: request.num_tokens - 1])
 
     def _num_matched(self, match: ReuseMatch) -> int:
-        return len(match.path) * self._block_size + match.num_partial
+        return len(match.path) * self.unit_slots + match.num_partial
 
     def _grant(self, num_cached_tokens: int, copies: BlockCopies) -> Grant:
         if not copies:
             return Grant(num_cached_tokens)
-        size = self._block_size
+        size = self.unit_slots
         pairs = [np.array([[source * size, target * size]]) + np.arange(tokens)[:, None] for source, target, tokens in copies]
         return Grant(num_cached_tokens, np.concatenate((NO_COPIES, *pairs)))
 
@@ -260,7 +259,7 @@ class TensorRTLLMAllocator:
         """Store the blocks of the first `num_tokens` tokens of a request, but for those whose content is stored already."""
         if holding.tail is not None and holding.tail.parent is None:  # evicted since: what lay behind it is not in the tree either
             holding.tail, holding.num_walked = None, 0
-        first = holding.num_walked * self._block_size
+        first = holding.num_walked * self.unit_slots
         if num_tokens <= first:
             return
         node = holding.tail or self._pool.tree.root(request.namespace)
@@ -311,13 +310,5 @@ class TensorRTLLMAllocator:
         request.check_known(max_model_len=self.max_model_len, num_keys=0)
         self._check_content(request)
 
-    def _check_length(self, request: KVRequest, num_slots: int) -> None:
-        if num_slots > self.max_model_len:
-            raise request.error(f"{num_slots} slots are more than max_model_len {self.max_model_len}")
-
     def _num_blocks_for(self, num_slots: int) -> int:
-        return -(-num_slots // self._block_size)
-
-    def _slots(self, blocks: list[int]) -> Int64Array:
-        slots: Int64Array = (np.array(blocks, np.int64)[:, None] * self._block_size + np.arange(self._block_size)).reshape(-1)
-        return slots
+        return -(-num_slots // self.unit_slots)

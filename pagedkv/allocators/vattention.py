@@ -12,12 +12,12 @@ import numpy as np
 
 from pagedkv.allocation import Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import NO_SLOTS, Int64Array
+from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.virtual_pages import MappingCounts, VirtualPages
 
-_NO_SLOTS: Int64Array = np.empty(0, np.int64)
 _TOKENS_AHEAD = 10
 """How far `manage_pages` looks ahead. Source: EAGER_NUM_STEPS in vattention.cu."""
 _PAGES_AHEAD = 2
@@ -39,7 +39,7 @@ class VAttentionAllocator:
     rounding_slots = 0
 
     def __init__(self, settings: KVPoolSettings) -> None:
-        self._page_tokens = settings.page_tokens
+        self.unit_slots = settings.page_tokens
         num_pages = settings.num_slots // settings.page_tokens
         if not num_pages:
             raise ConfigError(
@@ -89,8 +89,7 @@ class VAttentionAllocator:
         request.check_known(max_model_len=self.max_model_len, num_keys=0)
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=self.num_slots_held(request))
         tokens = request.num_computed_tokens + num_new_tokens
-        if tokens > self.max_model_len:
-            raise request.error(f"{tokens} tokens are more than max_model_len {self.max_model_len}")
+        request.check_length(tokens, self.max_model_len)
         needed, row = self._pages_needed(tokens), self._rows.get(request)
         if row is None:
             request.check_place(len(self._rows), self.max_num_seqs)
@@ -161,25 +160,23 @@ class VAttentionAllocator:
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of the pages that its tokens reach into."""
         row = self._rows.get(request)
-        return 0 if row is None else (int(self.pages.num_needed[row]) - self._state_pages) * self._page_tokens
+        return 0 if row is None else (int(self.pages.num_needed[row]) - self._state_pages) * self.unit_slots
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the physical slots of those pages."""
         row = self._rows.get(request)
         if row is None:
-            return _NO_SLOTS
-        pages = self.pages.table[row, self._state_pages : self.pages.num_needed[row]].astype(np.int64)
-        slots: Int64Array = (pages[:, None] * self._page_tokens + np.arange(self._page_tokens)).reshape(-1)
-        return slots
+            return NO_SLOTS
+        return block_slots(self.pages.table[row, self._state_pages : self.pages.num_needed[row]], self.unit_slots)
 
     def cached_slots(self) -> Int64Array:
         """Return none: what a mapped page held before is of no use to another request."""
-        return _NO_SLOTS
+        return NO_SLOTS
 
     @property
     def free_slots(self) -> int:
         """Slots of pages that no request needs, mapped ones included."""
-        return self.pages.free_pages * self._page_tokens
+        return self.pages.free_pages * self.unit_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pages have one place each and exactly the live requests' rows are in use."""
@@ -190,7 +187,7 @@ class VAttentionAllocator:
             )
 
     def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self._page_tokens)
+        return -(-tokens // self.unit_slots)
 
     def _pages_needed(self, tokens: int) -> int:
         return self._state_pages + self._pages_for(tokens)

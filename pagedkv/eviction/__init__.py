@@ -38,6 +38,21 @@ class EvictionCandidate(Protocol):
         """Tokens in this run."""
 
 
+@dataclass(slots=True, kw_only=True)
+class PlainCandidate:
+    """An `EvictionCandidate` of fields alone, for who keeps no tree; what he does not know is 0."""
+
+    num_tokens: int = 0
+    last_access: float = 0
+    created: float = 0
+    hit_count: int = 0
+    priority: int = 0
+    depth: int = 0
+    deepest: int = 0
+    expired: bool = False
+    inflation: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionSettings:
     """What policies need to be told.

@@ -1,12 +1,7 @@
 """TensorRT-LLM's: lowest priority first, but a priority counts only for a time; among equals, the least recently used."""
 
 from pagedkv.eviction import EVICTION_POLICIES, EvictionCandidate, EvictionSettings
-
-DEFAULT_PRIORITY = 35
-"""What a priority, 0 (goes first) to 100, becomes when its time is over. TensorRT-LLM also gives it to requests that name none.
-
-Source: TensorRT-LLM's KvCacheRetentionConfig.
-"""
+from pagedkv.retention import DEFAULT_PRIORITY
 
 
 @EVICTION_POLICIES.register("retention")

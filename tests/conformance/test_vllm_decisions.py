@@ -65,6 +65,11 @@ def replay(workload: Workload) -> Counter[str]:
     )
     ids: list[int] = []
     pending = sorted(workload["requests"], key=lambda r: (r["arrival_step"], r["id"]))
+    known: dict[int, int] = {}
+    """By request: prompt and outputs so far, as what is recorded tells."""
+    computed: dict[int, int] = {}
+    queried: Counter[int] = Counter()
+    hit: Counter[int] = Counter()
     seen: Counter[str] = Counter()
     for i, recorded in enumerate(workload["steps"]):
         while pending and pending[0]["arrival_step"] <= i:
@@ -77,6 +82,7 @@ def replay(workload: Workload) -> Counter[str]:
                 keys=keys_of(request, config["block_size"]) if config["enable_prefix_caching"] else None,
             )
             ids.append(request["id"])
+            known[request["id"]] = length
         held = scheduler.allocator.units_held.copy()
         step = scheduler.schedule()
         entries = range(step.num_entries)
@@ -87,7 +93,14 @@ def replay(workload: Workload) -> Counter[str]:
         admitted = step.batch["request"][step.num_running_before : step.num_entries]
         assert [[ids[r], scheduler.requests.arrays["num_cached_tokens"][r]] for r in admitted] == recorded.get("c", []), where
         seen["preemptions"] += step.num_preempted
-        seen["hits"] += int((scheduler.requests.arrays["num_cached_tokens"][admitted] > 0).sum())
+        for request_id, cached in recorded.get("c", []):
+            computed[request_id] = cached
+            queried[request_id] += known[request_id]
+            hit[request_id] += cached
+            seen["hits"] += cached > 0
+        for request_id, tokens in recorded.get("s", []):
+            computed[request_id] += tokens
+            known[request_id] += computed[request_id] == known[request_id]
         for request_id, blocks in recorded.get("nb", []):
             entry = next(e for e in entries if ids[step.batch["request"][e]] == request_id)
             row = int(step.batch["row"][entry])
@@ -98,6 +111,10 @@ def replay(workload: Workload) -> Counter[str]:
         assert allocator.pool.num_free_blocks == recorded["free"], where
         assert (scheduler.num_running, scheduler.num_waiting) == (recorded["run"], recorded["wait"]), where
     assert allocator.pool.free_queue().tolist() == workload["summary"]["free_queue"]
+    counts = scheduler.requests.arrays[: len(ids)]
+    assert counts["num_queried_tokens"].tolist() == [queried[request_id] for request_id in ids]
+    assert counts["num_hit_tokens"].tolist() == [hit[request_id] for request_id in ids]
+    seen["hit tokens"], seen["queried tokens"] = sum(hit.values()), sum(queried.values())
     scheduler.check_integrity()
     return seen
 
@@ -106,4 +123,5 @@ def test_every_recorded_step_is_reproduced(workloads: list[Workload]) -> None:
     seen = sum((replay(workload) for workload in workloads), Counter[str]())
     assert len(workloads) == 300
     assert seen["preemptions"] == 2_764
-    assert seen["hits"] > 1_000
+    assert seen["hits"] == 3_942
+    assert (seen["hit tokens"], seen["queried tokens"]) == (465_728, 1_386_651)

@@ -19,7 +19,8 @@ from pagedkv.allocation import NO_SLOT, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.fuzz_owner import MISUSES, Guest, Script
+from pagedkv.fuzz_guest import Guest, Script
+from pagedkv.fuzz_owner import MISUSES
 from pagedkv.fuzzing import FuzzFailure, fuzz, fuzz_owner, fuzz_settings
 from pagedkv.kv_request import KVRequest
 from pagedkv.sims.fuzz_command import choose_from
@@ -53,8 +54,7 @@ class AllocatorContract(RuleBasedStateMachine):
         return guest if self.owner.arrive(guest) else None
 
     def script(self, tokens: Sequence[int], namespace: str, *, private: bool) -> Script:
-        block_size = self.pool.block_size
-        return Script(tokens=np.array(tokens, np.int32), namespace=namespace, private=private, block_size=block_size)
+        return Script.for_pool(self.pool, np.array(tokens, np.int32), namespace=namespace, private=private)
 
     def wait(self, guest: Guest | None) -> None:
         if guest is not None:
@@ -221,7 +221,7 @@ class KeepingToy(Toy):
             self.kept[area] = (request.namespace, request.token_ids[: request.num_computed_tokens].tolist())
 
     def cached_slots(self) -> Int64Array:
-        kept = [np.arange(len(tokens)) + area * self.length for area, (_, tokens) in self.kept.items()]
+        kept = [np.arange(len(tokens)) + area * self.unit_slots for area, (_, tokens) in self.kept.items()]
         return np.concatenate(kept) if kept else super().cached_slots()
 
 
@@ -229,7 +229,7 @@ class GivesASlotTwice(Toy):
     """The last slot of an area is the first of the next."""
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
-        return np.arange(self.num_slots_held(request)) + self.areas.get(request, 0) * (self.length - 1)
+        return np.arange(self.num_slots_held(request)) + self.areas.get(request, 0) * (self.unit_slots - 1)
 
 
 class HitsAnotherPrefix(KeepingToy):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
 from pagedkv.block_eviction import BlockEviction
 from pagedkv.block_grant import SHORTAGE, BlockCopy, count_new_blocks
 from pagedkv.block_moves import release_blocks, touch_blocks
@@ -26,7 +26,7 @@ class Growth(NamedTuple):
     first_written: int
 
 
-class BlockRetention:
+class CachePolicy:
     """Goes along with every grant and every release of a `KVCacheManager` whose settings ask for more than lru and full blocks."""
 
     def __init__(self, pool: BlockPool, settings: KVPoolSettings) -> None:
@@ -124,7 +124,7 @@ class BlockRetention:
 
     def idle_tail_slots(self) -> Int64Array:
         """Return the slots of units that can be found in blocks that nobody holds. O(entries)."""
-        return np.empty(0, np.int64) if self.tails is None else self.tails.slots(self._pool.ref_cnt == 0)
+        return NO_SLOTS if self.tails is None else self.tails.slots(self._pool.ref_cnt == 0)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless it agrees with the pool. O(num_blocks)."""

@@ -1,0 +1,38 @@
+"""The limits that a load runs into, and which of them holds up a queue."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pagedkv.scheduling.scheduler import Blocker
+from pagedkv.sims.recording import BLOCKERS
+from pagedkv.sims.simulation import Run
+
+Binding = Literal["kv_memory", "bandwidth", "prefill_compute", "max_num_seqs", "max_model_len"]
+
+LIMIT_NAMES: dict[Binding, str] = {
+    "kv_memory": "KV memory",
+    "bandwidth": "memory bandwidth",
+    "prefill_compute": "prefill compute",
+    "max_num_seqs": "max-num-seqs",
+    "max_model_len": "max-model-len",
+}
+_OF_BLOCKER: dict[Blocker, Binding] = {
+    Blocker.KV_MEMORY: "kv_memory",
+    Blocker.MAX_NUM_SEQS: "max_num_seqs",
+    Blocker.TOKEN_BUDGET: "prefill_compute",  # steps are full of prompts
+}
+
+
+def queue_blocker(runs: Sequence[Run]) -> Binding | None:
+    """Return what held up the head of the queue for the longest time; None if nothing ever did."""
+    blocked_s: dict[Binding, float] = {}
+    for run in runs:
+        for blocker, seconds in zip(BLOCKERS, run.recorder.integrals.blocked_s.tolist(), strict=True):
+            if blocker in _OF_BLOCKER and seconds > 0:
+                blocked_s[_OF_BLOCKER[blocker]] = blocked_s.get(_OF_BLOCKER[blocker], 0.0) + seconds
+    return max(blocked_s, key=blocked_s.__getitem__, default=None)
+
+
+def step_limit(memory_s: float, compute_s: float) -> Binding:
+    """Return what binds steps that spend so many seconds on each."""
+    return "bandwidth" if memory_s >= compute_s else "prefill_compute"
