@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,15 +272,6 @@ def test_without_torch_the_benchmark_says_what_it_needs(
 # --- interruption and closed pipes ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Children may be interrupted, even where the tests run in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_a_long_simulation_and_leaves_no_file(folder: Path) -> None:
     argv = [*COMMAND, *shlex.split("--users 300 --duration 1000h --out result --json x.json")]
     with subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

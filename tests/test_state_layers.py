@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,13 @@ from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import KV_KINDS, RUNNING, STATE
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import simulate
-from pagedkv.sims.scenario import Scenario, resolve, simulated_allocators
+from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.step_time import StepCost
 from pagedkv.step_allocation import StepAllocator, step_allocator
 from pagedkv.step_batch import empty_batch
 
-IN_A_HEAP = {"contiguous-max", "contiguous-oracle", "contiguous-pow2"}
-PLACEMENTS = [(name, heap) for name in simulated_allocators() for heap in (HEAPS.names() if name in IN_A_HEAP else ["buddy"])]
-GROWS = {"contiguous-growing", "llama-cpp-unified", "paged", "paged-offload", "radix", "tensorrt-llm", "vattention"}
-"""Here requests take slots as their tokens come, and may be preempted."""
+CONTIGUOUS = ("contiguous-max", "contiguous-oracle", "contiguous-pow2")
+PLACEMENTS = [("paged", "buddy"), *product(CONTIGUOUS, HEAPS.names())]
 MODELS = [name for name in model_names() if load_model(name).kv_spec("auto").state_bytes_per_sequence]
 
 
@@ -78,7 +77,7 @@ def test_every_slot_is_accounted_for_at_every_step(name: str, heap: str, steps: 
     (run,) = result.runs
     allocator, kv = run.allocator, result.figures["kv"]
     assert result.figures["num_finished"] == 25
-    assert (result.figures["num_preemptions"] > 0) == (name in GROWS)
+    assert (result.figures["num_preemptions"] > 0) == (name == "paged")
     each = allocator.state_units * allocator.unit_slots
     spec = one.deployment.model.kv_spec("auto")
     assert 0 <= each * spec.bytes_per_token - spec.state_bytes_per_sequence < spec.bytes_per_token * allocator.unit_slots
@@ -168,7 +167,7 @@ def test_who_is_preempted_gives_its_state_back_and_takes_it_again() -> None:
 )
 @settings(max_examples=60)
 def test_more_state_never_admits_more(state_slots: int, num_blocks: int, block_size: int, heap: str) -> None:
-    for name in simulated_allocators():
+    for name in ("paged", *CONTIGUOUS):
         admitted = []
         for slots in (state_slots, state_slots + 1):
             small = pool(heap, state_slots=slots, num_blocks=num_blocks, block_size=block_size)
