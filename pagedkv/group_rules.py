@@ -153,6 +153,11 @@ class GroupTables:
         states = [first, written] if num_computed else [written]
         return any(block < table.size and table[block] == NULL_BLOCK for block in states)
 
+    def span(self, row: int) -> tuple[int, int]:
+        """Return where the first block that was not given back begins, and where the last one ends, in tokens. O(1)."""
+        size = self.rule.block_size
+        return self._num_given_back[row] * size, int(self.tables.num_blocks[row]) * size
+
     def give_back(self, row: int, num_computed: int) -> int:
         """Give back what no query after `num_computed` tokens reads, and return how many blocks that was. O(blocks)."""
         first, last = self._num_given_back[row], self.rule.first_block(num_computed)

@@ -101,6 +101,11 @@ class HybridCacheManager:
         row = self._rows.get(request)
         return NO_BLOCKS if row is None else self.groups[group].tables.of(row)
 
+    def span(self, request: KVRequest, group: int) -> tuple[int, int]:
+        """Return the first token of `request` whose block in a group was not given back, and the end of its last block. O(1)."""
+        row = self._rows.get(request)
+        return (0, 0) if row is None else self.groups[group].span(row)
+
     def num_blocks_held(self, request: KVRequest) -> int:
         """Return the blocks in all its tables, null ones not included. O(1)."""
         row = self._rows.get(request)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pagedkv.allocation import Allocator, KVPoolSettings
+from pagedkv.allocation import Allocator, Grouped, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import ConfigError, IntegrityError
@@ -97,10 +97,11 @@ class RequestByRequest:
                 self.allocator.note_computed(request)
                 request.num_tokens, reserved = num_known, request.admission_slots > 0
             if not reserved:
-                if self.allocator.allocate_slots(request, num_new, has_scheduled_reqs=i > 0) is None:
+                granted = self.allocator.allocate_slots(request, num_new, has_scheduled_reqs=i > 0)
+                self.units_held[row] = self.allocator.num_slots_held(request)  # a refusal may give back what left a window
+                if granted is None:
                     return i
                 self._requests[row] = request
-                self.units_held[row] = self.allocator.num_slots_held(request)
             request.num_computed_tokens = num_slots
         return last
 
@@ -112,6 +113,13 @@ class RequestByRequest:
             self.allocator.free(request)
             self._requests[row] = None
             self.units_held[row] = 0
+
+    def slots_used(self, row: int, num_tokens: int, num_final_tokens: int) -> tuple[int, int]:
+        """Return how many slots of `row` have tokens and how many await some, where layer groups keep their own: `Grouped`."""
+        request = self._requests[row]
+        if request is None or not isinstance(self.allocator, Grouped):
+            return 0, 0
+        return self.allocator.slots_used(request, num_tokens, num_final_tokens)
 
     @property
     def free_slots(self) -> int:
@@ -129,6 +137,11 @@ class RequestByRequest:
         held = [0 if request is None else self.allocator.num_slots_held(request) for request in self._requests]
         if self.units_held.tolist() != held or len(self.allocator.live_requests()) != sum(r is not None for r in self._requests):
             raise IntegrityError(f"rows hold {self.units_held.tolist()} slots, the allocator says {held}")
+
+
+def allocator_of_groups(allocator: StepAllocator) -> RequestByRequest | None:
+    """Return `allocator` if its layer groups keep slots of their own, else None."""
+    return allocator if isinstance(allocator, RequestByRequest) and isinstance(allocator.allocator, Grouped) else None
 
 
 def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:

@@ -105,6 +105,15 @@ class HybridAllocator:
         held = self.manager.num_blocks_held(request) * self.unit_slots
         return held - self.state_slots if held else 0
 
+    def slots_used(self, request: KVRequest, num_tokens: int, num_final_tokens: int) -> tuple[int, int]:
+        """Return the slots with tokens, and those that await some, summed over the groups. O(groups).
+
+        Tokens that a window has left behind count as long as their block is held for others of it.
+        """
+        spans = [self.manager.span(request, group) for group in self._token_groups]
+        tokens = sum(max(num_tokens - first, 0) for first, _ in spans)
+        return tokens, sum(max(min(end, num_final_tokens) - max(num_tokens, first), 0) for first, end in spans)
+
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the slots of its tokens in a group, then those that its pages leave unused.
 
