@@ -1,0 +1,129 @@
+"""What running requests hold, row by row, where an allocator that compares tokens is asked request by request."""
+
+import numpy as np
+
+from pagedkv.allocation import Allocator
+from pagedkv.arrays import Int32Array
+from pagedkv.errors import IntegrityError
+from pagedkv.kv_request import KVRequest
+from pagedkv.scheduling.content import Segments, stream_of
+
+_WORD = (1 << 64) - 1
+_STRIDE = 0x9E3779B97F4A7C15
+"""Odd, so that no two positions of a stream, and no two second words, come to the same."""
+
+
+def token_ids(segments: Segments, request: int, num_tokens: int) -> Int32Array:
+    """Return ids for the first `num_tokens` tokens of a request that shares `segments` and is alone behind them. O(tokens).
+
+    Tokens at one position of one stream are the same; of two streams they differ, but for one in 2**30.
+    """
+    tokens, first = np.empty(num_tokens, np.int32), 0
+    for i in range(segments.size + 1):
+        last = num_tokens if i == segments.size else min(int(segments["end_token"][i]), num_tokens)
+        if last > first:
+            word_a, word_b = stream_of(segments, i, segments.size, request)
+            begin = np.uint64((int(word_a) + int(word_b) * _STRIDE) & _WORD)
+            tokens[first:last] = (begin + np.arange(first, last, dtype=np.uint64) * np.uint64(_STRIDE)) >> np.uint64(33)
+            first = last
+    return tokens
+
+
+class KVRows:
+    """Drives `allocator`: who is in which row, and how much that row holds. Whoever counts slots reads it like a step allocator.
+
+    It owns each row's `KVRequest` from admission until the row is freed.
+    """
+
+    unit_slots = 1
+
+    def __init__(self, allocator: Allocator, *, num_rows: int) -> None:
+        self.allocator = allocator
+        self.name, self.placement = allocator.name, allocator.placement
+        self.usable_slots, self.max_model_len = allocator.usable_slots, allocator.max_model_len
+        self.state_units = allocator.state_slots
+        self.units_held: Int32Array = np.zeros(num_rows, np.int32)
+        """Slots that each row holds for tokens, shared ones included."""
+        self._requests: list[KVRequest | None] = [None] * num_rows
+        self._noted = [0] * num_rows
+        """By row: the computed tokens that the allocator has heard of."""
+
+    def of(self, row: int) -> KVRequest:
+        """Return the request in `row`, in which there must be one."""
+        request = self._requests[row]
+        assert request is not None
+        return request
+
+    def admit(self, row: int, request: KVRequest, num_new_tokens: int) -> int | None:
+        """Admit `request` to an empty row with slots for `num_new_tokens` behind its cached ones; return how many these are.
+
+        None: it does not fit now, and nothing has changed.
+        """
+        grant = self.allocator.allocate_slots(request, num_new_tokens)
+        if grant is None:
+            return None
+        request.num_computed_tokens = grant.num_cached_tokens + num_new_tokens
+        self._requests[row], self._noted[row] = request, grant.num_cached_tokens
+        self.units_held[row] = self.allocator.num_slots_held(request)
+        return grant.num_cached_tokens
+
+    def grow(self, row: int, num_new_tokens: int) -> bool:
+        """Give the request in `row` slots for `num_new_tokens` more; return whether they fit."""
+        request = self.of(row)
+        if self.allocator.unit_slots == 1 or request.num_computed_tokens + num_new_tokens > self.units_held[row]:
+            if self.allocator.allocate_slots(request, num_new_tokens) is None:
+                return False
+            self.units_held[row] = self.allocator.num_slots_held(request)
+        request.num_computed_tokens += num_new_tokens
+        return True
+
+    def note_computed(self, row: int, num_known_tokens: int) -> None:
+        """Hear that all slots granted to `row` are filled, and that its request knows so many tokens now.
+
+        The allocator hears of whole blocks, pages or cells.
+        """
+        request, unit = self.of(row), self.allocator.unit_slots
+        request.num_tokens = num_known_tokens
+        if request.num_computed_tokens // unit > self._noted[row] // unit:
+            self.allocator.note_computed(request)
+            self._noted[row] = request.num_computed_tokens
+
+    def free(self, row: int, *, forget: bool = False) -> None:
+        """Take back all that `row` holds. Its content may stay for others, but not if it is to `forget`."""
+        request = self.of(row)
+        if forget:
+            request.num_computed_tokens = 0
+        self.allocator.note_computed(request)
+        self.allocator.free(request)
+        request.num_computed_tokens = 0
+        self._requests[row], self.units_held[row] = None, 0
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody holds."""
+        return self.allocator.free_slots
+
+    @property
+    def cached_slots(self) -> int:
+        """Free slots that keep content for reuse. As costly as `Allocator.cached_slots`."""
+        return self.allocator.cached_slots().size
+
+    @property
+    def shared_slots(self) -> int:
+        """Slots that are held more than once, each counted as often as it is held beyond the first time. O(rows)."""
+        num_live = sum(request is not None for request in self._requests)
+        held = self.usable_slots - self.free_slots - self.rounding_slots - num_live * self.state_units
+        return int(self.units_held.sum(dtype=np.int64)) - held
+
+    @property
+    def rounding_slots(self) -> int:
+        """Slots lost to the heap's rounding of live reservations."""
+        return self.allocator.rounding_slots
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless rows and allocator agree on who holds how much."""
+        self.allocator.check_integrity()
+        held = [0 if request is None else self.allocator.num_slots_held(request) for request in self._requests]
+        live = {request for request in self._requests if request is not None}
+        if self.units_held.tolist() != held or set(self.allocator.live_requests()) != live:
+            raise IntegrityError(f"rows hold {self.units_held.tolist()} slots, the allocator says {held}")
