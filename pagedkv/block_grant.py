@@ -8,7 +8,7 @@ from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.block_moves import release_blocks, take_blocks, touch_blocks
 from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 from pagedkv.prefix_cache import Buckets, KeyIndex, insert_block
 
 SHORTAGE = -1
@@ -28,13 +28,13 @@ class BlockCopy(NamedTuple):
         return slots
 
 
-@jit
+@lean_jit
 def _is_not_its_own(blocks: Blocks, block: int) -> bool:
     """Return whether a block that its holder does not know to be full must not be written: others hold it, or may find it."""
     return bool(blocks["ref_cnt"][block] > 1 or blocks["next_same"][block] != NULL_BLOCK)
 
 
-@jit
+@lean_jit
 def count_new_blocks(
     blocks: Blocks,
     queue: FreeQueue,
@@ -57,7 +57,7 @@ def count_new_blocks(
     return num_new if fits else SHORTAGE
 
 
-@jit
+@lean_jit
 def grant_blocks(
     blocks: Blocks,
     queue: FreeQueue,

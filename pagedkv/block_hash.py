@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from pagedkv.arrays import NO_KEYS, NO_TOKENS, Int32Array
 from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.jit import fixed_types
 from pagedkv.siphash import extend_chain
 
 BlockKeys: TypeAlias = npt.NDArray[np.uint64]
@@ -34,6 +35,7 @@ KEY_BYTES = 16
 """Bytes of a key."""
 PUBLIC_SIPHASH_KEY = b"pagedkv: public!"
 """The key of SipHash by default, known to everybody."""
+_extend_chain = fixed_types(extend_chain)  # all its arrays are made here
 _TOKEN_TYPE, _KEY_TYPE = np.dtype(np.int32), np.dtype(np.uint64)
 _LEAST, _MOST = -(2**31), 2**31 - 1
 """What a token id may be."""
@@ -174,7 +176,7 @@ class BlockHashChain:
                 self._parent = self._mixed(self._extras.pop()[1])
             stop = min(self._extras[-1][0], last) if self._extras else last
             if self._digest is None:
-                extend_chain(self._secret, self._parent, self._tokens, self.block_size, self._keys, first, stop)
+                _extend_chain(self._secret, self._parent, self._tokens, self.block_size, self._keys, first, stop)
             else:
                 self._extend_by_digest(self._digest, first, stop)
             self._parent = self._keys[stop - 1]

@@ -145,11 +145,11 @@ class PagedStepAllocator:
         self.units_held = self.tables.num_blocks
         self.rounding_slots = 0
         self.rules = PagedRules(
-            settings.block_size,
+            int(settings.block_size),
             int(settings.watermark * settings.num_blocks),
-            settings.reserve_full_isl,
-            settings.enable_prefix_caching,
-            settings.freed_to_front,
+            bool(settings.reserve_full_isl),
+            bool(settings.enable_prefix_caching),
+            bool(settings.freed_to_front),
         )
         self.arrays = PagedArrays(
             self.pool.blocks,

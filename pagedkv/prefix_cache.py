@@ -31,14 +31,19 @@ Buckets: TypeAlias = Int32Array
 
 @lean_jit
 def _bucket_of(buckets: Buckets, key_a: np.uint64) -> int:
-    # Keys come from a cryptographic hash: any bits will do. A signed operand would make numba compute in floating point.
+    # Low bits are as good as random, or count the blocks of a prompt. A signed operand would make numba compute in floating point.
     return int(key_a & np.uint64(buckets.size - 1))
 
 
 @lean_jit
 def find_block(index: KeyIndex, buckets: Buckets, keys: BlockKeys, i: int) -> int:
-    """Return the block registered first of those that carry keys[i], all 128 bits compared; 0 if there is none. O(1) expected."""
-    a, b = keys[i, 0], keys[i, 1]
+    """Return the block registered first of those that carry keys[i]; 0 if there is none. O(1) expected."""
+    return find_key(index, buckets, keys[i, 0], keys[i, 1])
+
+
+@lean_jit
+def find_key(index: KeyIndex, buckets: Buckets, a: np.uint64, b: np.uint64) -> int:
+    """Return the block registered first of those that carry the key (a, b), all 128 bits compared; 0 if there is none."""
     block: int = buckets[_bucket_of(buckets, a)]
     while block != _NONE and (index["key_a"][block] != a or index["key_b"][block] != b):
         block = index["next_in_bucket"][block]
@@ -71,11 +76,17 @@ def carry_keys(blocks: Blocks, index: KeyIndex, table: Int32Array, keys: BlockKe
 @lean_jit
 def insert_block(blocks: Blocks, index: KeyIndex, buckets: Buckets, block: int, keys: BlockKeys, i: int) -> None:
     """Let `block`, which carries no key, carry keys[i], behind those that carry it already. O(1) expected."""
+    insert_key(blocks, index, buckets, block, keys[i, 0], keys[i, 1])
+
+
+@lean_jit
+def insert_key(blocks: Blocks, index: KeyIndex, buckets: Buckets, block: int, a: np.uint64, b: np.uint64) -> None:
+    """Let `block`, which carries no key, carry (a, b), behind those that carry it already. O(1) expected."""
     next_same, prev_same = blocks["next_same"], blocks["prev_same"]
-    first = find_block(index, buckets, keys, i)
-    index["key_a"][block], index["key_b"][block] = keys[i, 0], keys[i, 1]
+    first = find_key(index, buckets, a, b)
+    index["key_a"][block], index["key_b"][block] = a, b
     if first == _NONE:
-        bucket = _bucket_of(buckets, keys[i, 0])
+        bucket = _bucket_of(buckets, a)
         index["next_in_bucket"][block] = buckets[bucket]
         buckets[bucket] = block
         next_same[block] = prev_same[block] = block

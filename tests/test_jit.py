@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pagedkv
 import pagedkv.sims
 from pagedkv.block_moves import take_blocks
-from pagedkv.jit import _package_digest
+from pagedkv.jit import _package_digest, fixed_types, lean_jit
 
 CALLER = """
 from pagedkv.callee import value
@@ -41,7 +42,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def lay_out(root: Path) -> Path:
     core, sims = Path(str(pagedkv.__file__)).parent, Path(str(pagedkv.sims.__file__)).parent
-    for name in ("__init__.py", "jit.py"):
+    for name in ("__init__.py", "jit.py", "inner_code.py"):
         (root / "pagedkv").mkdir(parents=True, exist_ok=True)
         shutil.copy(core / name, root / "pagedkv" / name)
     (root / "sims" / "engines").mkdir(parents=True)
@@ -87,3 +88,45 @@ def test_the_digest_is_the_same_in_a_checkout_named_like_the_package(tmp_path: P
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "other.py").write_text("1")
     assert run(checkout, DIGEST) == before
+
+
+@lean_jit
+def _scaled(values: Any, factor: int) -> int:
+    for i in range(values.size):
+        values[i] *= factor
+    return int(values.sum())
+
+
+@lean_jit
+def _scaled_by_all(values: Any, factors: Any, narrow: Any) -> tuple[int, int, int]:
+    return _scaled(values, factors[0]), _scaled(values, narrow[0]), _scaled(values, 5)
+
+
+def test_compiled_callers_share_one_version_for_all_signed_integers() -> None:
+    values = np.arange(4)
+    assert _scaled_by_all(values, np.array([2]), np.array([3], np.int32)) == (12, 36, 180)
+    assert values.tolist() == [0, 30, 60, 90]
+    compiled: Any = _scaled
+    if hasattr(compiled, "_inner"):
+        assert len(compiled._inner.overloads) <= 1  # none if it was found on disk, in its caller
+    assert _scaled(values, 2) == 360  # and Python can call it too
+
+
+def test_fixed_types_do_what_the_function_does_every_time() -> None:
+    scaled, values = fixed_types(_scaled), np.arange(4)
+    assert [scaled(values, 2), scaled(values, 3), scaled(np.arange(5), 1)] == [12, 36, 10]
+    with pytest.raises(TypeError):
+        scaled(values)  # type: ignore[call-arg]
+
+
+def lean(code: str) -> str:
+    return code.replace("import jit", "import lean_jit").replace("@jit", "@lean_jit")
+
+
+def test_a_lean_function_is_found_on_disk(checkout: Path) -> None:
+    (checkout / "pagedkv" / "caller.py").write_text(lean(CALLER))
+    (checkout / "pagedkv" / "callee.py").write_text(lean(CALLEE).format(21))
+    assert run(checkout, DOUBLED) == ["42", "0"]
+    assert run(checkout, DOUBLED) == ["42", "1"]
+    (checkout / "pagedkv" / "callee.py").write_text(lean(CALLEE).format(5))
+    assert run(checkout, DOUBLED) == ["10", "0"]

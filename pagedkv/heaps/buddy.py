@@ -10,7 +10,7 @@ import numpy as np
 from pagedkv.arrays import Int8Array, Int32Array, Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.heaps import HEAPS
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 
 NONE = -1
 
@@ -32,7 +32,7 @@ class BuddyArrays(NamedTuple):
     """Length 1: slots in free extents."""
 
 
-@jit
+@lean_jit
 def _link(heap: BuddyArrays, address: int, order: int) -> None:
     head = heap.first[order]
     heap.next_free[address] = head
@@ -43,7 +43,7 @@ def _link(heap: BuddyArrays, address: int, order: int) -> None:
     heap.free_order[address] = order
 
 
-@jit
+@lean_jit
 def _unlink(heap: BuddyArrays, address: int) -> None:
     before, after = heap.prev_free[address], heap.next_free[address]
     if before == NONE:
@@ -55,7 +55,7 @@ def _unlink(heap: BuddyArrays, address: int) -> None:
     heap.free_order[address] = NONE
 
 
-@jit
+@lean_jit
 def _reserve(heap: BuddyArrays, order: int) -> int:
     """Take an extent of `order`, splitting the smallest larger one if none is free. O(log num_slots)."""
     found = order
@@ -73,7 +73,7 @@ def _reserve(heap: BuddyArrays, order: int) -> int:
     return int(address)
 
 
-@jit
+@lean_jit
 def _release(heap: BuddyArrays, address: int) -> None:
     """Give an extent back and merge it with its buddy as long as that one is free. O(log num_slots)."""
     order = int(heap.taken_order[address])  # outside compiled code an int8 would overflow when it shifts

@@ -7,7 +7,7 @@ import numpy as np
 from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.heaps import HEAPS
-from pagedkv.jit import jit
+from pagedkv.jit import lean_jit
 
 NONE = -1
 
@@ -21,7 +21,7 @@ class ExtentArrays(NamedTuple):
     """Length 1: extents in use."""
 
 
-@jit
+@lean_jit
 def _insert(extents: ExtentArrays, at: int, start: int, size: int) -> None:
     used = extents.used[0]
     for i in range(used, at, -1):
@@ -32,7 +32,7 @@ def _insert(extents: ExtentArrays, at: int, start: int, size: int) -> None:
     extents.used[0] = used + 1
 
 
-@jit
+@lean_jit
 def _remove(extents: ExtentArrays, at: int) -> None:
     used = extents.used[0]
     for i in range(at, used - 1):
@@ -41,13 +41,13 @@ def _remove(extents: ExtentArrays, at: int) -> None:
     extents.used[0] = used - 1
 
 
-@jit
+@lean_jit
 def _place_of(extents: ExtentArrays, address: int) -> int:
     """Return the index of the first extent at or beyond `address`."""
     return int(np.searchsorted(extents.start[: extents.used[0]], address))
 
 
-@jit
+@lean_jit
 def _reserve(free: ExtentArrays, taken: ExtentArrays, size: int) -> int:
     """Cut `size` slots from the lowest extent that has them. O(extents)."""
     for i in range(free.used[0]):
@@ -62,7 +62,7 @@ def _reserve(free: ExtentArrays, taken: ExtentArrays, size: int) -> int:
     return NONE
 
 
-@jit
+@lean_jit
 def _release(free: ExtentArrays, taken: ExtentArrays, address: int) -> bool:
     """Give a reservation back and merge it with free neighbours. O(extents). False if none starts at `address`."""
     place = _place_of(taken, address)

@@ -54,6 +54,8 @@ class VLLMLedger:
     """Size of the KV cache, in place of what utilization leaves."""
     num_gpu_blocks_override: int | None = None
     """Number of blocks, in place of what fits."""
+    cuda_graphs_set_aside: bool = True
+    """The KV cache leaves room for CUDA graphs; if not (vLLM before 0.21), they come on top of what utilization gives."""
 
     @property
     def null_blocks(self) -> int:
@@ -97,24 +99,31 @@ class VLLMLedger:
         requested = math.ceil(hardware.visible_bytes * self.gpu_memory_utilization)
         parts = EngineParts.on_torch(request)
         available = free if self.sized_by_user else requested
-        room = available - parts.total
+        on_top = self._graphs_on_top(parts)
+        room = available - parts.total + on_top
         block_bytes = request.block_bytes
         num_blocks = self._num_blocks(room, block_bytes)
         kv_cache = num_blocks * block_bytes
-        if available > free or kv_cache > room or num_blocks < request.blocks_for_one_request:
+        if available + on_top > free or kv_cache > room or num_blocks < request.blocks_for_one_request:
             one_request = request.blocks_for_one_request * block_bytes
             needed = max(kv_cache if self.sized_by_user else 0, one_request)
             return Shortage(
-                kind="gate" if available > free else "request" if room >= needed else "free" if self.sized_by_user else "share",
+                kind="gate"
+                if available + on_top > free
+                else "request"
+                if room >= needed
+                else "free"
+                if self.sized_by_user
+                else "share",
                 free_at_start=free,
-                available=available,
+                available=available + on_top,
                 weights=parts.weights,
                 overheads=parts.total - parts.weights,
                 kv_cache=needed,
             )
-        held = parts.total + kv_cache if self.sized_by_user else requested
+        held = parts.total + kv_cache if self.sized_by_user else requested + on_top
         floor = int(hardware.memory_floor.value)
-        enough = highest_utilization_that_starts(visible=hardware.visible_bytes, free=free - floor)
+        enough = highest_utilization_that_starts(visible=hardware.visible_bytes, free=free - floor - on_top)
         return settle(
             request,
             parts,
@@ -128,6 +137,10 @@ class VLLMLedger:
             gentler=None if self.sized_by_user else replace(self, gpu_memory_utilization=enough),
         )
 
+    def _graphs_on_top(self, parts: EngineParts) -> int:
+        """Return the bytes of CUDA graphs that come on top of what utilization gives."""
+        return 0 if self.cuda_graphs_set_aside or self.sized_by_user else parts.cuda_graphs
+
     def _num_blocks(self, room: int, block_bytes: int) -> int:
         if self.num_gpu_blocks_override is not None:
             return self.num_gpu_blocks_override
@@ -136,14 +149,17 @@ class VLLMLedger:
     def _equation(self, request: MemoryRequest, parts: EngineParts) -> str:
         if self.sized_by_user:
             return self._kv_setting()
-        minus = (parts.weights, parts.engine_overhead, parts.activations, parts.cuda_graphs)
+        minus = [parts.weights, parts.engine_overhead, parts.activations]
+        minus += [parts.cuda_graphs] if self.cuda_graphs_set_aside else []
         terms = " − ".join(f"{size / GIB:.2f}" for size in minus)
         return f"{self.gpu_memory_utilization:g} × {request.hardware.visible_bytes / GIB:.2f} − {terms}"
 
     def _gate(self, request: MemoryRequest, held: int) -> str:
         asked = f"the engine's {gib(held)}"
         if not self.sized_by_user:
-            asked = f"{self.gpu_memory_utilization:g} × {request.hardware.visible_bytes / GIB:.2f} = {gib(held)}"
+            graphs = self._graphs_on_top(EngineParts.on_torch(request))
+            on_top = f" and {graphs / GIB:.2f} of CUDA graphs on top" if graphs else ""
+            asked = f"{self.gpu_memory_utilization:g} × {request.hardware.visible_bytes / GIB:.2f}{on_top} = {gib(held)}"
         return f"start check: {asked} must be free, and {free_in_words(request)}"
 
     def _kv_setting(self) -> str:
@@ -155,7 +171,8 @@ class VLLMLedger:
         """Return what is missing, with this machine's numbers."""
         if shortage.kind == "gate":
             hardware, utilization = request.hardware, self.gpu_memory_utilization
-            starts = highest_utilization_that_starts(visible=hardware.visible_bytes, free=shortage.free_at_start)
+            on_top = self._graphs_on_top(EngineParts.on_torch(request))
+            starts = highest_utilization_that_starts(visible=hardware.visible_bytes, free=shortage.free_at_start - on_top)
             return (
                 f"--gpu-memory-utilization {utilization:g} × {gib(hardware.visible_bytes)} asks for {gib(shortage.available)}, "
                 f"but only {free_in_words(request, of=hardware.title)}: "
@@ -196,7 +213,8 @@ def _other_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:
     if ledger.sized_by_user:
         return
     now = ledger.gpu_memory_utilization
-    starts = highest_utilization_that_starts(visible=request.hardware.visible_bytes, free=request.free_at_start)
+    free = request.free_at_start - ledger._graphs_on_top(EngineParts.on_torch(request))
+    starts = highest_utilization_that_starts(visible=request.hardware.visible_bytes, free=free)
     highest = min(starts, request.hardware.max_utilization_seen.value)
     if 0 < highest < now:
         yield replace(request, ledger=replace(ledger, gpu_memory_utilization=highest))
@@ -235,6 +253,7 @@ def plan_memory(
     other_programs_bytes: int = 0,
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
+    cuda_graphs_set_aside: bool = True,
 ) -> MemoryBudget:
     """Return the budget that vLLM would come to; see `MemoryRequest` and `VLLMLedger` for the arguments.
 
@@ -247,6 +266,7 @@ def plan_memory(
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         num_gpu_blocks_override=num_gpu_blocks_override,
+        cuda_graphs_set_aside=cuda_graphs_set_aside,
     )
     return plan(
         MemoryRequest(

@@ -2,7 +2,8 @@
 
 from pagedkv.arrays import Int64Array
 from pagedkv.jit import lean_jit
-from pagedkv.scheduling.requests import RequestArrays
+from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
+from pagedkv.scheduling.requests import NO_ROW, RequestArrays
 from pagedkv.scheduling.waiting import NUM_RUNNING, SchedulerArrays
 from pagedkv.step_batch import StepBatch
 
@@ -46,4 +47,23 @@ def complete_step(
         state.counts[NUM_RUNNING] = kept
         for k in range(num_finished):
             state.free_rows[kept + k] = requests["row"][finished[k]]
+    return num_sampled, num_finished
+
+
+@lean_jit
+def complete_paged_step(
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    pool: PagedArrays,
+    rules: PagedRules,
+    batch: StepBatch,
+    num_entries: int,
+    sampled: Int64Array,
+    finished: Int64Array,
+) -> tuple[int, int]:
+    """Do as `complete_step`, and give back what finished requests hold in `pool`. O(entries + running + blocks given back)."""
+    num_sampled, num_finished = complete_step(state, requests, batch, num_entries, sampled, finished)
+    for k in range(num_finished):
+        free_row(pool, rules, requests["row"][finished[k]])
+        requests["row"][finished[k]] = NO_ROW
     return num_sampled, num_finished

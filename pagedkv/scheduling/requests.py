@@ -6,10 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.arrays import Int64Array
-from pagedkv.block_hash import BlockKeys
+from pagedkv.scheduling.content import NO_SEGMENTS, Contents, Segments
 
 NO_ROW = -1
-NO_KEYS = -1
 
 
 REQUEST = np.dtype(
@@ -20,10 +19,11 @@ REQUEST = np.dtype(
         ("num_computed_tokens", "<i8"),
         ("admission_slots", "<i8"),
         ("priority", "<i8"),
-        ("first_key", "<i8"),
         ("num_cached_tokens", "<i8"),
         ("num_queried_tokens", "<i8"),
         ("num_hit_tokens", "<i8"),
+        ("first_segment", "<i4"),
+        ("num_segments", "<i4"),
         ("num_preemptions", "<i4"),
         ("row", "<i4"),
     ]
@@ -34,9 +34,9 @@ REQUEST = np.dtype(
 * num_known_tokens: prompt plus outputs so far; num_computed_tokens: those of them whose keys and values are in the cache;
 * admission_slots: slots to take in one piece at admission: see `Allocator.admission_slots`;
 * priority: under policy priority, the lower the more urgent;
-* first_key: where the keys of its blocks begin in `RequestTable.keys`, or NO_KEYS: then it shares nothing;
-* num_cached_tokens: tokens found in the prefix cache at its last admission; num_queried_tokens, num_hit_tokens: known tokens at all
-  its admissions, and those of them that were found;
+* num_cached_tokens: tokens found in the prefix cache at its first admission, as vLLM reports it; num_queried_tokens,
+  num_hit_tokens: known tokens at all its admissions, and those of them that were found;
+* first_segment, num_segments: which of `RequestTable.segments` it shares with others; the rest of it is its own;
 * num_preemptions; row: its row in the running batch, or NO_ROW.
 """
 
@@ -56,14 +56,20 @@ class RequestTable:
     def __init__(self, *, capacity: int = 1024) -> None:
         self.arrays = _no_requests(capacity)
         self.size = 0
-        self.keys: BlockKeys = np.zeros((0, 2), np.uint64)
-        """Keys of the blocks of all requests that have some."""
-        self._num_keys = 0
+        self.segments: Segments = NO_SEGMENTS
+        """What requests share, with room to grow."""
+        self._num_segments = 0
 
     def add(
-        self, *, prompt_tokens: int, output_tokens: int, admission_slots: int, priority: int = 0, keys: BlockKeys | None = None
+        self,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        admission_slots: int,
+        priority: int = 0,
+        content: Segments = NO_SEGMENTS,
     ) -> int:
-        """Append a request and return its index. `keys` are those of all its blocks that will ever be full, outputs included."""
+        """Append a request and return its index; what lies behind `content` is its own."""
         index = self.size
         if index == self.arrays.size:
             self.arrays = np.concatenate((self.arrays, _no_requests(index)))
@@ -71,27 +77,33 @@ class RequestTable:
         self.arrays["output_tokens"][index] = output_tokens
         self.arrays["admission_slots"][index] = admission_slots
         self.arrays["priority"][index] = priority
-        self.arrays["first_key"][index] = NO_KEYS if keys is None else self._append_keys(keys)
+        if content.size:
+            self.arrays["first_segment"][index] = self._append(content)
+            self.arrays["num_segments"][index] = content.size
         self.size = index + 1
         return index
 
-    def extend(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
-        """Append requests that grow and share nothing."""
+    def extend(self, prompt_tokens: Int64Array, output_tokens: Int64Array, contents: Contents | None = None) -> None:
+        """Append requests that grow."""
         first, last = self.size, self.size + prompt_tokens.size
-        while last > self.arrays.size:
-            self.arrays = np.concatenate((self.arrays, _no_requests(self.arrays.size)))
+        if last > self.arrays.size:
+            grown = _no_requests(last)  # no more than that: these are most of what a run of a million requests needs
+            grown[:first] = self.arrays[:first]
+            self.arrays = grown
         arrays = self.arrays
         arrays["prompt_tokens"][first:last] = arrays["num_known_tokens"][first:last] = prompt_tokens
         arrays["output_tokens"][first:last] = output_tokens
-        arrays["first_key"][first:last] = NO_KEYS
+        if contents is not None:
+            arrays["first_segment"][first:last] = contents.first_segment + self._append(contents.segments)
+            arrays["num_segments"][first:last] = contents.num_segments
         self.size = last
 
-    def _append_keys(self, keys: BlockKeys) -> int:
-        first, last = self._num_keys, self._num_keys + len(keys)
-        if last > len(self.keys):
-            grown = np.zeros((max(last, 2 * len(self.keys), 1024), 2), np.uint64)
-            grown[:first] = self.keys[:first]
-            self.keys = grown
-        self.keys[first:last] = keys
-        self._num_keys = last
+    def _append(self, segments: Segments) -> int:
+        first, last = self._num_segments, self._num_segments + segments.size
+        if last > self.segments.size:
+            grown = np.zeros(max(last, 2 * self.segments.size), segments.dtype)
+            grown[:first] = self.segments[:first]
+            self.segments = grown
+        self.segments[first:last] = segments
+        self._num_segments = last
         return first

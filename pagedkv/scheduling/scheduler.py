@@ -10,8 +10,10 @@ from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError, unknown_name
 from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
+from pagedkv.jit import fixed_types
 from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.scheduling.completion import complete_step
+from pagedkv.scheduling.completion import complete_paged_step, complete_step
+from pagedkv.scheduling.content import NO_SEGMENTS, Contents, Segments, check_segments, keyed_segments
 from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
@@ -48,6 +50,11 @@ BLOCKERS = tuple(Blocker)
 
 
 POLICIES = ("fcfs", "priority")
+
+# Their arguments have the same types in every scheduler.
+_schedule_step = fixed_types(schedule_step)
+_complete_paged_step = fixed_types(complete_paged_step)
+_push_waiting = fixed_types(push_waiting)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,10 +154,10 @@ class Scheduler:
         self.requests = RequestTable()
         self.arrays = SchedulerArrays.empty(settings.max_num_seqs, waiting_capacity=256)
         self.limits = SchedulerLimits(
-            settings.max_num_batched_tokens,
-            settings.long_prefill_token_threshold,
-            settings.adaptive_long_prefill_threshold,
-            settings.enable_chunked_prefill,
+            int(settings.max_num_batched_tokens),
+            int(settings.long_prefill_token_threshold),
+            bool(settings.adaptive_long_prefill_threshold),
+            bool(settings.enable_chunked_prefill),
             settings.policy == "priority",
         )
         self._paged = allocator if isinstance(allocator, PagedStepAllocator) else None
@@ -166,6 +173,11 @@ class Scheduler:
             self._step.batch, self._preempted, self._decision, *(np.zeros(settings.max_num_seqs, np.int64) for _ in range(2))
         )
         self._num_sampled = self._num_finished = 0
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether requests find what others, or they themselves before a preemption, have computed."""
+        return self._caches
 
     @property
     def num_running(self) -> int:
@@ -197,17 +209,27 @@ class Scheduler:
         """Those of them that are done. A view."""
         return self.step_arrays.finished[: self._num_finished]
 
-    def add(self, *, prompt_tokens: int, output_tokens: int, priority: int = 0, keys: BlockKeys | None = None) -> int | None:
+    def add(
+        self,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        priority: int = 0,
+        content: Segments | None = None,
+        keys: BlockKeys | None = None,
+    ) -> int | None:
         """Put a request into the queue and return its index; None if it could never run here.
 
         Args:
             prompt_tokens: Length of the prompt.
             output_tokens: Tokens that it will generate.
             priority: Its urgency under policy priority.
-            keys: Keys of all its blocks that will ever be full, (prompt + output - 1) // block_size of them, for prefix caching.
+            content: What it shares with others, from its start on; the rest is its own, and only it will find that when it comes
+                back after a preemption. Not looked at without prefix caching.
+            keys: In place of `content`, keys of all its blocks that will ever be full: (prompt + output - 1) // block_size of them.
 
         Raises:
-            ConfigError: If a length is below 1.
+            ConfigError: If a length is below 1, the content is out of order, or keys are given that cannot be used.
         """
         if prompt_tokens < 1 or output_tokens < 1:
             raise ConfigError(f"a request needs 1 or more prompt and output tokens, not {prompt_tokens} and {output_tokens}")
@@ -220,24 +242,32 @@ class Scheduler:
             raise ConfigError("block keys, but prefix caching is off: set enable_prefix_caching, or give none")
         if keys is not None and len(keys) < (full := (prompt_tokens + output_tokens - 1) // self.allocator.unit_slots):
             raise ConfigError(f"{len(keys)} block keys for {full} blocks that {prompt_tokens} + {output_tokens} tokens fill")
+        if keys is not None and content is not None:
+            raise ConfigError("block keys and content: give one of them")
+        if keys is not None:
+            content = keyed_segments(keys, self.allocator.unit_slots)
+        elif content is None or not self._caches:
+            content = NO_SEGMENTS
+        else:
+            check_segments(content)
         request = self.requests.add(
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             admission_slots=admission_slots,
             priority=priority,
-            keys=keys,
+            content=content,
         )
         # Preempted requests come back to the queue: there must be room for everyone who runs.
         if self.num_waiting + self.num_running + 1 >= self.arrays.waiting.size:
             self._grow_queue()
-        push_waiting(self.arrays, self.requests.arrays, request, self.limits.by_priority)
+        _push_waiting(self.arrays, self.requests.arrays, request, self.limits.by_priority)
         return request
 
-    def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
+    def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
         """Make requests known that will arrive later, in this order; return which of them can run here. Paged memory only.
 
         Raises:
-            ConfigError: If a length is below 1.
+            ConfigError: If a length is below 1, or there are not as many `contents`.
         """
         if self._paged is None:
             raise ConfigError(f"only paged memory takes requests all at once: add those for {self.allocator.name} one by one")
@@ -245,7 +275,15 @@ class Scheduler:
             raise ConfigError("requests need 1 or more prompt and output tokens")
         accepted = self._paged.can_ever_fit(prompt_tokens, output_tokens)
         accepted &= prompt_tokens + output_tokens <= self.settings.max_model_len
-        self.requests.extend(prompt_tokens[accepted], output_tokens[accepted])
+        if contents is not None and contents.first_segment.size != prompt_tokens.size:
+            raise ConfigError(f"{contents.first_segment.size} contents for {prompt_tokens.size} requests")
+        if contents is not None and self._caches:
+            contents = contents._replace(
+                first_segment=contents.first_segment[accepted], num_segments=contents.num_segments[accepted]
+            )
+        else:
+            contents = None
+        self.requests.extend(prompt_tokens[accepted], output_tokens[accepted], contents)
         while self.requests.size + 1 >= self.arrays.waiting.size:
             self._grow_queue()
         return accepted
@@ -273,20 +311,21 @@ class Scheduler:
         return step
 
     def _schedule_paged(self, paged: PagedStepAllocator) -> Step:
-        step, decision = self._step, self._decision
-        schedule_step(
+        step, requests, decision = self._step, self.requests, self._decision
+        _schedule_step(
             self.arrays,
-            self.requests.arrays,
+            requests.arrays,
             paged.arrays,
-            self.requests.keys,
+            requests.segments,
             self.limits,
             paged.rules,
             step.batch,
             self._preempted,
             decision,
         )
-        step.num_running_before, step.num_entries = int(decision[RAN_BEFORE]), int(decision[ENTRIES])
-        step.num_preempted, step.blocker = int(decision[PREEMPTED]), BLOCKERS[decision[BLOCKER]]
+        decided = decision.tolist()
+        step.num_running_before, step.num_entries = decided[RAN_BEFORE], decided[ENTRIES]
+        step.num_preempted, step.blocker = decided[PREEMPTED], BLOCKERS[decided[BLOCKER]]
         return step
 
     @property
@@ -296,9 +335,15 @@ class Scheduler:
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
-        requests = self.requests.arrays
+        requests, (batch, _, _, sampled, finished) = self.requests.arrays, self.step_arrays
+        if self._paged is not None:
+            pool, rules = self._paged.arrays, self._paged.rules
+            self._num_sampled, self._num_finished = _complete_paged_step(
+                self.arrays, requests, pool, rules, batch, self._step.num_entries, sampled, finished
+            )
+            return
         self._num_sampled, self._num_finished = complete_step(
-            self.arrays, requests, self._step.batch, self._step.num_entries, self.step_arrays.sampled, self.step_arrays.finished
+            self.arrays, requests, batch, self._step.num_entries, sampled, finished
         )
         for request in self.finished:
             self.allocator.free(int(requests["row"][request]))

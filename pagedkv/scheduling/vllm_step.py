@@ -5,14 +5,16 @@ Source: the rules that reproduce the recorded decisions of vLLM 0.33.0 (tests/co
 
 from typing import NamedTuple
 
+import numpy as np
+
 from pagedkv.arrays import Int64Array
-from pagedkv.block_hash import BlockKeys
 from pagedkv.block_moves import take_blocks, touch_blocks
-from pagedkv.free_queue import NUM_FREE
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE
 from pagedkv.jit import lean_jit
 from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
-from pagedkv.prefix_cache import find_prefix, insert_block
-from pagedkv.scheduling.requests import NO_KEYS, RequestArrays
+from pagedkv.prefix_cache import find_key, insert_key
+from pagedkv.scheduling.content import Segments, segment_of, stream_of
+from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.waiting import (
     NUM_RUNNING,
     NUM_WAITING,
@@ -42,37 +44,57 @@ class SchedulerLimits(NamedTuple):
 
 @lean_jit
 def _grant(
-    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, keys: BlockKeys, request: int, row: int, num_tokens: int
+    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int, num_tokens: int
 ) -> bool:
     """Give a running `request` the slots of its next tokens. O(blocks taken and filled)."""
     slots, held = requests["num_computed_tokens"][request] + num_tokens, int(pool.num_blocks[row])
-    first, registered = requests["first_key"][request], int(pool.num_registered[row])
-    filled = first != NO_KEYS and min(slots, requests["num_known_tokens"][request]) >= (registered + 1) * rules.block_size
+    registered = int(pool.num_registered[row])
+    filled = rules.caches and min(slots, requests["num_known_tokens"][request]) >= (registered + 1) * rules.block_size
     needed = max(-(-slots // rules.block_size), held)
     full = min(slots, requests["num_known_tokens"][request]) // rules.block_size if filled else registered
     if not take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held):
         return False
-    _register(pool, keys, first, row, registered, full)
+    if full > registered:
+        _register(pool, rules, requests, segments, request, row, registered, full)
     pool.num_blocks[row] = needed
     return True
 
 
 @lean_jit
-def _register(pool: PagedArrays, keys: BlockKeys, first_key: int, row: int, first: int, last: int) -> None:
-    """Let blocks `first` to `last` of a table, full by now, be found under their keys."""
+def _register(
+    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int, first: int, last: int
+) -> None:
+    """Let blocks `first` to `last` (exclusive) of a request's table, full by now, be found. O(blocks + log segments)."""
+    begin = requests["first_segment"][request]
+    end = begin + requests["num_segments"][request]
+    place = segment_of(segments, begin, end, (first + 1) * rules.block_size)
+    word_a, word_b = stream_of(segments, place, end, request)
     for i in range(first, last):
-        insert_block(pool.blocks, pool.key_index, pool.buckets, pool.tables[row, i], keys, first_key + i)
+        while place < end and segments["end_token"][place] < (i + 1) * rules.block_size:
+            place += 1
+            word_a, word_b = stream_of(segments, place, end, request)
+        insert_key(pool.blocks, pool.key_index, pool.buckets, pool.tables[row, i], word_a + np.uint64(i), word_b)
     pool.num_registered[row] = last
 
 
 @lean_jit
-def find_hits(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, keys: BlockKeys, request: int) -> int:
+def find_hits(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int) -> int:
     """Write the cached blocks that `request` begins with into pool.hits; return their number. The last token is never a hit."""
-    first = requests["first_key"][request]
-    if first == NO_KEYS:
+    if not rules.caches:
         return 0
+    place = requests["first_segment"][request]
+    end = place + requests["num_segments"][request]
+    word_a, word_b = stream_of(segments, place, end, request)
     most = (requests["num_known_tokens"][request] - 1) // rules.block_size
-    return find_prefix(pool.key_index, pool.buckets, keys[first:], pool.hits[:most])
+    for i in range(most):
+        while place < end and segments["end_token"][place] < (i + 1) * rules.block_size:
+            place += 1
+            word_a, word_b = stream_of(segments, place, end, request)
+        block = find_key(pool.key_index, pool.buckets, word_a + np.uint64(i), word_b)
+        if block == NULL_BLOCK:
+            return i
+        pool.hits[i] = block
+    return int(most)
 
 
 @lean_jit
@@ -80,7 +102,7 @@ def _admit(
     pool: PagedArrays,
     rules: PagedRules,
     requests: RequestArrays,
-    keys: BlockKeys,
+    segments: Segments,
     request: int,
     row: int,
     num_hits: int,
@@ -93,8 +115,7 @@ def _admit(
     kept_free = num_states + (rules.watermark_blocks if something_runs else 0)
     needed = -(-slots // rules.block_size)
     gated = -(-known // rules.block_size) if rules.reserve_full_isl else 0
-    first = requests["first_key"][request]
-    full = num_hits if first == NO_KEYS else max(min(slots, known) // rules.block_size, num_hits)
+    full = max(min(slots, known) // rules.block_size, num_hits) if rules.caches else num_hits
     hits, table, revived = pool.hits[:num_hits], pool.tables[row], 0
     for block in hits:
         revived += pool.blocks["ref_cnt"][block] == 0  # those leave the free queue, so they need room too
@@ -105,7 +126,8 @@ def _admit(
         table[i] = hits[i]
     take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - num_hits, table, num_hits)
     take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, num_states, pool.states[row], 0)
-    _register(pool, keys, first, row, num_hits, full)
+    if full > 0:
+        _register(pool, rules, requests, segments, request, row, num_hits, full)
     pool.num_blocks[row] = needed
     return True
 
@@ -138,7 +160,7 @@ def _schedule_running(
     state: SchedulerArrays,
     requests: RequestArrays,
     pool: PagedArrays,
-    keys: BlockKeys,
+    segments: Segments,
     limits: SchedulerLimits,
     rules: PagedRules,
     threshold: int,
@@ -159,7 +181,7 @@ def _schedule_running(
         if rules.caches:
             enough &= slots < (int(pool.num_registered[row]) + 1) * rules.block_size
         # Most steps stay within the last block: `_grant` would do nothing, and its call would cost more than all else.
-        while not (enough or gone or _grant(pool, rules, requests, keys, request, row, tokens)):
+        while not (enough or gone or _grant(pool, rules, requests, segments, request, row, tokens)):
             place = _victim(state, requests, limits)
             preempted[num_preempted] = state.running[place]
             num_preempted += 1
@@ -184,7 +206,7 @@ def _schedule_waiting(
     state: SchedulerArrays,
     requests: RequestArrays,
     pool: PagedArrays,
-    keys: BlockKeys,
+    segments: Segments,
     limits: SchedulerLimits,
     rules: PagedRules,
     threshold: int,
@@ -196,7 +218,7 @@ def _schedule_waiting(
     counts = state.counts
     while budget > 0 and counts[NUM_WAITING] > 0 and counts[NUM_RUNNING] < state.running.size:
         request = state.waiting[counts[WAITING_HEAD]]
-        num_hits = find_hits(pool, rules, requests, keys, request)
+        num_hits = find_hits(pool, rules, requests, segments, request)
         cached = num_hits * rules.block_size
         tokens = requests["num_known_tokens"][request] - cached
         if threshold > 0:
@@ -206,10 +228,12 @@ def _schedule_waiting(
                 break
             tokens = budget
         row = state.free_rows[counts[NUM_RUNNING]]
-        if not _admit(pool, rules, requests, keys, request, row, num_hits, tokens, counts[NUM_RUNNING] > 0):
+        if not _admit(pool, rules, requests, segments, request, row, num_hits, tokens, counts[NUM_RUNNING] > 0):
             return entries, True
         drop_head(state, requests, limits.by_priority)
-        requests["num_computed_tokens"][request] = requests["num_cached_tokens"][request] = cached
+        requests["num_computed_tokens"][request] = cached
+        if requests["num_queried_tokens"][request] == 0:
+            requests["num_cached_tokens"][request] = cached
         requests["num_queried_tokens"][request] += requests["num_known_tokens"][request]
         requests["num_hit_tokens"][request] += cached
         start_running(state, requests, request, row)
@@ -224,7 +248,7 @@ def schedule_step(
     state: SchedulerArrays,
     requests: RequestArrays,
     pool: PagedArrays,
-    keys: BlockKeys,
+    segments: Segments,
     limits: SchedulerLimits,
     rules: PagedRules,
     batch: StepBatch,
@@ -237,7 +261,7 @@ def schedule_step(
         state: Who runs and who waits.
         requests: Their `REQUEST` records.
         pool: The memory.
-        keys: Keys of blocks; a request's own are those from `first_key` on.
+        segments: What requests share: see `pagedkv.scheduling.content`.
         limits: Limits of the scheduler.
         rules: Rules of the memory.
         batch: Receives the entries: running requests in their order, then admissions in theirs.
@@ -251,9 +275,11 @@ def schedule_step(
         threshold = 0
     elif threshold > 0 and limits.adaptive_threshold:
         threshold = max(threshold, limits.max_num_batched_tokens // present)
-    ran_before, num_preempted, budget = _schedule_running(state, requests, pool, keys, limits, rules, threshold, batch, preempted)
+    ran_before, num_preempted, budget = _schedule_running(
+        state, requests, pool, segments, limits, rules, threshold, batch, preempted
+    )
     entries, refused = ran_before, num_preempted > 0
     if not refused:
-        entries, refused = _schedule_waiting(state, requests, pool, keys, limits, rules, threshold, batch, ran_before, budget)
+        entries, refused = _schedule_waiting(state, requests, pool, segments, limits, rules, threshold, batch, ran_before, budget)
     decision[RAN_BEFORE], decision[ENTRIES], decision[PREEMPTED] = ran_before, entries, num_preempted
     decision[BLOCKER] = blocker_of(state, refused)

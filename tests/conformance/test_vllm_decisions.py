@@ -90,8 +90,9 @@ def replay(workload: Workload) -> Counter[str]:
         scheduled = [[ids[step.batch["request"][e]], int(step.batch["num_scheduled_tokens"][e])] for e in entries]
         assert scheduled == recorded.get("s", []), where
         assert [ids[r] for r in scheduler.preempted] == recorded.get("p", []), where
-        admitted = step.batch["request"][step.num_running_before : step.num_entries]
-        assert [[ids[r], scheduler.requests.arrays["num_cached_tokens"][r]] for r in admitted] == recorded.get("c", []), where
+        admitted = step.batch[step.num_running_before : step.num_entries]
+        cached = admitted["num_slots_needed"] - admitted["num_scheduled_tokens"]
+        assert [[ids[r], c] for r, c in zip(admitted["request"], cached, strict=True)] == recorded.get("c", []), where
         seen["preemptions"] += step.num_preempted
         for request_id, cached in recorded.get("c", []):
             computed[request_id] = cached

@@ -1,0 +1,90 @@
+"""Compiled functions that compiled functions call: typed and lowered once, and optimised where they are called.
+
+numba compiles a callee by itself first: a wrapper for Python, all optimisations, machine code; then its caller with the code of
+the callee inlined, all optimisations again, and so on up. Where functions of many arrays call each other six deep, that costs
+several times what optimising the outermost costs, and all but the last is thrown away.
+"""
+
+from typing import Any
+
+from numba.core import types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.registry import CPUDispatcher
+
+
+class _InnerLibrary(JITCodeLibrary):
+    """Code to be linked into that of callers, as it was lowered. It is never run by itself."""
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        ll_module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _OuterLibrary(JITCodeLibrary):
+    """Code for Python, which nobody links: what it calls is its own, so that LLVM may inline it, or leave out arguments."""
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if function.linkage.name == "linkonce_odr":
+                function.linkage = "internal"
+        super()._optimize_final_module()
+
+
+class _OuterCompiler(Compiler):
+    """Compiles to machine code with a wrapper for Python."""
+
+    def __init__(self, typing: Any, target: Any, library: Any, args: Any, return_type: Any, flags: Any, local_types: Any) -> None:
+        library = _OuterLibrary(target.codegen(), "outer")
+        library.enable_object_caching()
+        super().__init__(typing, target, library, args, return_type, flags, local_types)
+
+
+class _InnerCompiler(Compiler):
+    """Compiles up to what callers link: no wrappers, no machine code."""
+
+    def __init__(self, typing: Any, target: Any, library: Any, args: Any, return_type: Any, flags: Any, local_types: Any) -> None:
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        library = _InnerLibrary(target.codegen(), "inner")
+        super().__init__(typing, target, library, args, return_type, flags, local_types)
+
+    def compile_extra(self, func: Any) -> Any:
+        result = super().compile_extra(func)
+        key = object()  # what a call is looked up by, where others have the address of the machine code
+        self.state.targetctx.insert_user_function(key, result.fndesc, [result.library])
+        return result._replace(entry_point=key)
+
+
+class _InnerDispatcher(CPUDispatcher):
+    """What compiled callers see of a function: one version for all kinds of signed integers, not one for each."""
+
+    def add_overload(self, cres: Any) -> None:
+        self.overloads[tuple(cres.signature.args)] = cres
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        widened = {name: _widened(kind) for name, kind in kws.items()}
+        return super().get_call_template(tuple(_widened(kind) for kind in args), widened)
+
+
+def _widened(kind: Any) -> Any:
+    kind = types.unliteral(kind)
+    return types.int64 if isinstance(kind, types.Integer) and kind.signed else kind
+
+
+class LeanDispatcher(CPUDispatcher):
+    """A function compiled as by `numba.njit` for Python, and as inner code for compiled callers."""
+
+    def __init__(self, py_func: Any, local_types: Any, options: dict[str, Any]) -> None:
+        super().__init__(py_func, local_types, options, pipeline_class=_OuterCompiler)
+        self._inner = _InnerDispatcher(py_func, local_types, options, pipeline_class=_InnerCompiler)
+        self._inner_type = types.Dispatcher(self._inner)
+
+    @property
+    def _numba_type_(self) -> Any:
+        return self._inner_type

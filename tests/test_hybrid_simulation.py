@@ -1,0 +1,117 @@
+"""The hybrid allocator in the simulator: what windows leave behind is somebody else's room, and every slot is counted."""
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from pagedkv.allocation import NO_SLOT, Allocator
+from pagedkv.catalogue import load_model, model_names
+from pagedkv.layer_groups import plan_layer_groups
+from pagedkv.scheduling.scheduler import Step
+from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.deployment import deploy
+from pagedkv.sims.metrics import measure
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.recording import INTERNAL, RESERVED, TOKENS
+from pagedkv.sims.records import RequestLog
+from pagedkv.sims.scenario import Scenario, resolve
+from pagedkv.sims.simulation import Run, run
+from pagedkv.sims.step_time import StepCost
+from pagedkv.step_allocation import RequestByRequest
+
+LONG = LoadConfig(request_rate=50.0, num_prompts=60, random_input_len=1500, random_output_len=500, random_range_ratio=0.9)
+WINDOWED = [
+    model.name
+    for model in map(load_model, model_names())
+    if {group.kind for group in model.layer_groups} & {"sliding_window", "chunked"} and model.params_total < 150e9
+]
+
+
+def scenario(model: str, num_blocks: int | None = None) -> Scenario:
+    serving = ServingConfig(model=model, hardware="h200", num_gpu_blocks_override=num_blocks, max_model_len=4096)
+    return resolve(SimulationConfig(load=LONG, serving=serving, measurement=MeasurementConfig(allocator=("hybrid", "paged"))))
+
+
+def occupied(allocator: Allocator, final: dict[int | str, int]) -> tuple[int, int, int]:
+    """Slots with tokens, those that await some, and others, one by one from what the allocator says of each slot."""
+    tokens = reserved = held = 0
+    for request in allocator.live_requests():
+        held += allocator.num_slots_held(request)
+        for group in range(allocator.num_groups):
+            slots = allocator.slots_held(request, group)[: final[request.request_id]]
+            tokens += int((slots[: request.num_computed_tokens] != NO_SLOT).sum())
+            reserved += int((slots[request.num_computed_tokens :] != NO_SLOT).sum())
+    return tokens, reserved, held - tokens - reserved
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Count slots one by one at every seventh step; how many preempted requests had been seen by then."""
+    seen: list[int] = []
+    step, number = Recorder.step, 0
+
+    def checked(self: Recorder, decided: Step, start_s: float, cost: StepCost) -> None:
+        nonlocal number
+        step(self, decided, start_s, cost)
+        number += 1
+        if number % 7:
+            return
+        scheduler = self._scheduler
+        assert isinstance(scheduler.allocator, RequestByRequest)
+        requests = scheduler.requests.arrays
+        final = dict(enumerate((requests["prompt_tokens"] + requests["output_tokens"] - 1).tolist()))
+        gauges = self.arrays.gauges
+        assert (gauges[TOKENS], gauges[RESERVED], gauges[INTERNAL]) == occupied(scheduler.allocator.allocator, final)
+        seen.append(int(requests["num_preemptions"].sum()))
+
+    monkeypatch.setattr(Recorder, "step", checked)
+    yield seen
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize(("model", "num_blocks"), [("gpt-oss-20b", 260), ("gemma-3-12b", 300), ("mistral-7b-v0.1", 600)])
+def test_every_slot_is_counted_as_the_allocator_tells_it(model: str, num_blocks: int, checks: list[int]) -> None:
+    done = run(scenario(model, num_blocks), "hybrid", seed=3)
+    assert done.drained
+    assert done.allocator.free_slots == done.allocator.usable_slots
+    done.allocator.check_integrity()
+    assert measure(done, ())["kv"]["internal"] >= 0
+    assert checks[-1] > 0
+
+
+def arrays(log: RequestLog) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    return {field.name: getattr(log, field.name) for field in fields(log)}
+
+
+def test_with_layers_of_one_kind_it_is_paged_memory_to_the_last_figure() -> None:
+    one = scenario("llama-3.1-8b", 700)
+    without = replace(one, deployment=replace(one.deployment, pool=one.deployment.pool_of("radix")))  # nothing is cached there
+    hybrid, paged = run(without, "hybrid", seed=0), run(without, "paged", seed=0)
+    assert hybrid.allocator.usable_slots == paged.allocator.usable_slots
+    assert int(paged.log.num_preemptions.sum()) > 0
+    for name, column in arrays(paged.log).items():
+        np.testing.assert_array_equal(arrays(hybrid.log)[name], column, err_msg=name)
+    assert measure(hybrid, ()) == measure(paged, ())
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "gemma-3-12b"])
+def test_the_same_bytes_hold_more_requests_where_windows_give_blocks_back(model: str) -> None:
+    one = scenario(model, 700)
+
+    def preemptions(done: Run) -> int:
+        return int(done.log.num_preemptions.sum())
+
+    hybrid, paged = run(one, "hybrid", seed=0), run(one, "paged", seed=0)
+    assert preemptions(paged) > 3 * max(preemptions(hybrid), 1)
+    assert hybrid.end_s <= paged.end_s
+
+
+@pytest.mark.parametrize("model", WINDOWED)
+def test_its_pool_has_the_bytes_that_the_budget_says(model: str) -> None:
+    deployment = deploy(ServingConfig(model=model, hardware="b200", quantization="nvfp4", kv_cache_memory_bytes="60GiB"))
+    pool = deployment.pool_of("hybrid")
+    page = plan_layer_groups(pool.layer_groups, block_size=16).page_bytes
+    assert 0 <= deployment.budget.kv_cache - pool.num_blocks * page < page
+    assert deployment.pool_of("paged") == deployment.pool
