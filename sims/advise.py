@@ -1,23 +1,26 @@
 """Settings that serve given users better, found by trying them: one at a time, each kept only if a simulation gains from it."""
 
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pagedkv.errors import ConfigError
+from pagedkv.sims.block_sizes import kernel_words, unfilled_share
 from pagedkv.sims.capacity_answer import check_attain
-from pagedkv.sims.command import changed, command_line, flat
+from pagedkv.sims.command import changed, command_line
 from pagedkv.sims.config import ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import Deployment, deploy
-from pagedkv.sims.flat_figures import interval
 from pagedkv.sims.probe import Probe, probe
-from pagedkv.units import parse_bytes
+from pagedkv.sims.serve_command import checkpoint_note, serve_command
+from pagedkv.sims.statistics import ci95
 
 SCHEMA_VERSION = 1
 GAIN = 0.01
 """A smaller gain, absolute in the share within the goals and relative in throughput, is no reason to change a default."""
-BLOCK_SIZES = (8, 16, 32, 64, 128)
+BLOCK_SIZES = (16, 32, 64, 128)
+"""Multiples of 16: what vLLM's attention backends on GPUs take."""
+REPEATS = 5
+"""Every setting is tried with as many seeds at least: one run does not tell a gain from chance."""
 UTILIZATION_STEPS = (-0.05, 0.05, 0.1)
 """Tried around the machine's default gpu-memory-utilization."""
 FACTORS = (0.5, 2.0, 4.0)
@@ -46,12 +49,27 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """One value of the command, and why it has it."""
+
+    setting: str
+    """Field name."""
+    value: Any
+    reason: str
+    """The user's wish, the measured gain, or what was tried in its place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """What was tried, and what is left of it."""
 
     users: int
     serve: str
     """A `vllm serve` command with the settings that gained, and those asked for."""
+    serve_note: str | None
+    """What to mend in it by hand."""
+    values: tuple[Value, ...]
+    """Of what sizes the cache and the steps, each with its reason."""
     simulate: str
     """The same as a `simulate` command."""
     kept: tuple[Trial, ...]
@@ -75,8 +93,8 @@ class Advice:
 def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float], None] | None = None) -> Advice:
     """Try settings of the paged engine one at a time from those of `config`, and keep what gains.
 
-    More requests within the goals are a gain, up to the share `attain`; then more throughput. A setting that `config` gives is the
-    user's, and is not tried. With repeats, a gain must also be beyond both 95 % intervals.
+    More requests within the goals are a gain, up to the share `attain`; then more throughput; either beyond chance, over `REPEATS`
+    seeds at least. A setting that `config` gives is the user's, and is not tried.
 
     Raises:
         ConfigError: If `config` cannot work, or has no users.
@@ -85,7 +103,9 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
     users = config.load.users
     if users is None:
         raise ConfigError("advise is for a number of users: give --users N")
-    start = deploy(config.serving)
+    start, asked = deploy(config.serving), config.serving
+    serve_command(asked)  # refuses what vLLM cannot serve, before anything runs
+    config = changed(config, repeats=max(config.measurement.repeats, REPEATS))
     plan = list(_candidates(config.serving, start))
     trials: list[Trial] = []
     kept: dict[str, Trial] = {}
@@ -96,6 +116,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
         return probe(candidate, "paged", attain=attain, progress=tell)
 
     first = best = run(config)
+    unfilled = {config.serving.block_size: unfilled_share(first.figures)}
     for name, value in plan:
         before = kept[name].value if name in kept else _in_force(start, name)
         candidate = changed(config, **{name: value})
@@ -106,6 +127,8 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
             else:
                 tried = run(candidate)
                 gains, reason = _gain(best, tried, attain)
+                if name == "block_size":
+                    unfilled[value] = unfilled_share(tried.figures)
         except ConfigError as error:
             reason = str(error)
         trials.append(_trial(name, value, before, tried, kept=gains, reason=reason))
@@ -114,6 +137,8 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
     return Advice(
         users=users,
         serve=serve_command(config.serving),
+        serve_note=checkpoint_note(config.serving),
+        values=tuple(_values(asked, deploy(config.serving), kept, trials, unfilled)),
         simulate=command_line(changed(config, allocator=("paged",))),
         kept=tuple(kept.values()),
         trials=tuple(trials),
@@ -140,6 +165,37 @@ def _candidates(serving: ServingConfig, start: Deployment) -> Iterator[tuple[str
             yield from ((name, max(1, int(getattr(start.scheduler, name) * factor))) for factor in FACTORS)
 
 
+def _values(
+    asked: ServingConfig, end: Deployment, kept: dict[str, Trial], trials: list[Trial], unfilled: dict[int, float | None]
+) -> Iterator[Value]:
+    """Yield what sizes the cache and the steps with the reason for each value."""
+    sized = [name for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override") if getattr(asked, name) is not None]
+    for name in (*(sized or ["gpu_memory_utilization"]), "kv_cache_dtype", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+        others = [trial for trial in trials if trial.setting == name and not trial.kept]
+        if name in kept:
+            reason = f"instead of {kept[name].before}: {kept[name].reason}"
+        elif name in sized or getattr(asked, name) != getattr(ServingConfig(), name):
+            reason = "as you set it"
+        else:
+            reason = f"the default for this machine; {_in_vain(others)}"
+        if name == "block_size":
+            shares = ", ".join(f"{size}: {share:.1%}" for size, share in sorted(unfilled.items()) if share is not None)
+            reason += f"; unfilled slots of the blocks taken here, {shares}" if shares else ""
+            reason += f"; {kernel_words(end.hardware)}"
+        yield Value(setting=name, value=_in_force(end, name), reason=reason)
+
+
+def _in_vain(others: list[Trial]) -> str:
+    """Return what became of the values tried in place of a default."""
+    if not others:
+        return "nothing else was tried"
+    ran = [trial for trial in others if trial.output_tokens_per_s is not None]
+    if not ran:
+        return f"{', '.join(str(trial.value) for trial in others)} cannot run here"
+    best = max(ran, key=lambda trial: (trial.attained or 0.0, trial.output_tokens_per_s))
+    return f"of {', '.join(str(trial.value) for trial in ran)} none gains; the nearest, {best.value}: {best.reason}"
+
+
 def _in_force(deployment: Deployment, name: str) -> Any:
     if name == "gpu_memory_utilization":
         return deployment.budget.utilization
@@ -149,7 +205,10 @@ def _in_force(deployment: Deployment, name: str) -> Any:
 
 
 def _gain(best: Probe, tried: Probe, attain: float) -> tuple[bool, str]:
-    """Return whether `tried` is better than `best`, and the figures that say so."""
+    """Return whether `tried` is better than `best` beyond chance, and the figures that say so.
+
+    Both ran with the same seeds. A gain counts if the 95 % interval of its mean over the repeats is above 0 (paired, Student's t).
+    """
     words = []
     if best.refused != tried.refused:
         words.append(f"requests turned away {best.refused:,} → {tried.refused:,}")
@@ -163,11 +222,15 @@ def _gain(best: Probe, tried: Probe, attain: float) -> tuple[bool, str]:
         return tried.refused < best.refused, reason
     shares = [min(each.attained or 0.0, attain) for each in (best, tried)] if best.terms else [0.0, 0.0]
     if abs(shares[1] - shares[0]) >= GAIN or (shares[1] >= attain) != (shares[0] >= attain):
-        beyond = best.attained_ci95 is None or tried.attained_ci95 is None or tried.attained_ci95[0] > best.attained_ci95[1]
-        return shares[1] > shares[0] and beyond, reason
-    known, other = (interval(each.figures, "output_tokens_per_s") for each in (best, tried))
-    beyond = known is None or other is None or other[0] > known[1]
-    return rates[1] > rates[0] * (1 + GAIN) and beyond, reason
+        better, which = shares[1] > shares[0], 0
+    else:
+        better, which = rates[1] > rates[0] * (1 + GAIN), 1
+    if not better:
+        return False, reason
+    pairs = [(a[which], b[which]) for a, b in zip(best.by_repeat, tried.by_repeat, strict=True)]
+    interval = ci95([after - before for before, after in pairs if before is not None and after is not None])
+    sure = interval is not None and interval[0] > 0
+    return sure, reason if sure else f"{reason}: within chance, over {len(pairs)} repeats"
 
 
 def _trial(name: str, value: Any, before: Any, tried: Probe | None, *, kept: bool, reason: str) -> Trial:
@@ -180,45 +243,3 @@ def _trial(name: str, value: Any, before: Any, tried: Probe | None, *, kept: boo
         output_tokens_per_s=None if tried is None else tried.figures["output_tokens_per_s"],
         reason=reason,
     )
-
-
-def serve_command(serving: ServingConfig) -> str:
-    """Return the `vllm serve` command for `serving`: what differs from the defaults here, utilization and context always.
-
-    vLLM's own defaults for those two differ from ours. The machine, and what vLLM has no flag for, are left out.
-    """
-    deployment, defaults = deploy(serving), flat(SimulationConfig())
-    values: dict[str, Any] = {name: getattr(serving, name) for name in _SERVE_FLAGS}
-    values = {name: value for name, value in values.items() if value != defaults[name]}
-    values["max_model_len"] = deployment.scheduler.max_model_len
-    if serving.kv_cache_memory_bytes is None:
-        values["gpu_memory_utilization"] = deployment.budget.utilization
-    words = ["vllm", "serve", deployment.model.hf_id or serving.model]
-    for name in _SERVE_FLAGS:
-        if name not in values:
-            continue
-        flag, value = name.replace("_", "-"), values[name]
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", _vllm_value(name, value)]
-    return shlex.join(words)
-
-
-_SERVE_FLAGS = (
-    "quantization",
-    "kv_cache_dtype",
-    "max_model_len",
-    "block_size",
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "num_gpu_blocks_override",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "enable_chunked_prefill",
-    "long_prefill_token_threshold",
-    "enforce_eager",
-    "tensor_parallel_size",
-)
-"""Settings that `vllm serve` has a flag for."""
-
-
-def _vllm_value(name: str, value: Any) -> str:
-    return str(parse_bytes(value, name=name)) if name == "kv_cache_memory_bytes" else str(value)

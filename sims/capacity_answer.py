@@ -36,6 +36,8 @@ class CapacityAnswer:
     allocator: str
     value: int
     """Users, or tokens of context; 0 if not even the smallest fits."""
+    criterion: str
+    """What fitting means here."""
     interval: tuple[int, int | None]
     """See `interval_means`; None: the largest that is tried fits."""
     interval_means: str
@@ -122,7 +124,7 @@ def answer(
         raise ConfigError("no request was answered within the measured time, so that nothing can be said: give a longer --duration")
     smallest = probes.at(first)
     assert smallest is not None  # else it has raised
-    interval, means = _interval(found, smallest, search, attain=attain)
+    interval, means = _interval(found, smallest, search, first=first, attain=attain)
     calm_until = largest(
         lambda value: (found := probes.at(value)) is not None and found.figures["num_preemptions"] == 0,
         first=first,
@@ -135,6 +137,7 @@ def answer(
     return CapacityAnswer(
         allocator=allocator,
         value=_scaled(found.good, first, scale),
+        criterion=_criterion(smallest, attain=attain, without_preemption=without_preemption),
         interval=(_scaled(interval[0], first, scale), None if interval[1] is None else _scaled(interval[1], first, scale)),
         interval_means=means,
         attained=None if at is None else at.attained,
@@ -149,21 +152,37 @@ def answer(
 
 
 def _interval(
-    found: Bisected, smallest: Probe, search: Callable[[Callable[[Probe], bool]], Bisected], *, attain: float
+    found: Bisected, smallest: Probe, search: Callable[[Callable[[Probe], bool]], Bisected], *, first: int, attain: float
 ) -> tuple[tuple[int, int | None], str]:
     """Return the interval of the answer `found`, and what its ends are. `search` finds the largest value that passes a test."""
     if smallest.config.measurement.repeats > 1:
         sure, possible = search(lambda each: each.surely_meets(attain)), search(lambda each: each.may_meet(attain))
         high = None if found.bad is None or possible.bad is None else max(possible.good, found.good)
         if smallest.terms:
-            return (
-                min(sure.good, found.good),
-                high,
-            ), f"where the ends of the share's 95 % interval over the repeats cross {attain:g}"
-        return (min(sure.good, found.good), high), "the largest at which every repeat, and at which any, is stable by itself"
+            means = f"up to the first, a share of {attain:g} or more is sure to meet the goals; beyond the second, less is sure to"
+        else:
+            means = "up to the first, every repeat is stable by itself; beyond the second, none is"
+        return (min(sure.good, found.good), high), f"{means} (95 % over the repeats)" if smallest.terms else means
     if found.above:
-        return (found.good, found.above[-1]), "both ends fit, something between them does not; --repeats 5 gives a 95 % interval"
-    return (found.good, found.bad), "the first fits, the second was tried and does not; --repeats 5 gives a 95 % interval"
+        means = "all tried up to the first fit; the second fits, too, but one between them does not"
+        return (found.good, found.above[-1]), f"{means}; one run each, --repeats 5 gives a 95 % interval"
+    if found.bad is None:
+        means = "the largest that was tried fits"
+    else:
+        means = (
+            "the first fits, the second does not"
+            if found.good >= first
+            else "the second does not fit, and nothing smaller was tried"
+        )
+    return (found.good, found.bad), f"{means}; one run each, --repeats 5 gives a 95 % interval"
+
+
+def _criterion(smallest: Probe, *, attain: float, without_preemption: bool) -> str:
+    if not smallest.terms:
+        return "stable (simulate explain stable)" + (" and without preemptions" if without_preemption else "")
+    return f"{100 * attain:g} % of the requests within " + " and ".join(
+        f"{term.metric} {1e3 * term.limit_s:,g} ms" for term in smallest.terms
+    )
 
 
 def _said(found: Probe, *, calm: bool) -> str:

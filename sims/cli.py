@@ -7,7 +7,6 @@ import io
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,8 @@ from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.cli_tools import fit, tools
-from pagedkv.sims.config import GOES_WITH, LOAD_KINDS, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.config_file import ASKED_FOR, given, read_settings, with_files, without_other_loads
 from pagedkv.sims.config_words import DEFAULT_PARAMETER
 
 BAD_INPUT = 2
@@ -53,7 +53,7 @@ def simulate(
         json: Write the result document to this file; - prints it, and nothing else, to stdout.
         out: Write config.toml, summary.json, requests.csv, timeline.csv and report.html to this folder.
         report: Write report.html, one offline page with the pictures, to this file.
-        config: Take settings from a config.toml; flags override it.
+        config: Take settings from a config.toml, such as --out writes; flags override it, and its paths are relative to it.
     """
     from pagedkv.sims.export import prepare_file, prepare_folder, to_json, write, write_atomically
     from pagedkv.sims.progress import ProgressOnStderr
@@ -153,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["simulate"]:  # `pagedkv simulate --users 100`
         del arguments[0]
     try:
-        app.config = _config_files(arguments)
+        if arguments and arguments[0] in ASKED_FOR:
+            arguments = _question(arguments)
+        else:
+            app.config = _config_files(arguments)
         _app_for(arguments)(_joined(arguments), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except (ConfigError, CycloptsError) as error:
@@ -193,23 +196,35 @@ def _config_files(arguments: list[str]) -> tuple[Dict, ...]:
 
     A load on the command line replaces a file's load of another kind, with what belongs to it.
     """
-    paths = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
-    paths += [flag.removeprefix("--config=") for flag in arguments if flag.startswith("--config=")]
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word.startswith("--")}
-    files = []
-    for path in paths:
-        try:
-            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read the configuration {path!r}: {error}") from error
-        if "config" in settings:
-            raise ConfigError(f"{path!r} names another configuration in 'config': give --config on the command line, once for each")
-        if given & set(LOAD_KINDS):
-            kinds = {name for name in LOAD_KINDS if name in given}
-            others = {name for name, loads in GOES_WITH.items() if not kinds & set(loads)} | set(LOAD_KINDS) - kinds
-            settings = {name: value for name, value in settings.items() if name.replace("-", "_") not in others}
-        files.append(Dict(settings, source=path))
-    return tuple(files)
+    _, paths = _without_config(arguments)
+    return tuple(Dict(without_other_loads(read_settings(path), given(arguments)), source=path) for path in paths)
+
+
+def _question(arguments: list[str]) -> list[str]:
+    """Return the words of a question with the flags of the files that --config names."""
+    command, *words = arguments
+    if {"--help", "-h"} & set(words):
+        return arguments
+    words, paths = _without_config(words)
+    words, notes = with_files(command, words, paths)
+    for note in notes:
+        print(note, file=sys.stderr)  # noqa: T201
+    return [command, *words]
+
+
+def _without_config(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return `arguments` without --config, and the files that it names."""
+    rest: list[str] = []
+    paths: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("--config="):
+            paths.append(word.removeprefix("--config="))
+        elif word == "--config" and (path := next(words, None)) is not None:
+            paths.append(path)
+        else:
+            rest.append(word)
+    return rest, paths
 
 
 def _exit(message: str, code: int) -> None:

@@ -21,6 +21,7 @@ Load = Annotated[LoadConfig, Parameter(name="*", group=LOAD)]
 Serving = Annotated[ServingConfig, Parameter(name="*", group=SERVING)]
 Measurement = Annotated[MeasurementConfig, Parameter(name="*", group=MEASUREMENT)]
 Attain = Annotated[float, Parameter(group=MEASUREMENT)]
+Config = Annotated[Path | None, Parameter(group=OUTPUT)]
 Json = Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)]
 
 
@@ -30,12 +31,14 @@ def max_users(
     serving: Serving = ServingConfig(),  # noqa: B008
     measurement: Measurement = MeasurementConfig(),  # noqa: B008
     attain: Attain = ATTAIN,
+    config: Config = None,
     json: Json = None,
 ) -> None:
     """Find the largest number of users within the goals; without goals, the largest that is stable. Allocator: paged, unless given.
 
     Args:
         attain: Share of the requests that must meet the goals.
+        config: Take settings from a config.toml, as --out of simulate writes it; flags override it.
         json: Write the answer to this file; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.capacity_answer import SCHEMA_VERSION
@@ -43,11 +46,12 @@ def max_users(
     from pagedkv.sims.console_capacity import show_max_users
     from pagedkv.sims.max_users import max_users as search
 
-    config, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
+    del config  # main has put its settings among the flags
+    asked, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
     if json is None:
         print_view(lambda console: show_max_users(answers, console, attain=attain))
         return
-    head = {"schema_version": SCHEMA_VERSION, "question": "max-users", "unit": "users", "attain": attain, "config": flat(config)}
+    head = {"schema_version": SCHEMA_VERSION, "question": "max-users", "unit": "users", "attain": attain, "config": flat(asked)}
     write_json(head | {"answers": [answer.document() for answer in answers]}, json)
 
 
@@ -57,6 +61,7 @@ def max_context(
     serving: Serving = ServingConfig(),  # noqa: B008
     measurement: Measurement = MeasurementConfig(),  # noqa: B008
     attain: Attain = ATTAIN,
+    config: Config = None,
     json: Json = None,
 ) -> None:
     """Find the longest context at which --users N fit: within the goals; without goals, stable and without preemptions.
@@ -66,6 +71,7 @@ def max_context(
 
     Args:
         attain: Share of the requests that must meet the goals.
+        config: Take settings from a config.toml, as --out of simulate writes it; flags override it.
         json: Write the answer to this file; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.capacity_answer import SCHEMA_VERSION
@@ -73,11 +79,12 @@ def max_context(
     from pagedkv.sims.console_capacity import show_max_context
     from pagedkv.sims.max_context import max_context as search
 
-    config, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
+    del config  # main has put its settings among the flags
+    asked, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
     if json is None:
         print_view(lambda console: show_max_context(answers, console, attain=attain))
         return
-    head = {"schema_version": SCHEMA_VERSION, "question": "max-context", "unit": "tokens", "attain": attain, "config": flat(config)}
+    head = {"schema_version": SCHEMA_VERSION, "question": "max-context", "unit": "tokens", "attain": attain, "config": flat(asked)}
     each = [{"users": a.users, "prompt_len": a.prompt_len, "output_len": a.output_len, **a.found.document()} for a in answers]
     write_json(head | {"answers": each}, json)
 
@@ -87,6 +94,7 @@ def sweep(
     out: Annotated[str, Parameter(group=OUTPUT)],
     workers: Annotated[int | None, Parameter(group=OUTPUT)] = None,
     metric: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    config: Config = None,
     json: Json = None,
 ) -> None:
     """Simulate every combination of some flags' values: --users 10,20,50..100:10 --block-size 8,16 --out FOLDER.
@@ -101,6 +109,7 @@ def sweep(
         out: Folder of results.csv, results.json and sweep.html; results.jsonl gets every run as soon as it is done.
         workers: Processes [default: one per core].
         metric: Figure of the picture, such as ttft_s.p99 [default: goodput_share, or output_tokens_per_s without goals].
+        config: Take settings from a config.toml, as --out of simulate writes it; flags override it.
         json: Write results.json to this file, too; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.console_sweep import show_sweep
@@ -108,6 +117,7 @@ def sweep(
     from pagedkv.sims.sweep import run_sweep
     from pagedkv.sims.sweep_grid import parse_grid
 
+    del config  # main has put its settings among the flags
     check_json(json)
     grid, folder = parse_grid(flags), output_path(out, "--out")
     assert folder is not None
@@ -158,6 +168,7 @@ def advise(
     serving: Serving = ServingConfig(),  # noqa: B008
     measurement: Measurement = MeasurementConfig(),  # noqa: B008
     attain: Attain = ATTAIN,
+    config: Config = None,
     json: Json = None,
 ) -> None:
     """Find settings that serve --users N better, one at a time from the defaults, and print a vllm serve command.
@@ -167,6 +178,7 @@ def advise(
 
     Args:
         attain: Share of the requests that should meet the goals.
+        config: Take settings from a config.toml, as --out of simulate writes it; flags override it.
         json: Write the advice to this file; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.advise import advise as search
@@ -174,13 +186,14 @@ def advise(
     from pagedkv.sims.progress import ProgressOnStderr
     from pagedkv.sims.scenario import asked_allocators
 
+    del config  # main has put its settings among the flags
     check_json(json)
     names = asked_allocators(measurement, usual=("paged",))
     if names != ("paged",):
         raise ConfigError(f"--allocator is {','.join(names)}: advise is about vLLM, whose allocator is paged")
-    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
+    asked = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
     with ProgressOnStderr(["advise"], repeats=1) as progress:
-        advice = search(config, attain=attain, progress=_telling(progress, "advise"))
+        advice = search(asked, attain=attain, progress=_telling(progress, "advise"))
     if json is None:
         print_view(lambda console: show_advice(advice, console))
     else:

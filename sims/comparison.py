@@ -39,6 +39,9 @@ def comparison(document: dict[str, Any]) -> list[Row]:
     for outcome in ("finished", "unfinished", "rejected", "failed"):
         rows.append(row(outcome, *(f"{c[f'num_{outcome}']:,}" for c in columns), depth=1))
     rows.append(row("preemptions", *(f"{c['num_preemptions']:,}" for c in columns)))
+    for key, title in (("prefix_hit_rate", "prefix hit rate"), ("resumed_hit_rate", "found on resumption")):
+        if any(c[key] is not None for c in columns):
+            rows.append(row(title, *(_percent(c[key]) for c in columns)))
     for key, title in (("kv", "share of KV memory"), ("kv_when_waiting", "while requests wait")):
         if any(c[key] for c in columns):
             rows.append(row(title))
@@ -52,7 +55,7 @@ def comparison(document: dict[str, Any]) -> list[Row]:
         ("e2e_s", "E2E", 1.0, "s"),
     ):
         for p in ("p50", "p90", "p99"):
-            rows.append(row(f"{title} {p.upper()}, {unit}", *(_latency(c[key], p, scale) for c in columns)))
+            rows.append(row(f"{title} {p.upper()}, {unit}", *(_latency(c, f"{key}.{p}", scale) for c in columns)))
     return rows
 
 
@@ -70,6 +73,18 @@ def advantages(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def prefix_note(document: dict[str, Any], why_off: str | None) -> str | None:
+    """Say why nothing is cached, or who does without what paged memory finds in its cache; None if there is nothing to say."""
+    if why_off is not None:
+        return why_off
+    columns = document["results"]
+    without = [c["allocator"] for c in columns if c["prefix_hit_rate"] is None and c["resumed_hit_rate"] is None]
+    if not without or not any(c["prefix_hit_rate"] or c["resumed_hit_rate"] for c in columns):
+        return None
+    compute = "computes" if len(without) == 1 else "compute"
+    return f"Only paged memory caches prefixes here: {', '.join(without)} {compute} every prompt whole."
+
+
 def _number(value: float | None, spec: str = ".1f") -> str:
     return "–" if value is None else format(value, f",{spec}")
 
@@ -83,5 +98,9 @@ def _interval(column: dict[str, Any], key: str, spec: str) -> str:
     return _number(column[key], spec) + ("" if interval is None else f" ± {_number((interval[1] - interval[0]) / 2, spec)}")
 
 
-def _latency(summary: dict[str, Any] | None, percentile: str, scale: float) -> str:
-    return "–" if summary is None else _number(scale * summary[percentile], ".0f" if scale > 1 else ".1f")
+def _latency(column: dict[str, Any], name: str, scale: float) -> str:
+    latency, _, part = name.partition(".")
+    if column[latency] is None:
+        return "–"
+    at_least = "≥ " if name in column["lower_bounds"] else ""
+    return at_least + _number(scale * column[latency][part], ".0f" if scale > 1 else ".1f")

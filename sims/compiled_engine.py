@@ -10,9 +10,9 @@ import numpy as np
 import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
-from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.recorder import Recorder
@@ -24,10 +24,10 @@ from pagedkv.sims.run_steps import (
     NUM_FAILED,
     NUM_FINISHED,
     NUM_KNOWN,
+    NUM_PROGRESS,
     PAUSED,
     STEP_S,
     LoopArrays,
-    complete_in_flight,
     run_steps,
 )
 from pagedkv.sims.step_time import RooflineStepTime
@@ -46,19 +46,19 @@ class CompiledEngine:
         self._done: dict[int, simpy.Event] = {}
         self._arrival = env.event()
         self._idle_since_s: float | None = None
-        self._progress = np.zeros(4, np.int64)
+        self._progress = np.zeros(NUM_PROGRESS, np.int64)
         self._clock = np.zeros(2)
         self._failed = np.zeros(1, np.int64)
         env.process(self._serve())
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, keys: BlockKeys | None = None) -> simpy.Event | None:
+    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
 
-        `keys` are those of all its blocks that will ever be full, if prefixes are cached: see `Scheduler.add`.
+        `content` is what it shares with others: see `Scheduler.add`.
         """
         if self._progress[NEXT_ARRIVAL] < self._progress[NUM_KNOWN]:
             raise ConfigError("requests of the future are known already: submit them all at once, or each when it arrives")
-        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, keys=keys)
+        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, content=content)
         if request is None:
             self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
             return None
@@ -68,10 +68,12 @@ class CompiledEngine:
         self._wake()
         return done
 
-    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+    def submit_all(
+        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+    ) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end. Call it once, before anything has arrived."""
         first = self._scheduler.requests.size
-        accepted = self._scheduler.add_all(prompt_tokens, output_tokens)
+        accepted = self._scheduler.add_all(prompt_tokens, output_tokens, contents=contents)
         self._recorder.expect(first, arrival_s[accepted])
         for i in np.flatnonzero(~accepted):
             self._recorder.rejection(int(prompt_tokens[i]), int(output_tokens[i]), float(arrival_s[i]))
@@ -97,7 +99,7 @@ class CompiledEngine:
             scheduler.arrays,
             scheduler.requests.arrays,
             self._allocator.arrays,
-            scheduler.requests.keys,
+            scheduler.requests.segments,
             *scheduler.step_arrays,
             self._failed,
             self._recorder.arrays,
@@ -130,7 +132,6 @@ class CompiledEngine:
                 yield env.timeout(0.0)
             elif reason == IN_FLIGHT:
                 yield env.timeout(float(clock[STEP_S]))
-                self._finish(complete_in_flight(self._loop(), self._allocator.rules, env.now))
             elif progress[NUM_FAILED]:
                 self._recorder.failure(int(self._failed[0]))
                 self._end(int(self._failed[0]))

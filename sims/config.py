@@ -15,7 +15,7 @@ LOAD_KINDS = ("users", "request_rate", "trace")
 GOES_WITH = {
     "think_time": ("users",),
     "burstiness": ("request_rate",),
-    "num_prompts": ("request_rate", "trace"),
+    "num_prompts": ("users", "request_rate", "trace"),
     "trace_format": ("trace",),
     "trace_rate": ("trace",),
     "lengths": ("users", "request_rate"),
@@ -23,6 +23,8 @@ GOES_WITH = {
     "random_input_len": ("users", "request_rate"),
     "random_output_len": ("users", "request_rate"),
     "random_range_ratio": ("users", "request_rate"),
+    "prefix_len": ("users", "request_rate"),
+    "num_prefixes": ("users", "request_rate"),
 }
 """By setting of a load: the kinds that it goes with."""
 
@@ -71,7 +73,7 @@ class LoadConfig:
     burstiness: float | None = None
     """Open loop: shape of the gamma-distributed gaps, as in vllm bench; 1 is Poisson, below 1 burstier [default: 1]."""
     num_prompts: int | None = None
-    """Open loop or trace: stop after this many requests."""
+    """Stop after this many requests, and run until all are answered [default: a trace, when it ends]."""
     trace: str | None = None
     """Replay arrivals and lengths from a file: Azure CSV, Mooncake JSONL, or a CSV with arrival, input and output; gzip too."""
     trace_format: str | None = None
@@ -88,6 +90,11 @@ class LoadConfig:
     """Output length in tokens; needs random_input_len."""
     random_range_ratio: float | None = None
     """Spread both random lengths evenly over length × (1 ± this); 0 to below 1 [default: 0]."""
+    prefix_len: int | None = None
+    """Tokens of a shared prefix, e.g. a system prompt, put before every prompt (vllm bench: --random-prefix-len) [default: 0]."""
+    num_prefixes: int | None = None
+    """How many different ones (vllm bench: --prefix-repetition-num-prefixes); each user, or open-loop request, has one of them at
+    random [default: 1]."""
     over_length: Literal["reject", "drop"] = "reject"
     """Requests longer than max_model_len: reject them at arrival, as an engine does, or drop them from the load."""
 
@@ -103,7 +110,7 @@ class ServingConfig:
     model: str = "llama-3.1-8b"
     """Model from the catalogue, its Hugging Face id, or a config.json or its folder."""
     engine: str = "vllm"
-    """Engine whose defaults and rules apply."""
+    """Engine whose defaults and rules apply: vllm (0.33), or an earlier version of it, vllm@0.19."""
     quantization: str | None = None
     """Weight format: bf16, fp8, nvfp4, mxfp4, int4, ... [default: the model's own]."""
     kv_cache_dtype: str = "auto"
@@ -124,10 +131,12 @@ class ServingConfig:
     """Compute long prompts over several steps."""
     long_prefill_token_threshold: int = 0
     """Most tokens of one request per step while others are there; 0 is no limit."""
+    enable_prefix_caching: bool | None = None
+    """Paged memory keeps what was computed, for prompts that begin alike [default: yes; no for models with state layers]."""
     watermark: float = 0.0
     """Share of the blocks that an admission leaves free while something runs."""
-    scheduler_reserve_full_isl: bool = True
-    """Admit a request only if all its known tokens fit."""
+    scheduler_reserve_full_isl: bool | None = None
+    """Admit a request only if all its known tokens fit [default: the engine's: yes, no for vllm@0.19]."""
     enforce_eager: bool = False
     """Run without CUDA graphs: saves their memory, costs launch time."""
     kv_cache_memory_bytes: str | None = None

@@ -8,7 +8,7 @@ from rich.text import Text
 from pagedkv.heaps import HEAPS
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import command_line
-from pagedkv.sims.comparison import advantages, comparison
+from pagedkv.sims.comparison import advantages, comparison, prefix_note
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.results import Results
@@ -24,7 +24,7 @@ def show(results: Results, console: Console) -> None:
         _setting(results),
         waterfall(results.scenario.deployment),
         *_contiguous_max_holds(results),
-        _comparison(results),
+        _comparison(results, console.width),
         _verdict(results),
     ):
         console.print(part)
@@ -54,7 +54,8 @@ def _setting(results: Results) -> RenderableType:
         + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
         + f" · {serving} · max-model-len {config['max_model_len']:,} · "
         f"block-size {config['block_size']} · gpu-memory-utilization {config['gpu_memory_utilization']:g} · max-num-seqs "
-        f"{config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,}"
+        f"{config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
+        f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
     )
     return Group(title, Text(facts, "dim"))
 
@@ -77,7 +78,9 @@ def waterfall(deployment: Deployment) -> RenderableType:
     lines: list[RenderableType] = [Text("Memory", "bold"), table, Text(_kv_equation(deployment)), Text(budget.gate)]
     if any(group.kind in ("sliding_window", "chunked") for group in deployment.model.layer_groups):
         lines.append(
-            Text("Layers with a window are budgeted as if they kept all tokens; an engine gives those blocks back.", "yellow")
+            Text(
+                "Layers with a window keep all tokens in paged memory; vLLM gives their blocks back: --allocator hybrid.", "yellow"
+            )
         )
     lines += [Text(f"warning: {warning}", "yellow") for warning in budget.warnings]
     return Group(*lines)
@@ -103,13 +106,38 @@ def _contiguous_max_holds(results: Results) -> list[RenderableType]:
     return [Text(f"contiguous-max would hold {holds} of max-model-len (here {pool.max_model_len:,}).")]
 
 
-def _comparison(results: Results) -> RenderableType:
+def _comparison(results: Results, width: int) -> RenderableType:
+    """Return the comparison, as several tables if it is wider than `width`."""
     document = results.document()
-    table = plain_table("", *(column["allocator"] for column in document["results"]), no_wrap=False)
-    for row in comparison(document):
-        values = [Text(value, _STATUS_STYLE.get(value, "")) for value in row.values]
-        table.add_row(Text("  " * row.depth + row.label, "" if values else "bold"), *values)
-    return table
+    rows = comparison(document)
+    labels = ["  " * row.depth + row.label for row in rows]
+    columns = list(
+        zip((column["allocator"] for column in document["results"]), *(row.values for row in rows if row.values), strict=True)
+    )
+    tables: list[RenderableType] = []
+    for group in _groups([max(map(len, column)) + _GAP for column in columns], width - max(map(len, labels))):
+        table = plain_table("", *(columns[i][0] for i in group))
+        for label, row in zip(labels, rows, strict=True):
+            values = [Text(row.values[i], _STATUS_STYLE.get(row.values[i], "")) for i in group] if row.values else []
+            table.add_row(Text(label, "" if values else "bold"), *values)
+        tables += [table] if not tables else ["", table]
+    if any(column["lower_bounds"] for column in document["results"]):
+        tables.append("≥: requests that the end cut off may raise it (simulate explain lower bounds)")
+    return Group(*tables)
+
+
+_GAP = 2
+"""Blanks between columns."""
+
+
+def _groups(widths: list[int], room: int) -> list[list[int]]:
+    """Return the indices of columns of `widths` side by side, as many as there is `room` for, and one at least."""
+    groups: list[list[int]] = []
+    for i, width in enumerate(widths):
+        if not groups or sum(widths[k] for k in groups[-1]) + width > room:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def _verdict(results: Results) -> RenderableType:
@@ -117,5 +145,8 @@ def _verdict(results: Results) -> RenderableType:
     for name, result in results.by_allocator.items():
         style = _STATUS_STYLE[result.verdict.status]
         lines.append(Padding(Text.assemble((f"{name}: ", "bold"), (result.verdict.text, style)), (0, 0, 0, 2)))
-    lines += [Padding(Text(advantage), (0, 0, 0, 2)) for advantage in advantages(results.document())]
+    document = results.document()
+    lines += [Padding(Text(line), (0, 0, 0, 2)) for line in advantages(document)]
+    if note := prefix_note(document, results.scenario.deployment.why_no_prefix_caching):
+        lines.append(Padding(Text(note, "yellow"), (0, 0, 0, 2)))
     return Group(*lines)

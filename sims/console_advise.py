@@ -10,14 +10,16 @@ def show_advice(advice: Advice, console: Console) -> None:
     """Print the command, why, and what was tried in vain."""
     console.print(Text("Serve with", "bold"))
     console.print(advice.serve, soft_wrap=True, markup=False)
+    if advice.serve_note:
+        console.print(Text(advice.serve_note, "yellow"))
     console.print()
     if not advice.kept:
         console.print("No setting that was tried gains anything over the defaults.")
-    for trial in advice.kept:
-        setting = f"{_flag(trial.setting)} {trial.value}"
-        console.print(Text.assemble((setting, "bold"), f" instead of {trial.before}: {trial.reason}"))
-        if trial.setting in NOTES:
-            console.print(Text(f"  {NOTES[trial.setting]}", "yellow"))
+    kept = {trial.setting for trial in advice.kept}
+    for value in advice.values:
+        console.print(Text.assemble((f"{_flag(value.setting)} {value.value}", "bold"), f"  {value.reason}"))
+        if value.setting in kept and value.setting in NOTES:
+            console.print(Text(f"  {NOTES[value.setting]}", "yellow"))
     before, after = advice.attained
     if before is not None and after is not None:
         console.print(f"In all: {before:.1%} → {after:.1%} of the requests meet the goals.", markup=False)

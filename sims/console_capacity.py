@@ -35,11 +35,14 @@ def _one(unit: str, number: int) -> str:
 
 def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) -> None:
     low, high = found.interval
-    lines = [f"interval {low:,} to {'–' if high is None else f'{high:,}'}: {found.interval_means}"]
+    lines = [f"to fit means: {found.criterion}"]
+    lines += [f"interval {low:,} to {'–' if high is None else f'{high:,}'}: {found.interval_means}"]
     if found.attained is not None:
-        lines.append(f"{found.attained:.1%} of the requests meet the goals ({attain:.0%} wanted)")
+        lines.append(f"{found.attained:.1%} of the requests meet the goals ({100 * attain:g} % wanted)")
     for term in found.failing:
-        needed = "no request finished" if term.reached_s is None else f"{attain:.0%} stay within {1e3 * term.reached_s:,.0f} ms"
+        needed = (
+            "no request finished" if term.reached_s is None else f"{100 * attain:g} % stay within {1e3 * term.reached_s:,.0f} ms"
+        )
         share = "–" if term.attained is None else f"{term.attained:.1%}"
         lines.append(f"{term.metric} fails: {share} within {1e3 * term.limit_s:,.0f} ms; {needed}")
     limit = "" if found.binding is None else f"; limit: {LIMIT_NAMES[found.binding]}"

@@ -1,10 +1,14 @@
 """A sweep in the terminal."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.text import Text
 
 from pagedkv.sims.console_table import plain_table
+from pagedkv.sims.flat_figures import SUMMED
 from pagedkv.sims.sweep import Sweep, errors, labels, value_text
+from pagedkv.sims.sweep_findings import Row
 
 _FIGURES = {
     "output_tokens_per_s": "tokens/s",
@@ -24,9 +28,11 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
     table = plain_table(*headers, left=(len(names),), no_wrap=False)
     for row in sweep.rows[:_MOST_ROWS]:
         if "result" in row.outcome:
-            figures = [_number(row.figure(name)) for name in _FIGURES]
+            figures = [_number(_per_run(sweep, row, name)) for name in _FIGURES]
             table.add_row(*(str(value_text(row.values[name])) for name in names), str(row.figure("verdict.status")), *figures)
     console.print(table)
+    if any(_repeats(sweep, row) > 1 for row in sweep.rows):
+        console.print("Preemptions are per repeat; in results.csv, counts are sums over all repeats.")
     if len(sweep.rows) > _MOST_ROWS:
         console.print(f"and {len(sweep.rows) - _MOST_ROWS:,} more in results.csv")
     console.print()
@@ -43,6 +49,15 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
         console.print(Text(f"Anomaly: {moves} as {axis}{_at(labels(anomaly.others))}; {_SURE[anomaly.sure]}", "yellow"))
     for what, why in errors(sweep.rows):
         console.print(Text(f"Cannot run: {what}: {why}", "yellow"))
+
+
+def _repeats(sweep: Sweep, row: Row) -> int:
+    return int(row.values.get("repeats", sweep.grid.base.measurement.repeats))
+
+
+def _per_run(sweep: Sweep, row: Row, name: str) -> Any:
+    value, repeats = row.figure(name), _repeats(sweep, row)
+    return value / repeats if name in SUMMED and repeats > 1 else value
 
 
 def _at(others: str) -> str:

@@ -9,11 +9,12 @@ from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.heaps import HEAPS
 from pagedkv.kv_spec import KVCacheSpec, kv_element_pair_bytes
+from pagedkv.layer_groups import plan_layer_groups
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import ServingConfig
-from pagedkv.sims.engines import ENGINES
+from pagedkv.sims.engines import load_engine
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.weight_format import WeightFormat, load_weight_format
 
@@ -35,6 +36,27 @@ class Deployment:
     pool: KVPoolSettings
     step_time: RooflineStepTime
 
+    def pool_of(self, allocator: str) -> KVPoolSettings:
+        """Return what `allocator` is built from: all divide the same bytes, and those with blocks per layer group their own way."""
+        if allocator == "paged":
+            return self.pool
+        if allocator != "hybrid":
+            return replace(self.pool, enable_prefix_caching=False)
+        groups = self.model.layer_groups
+        plan = plan_layer_groups(groups, block_size=self.pool.block_size, kv_cache_dtype=self.pool.kv_cache_dtype)
+        num_blocks = self.pool.num_blocks * self.budget.block_bytes // plan.page_bytes
+        return replace(self.pool, num_blocks=num_blocks, layer_groups=groups, state_slots=0, enable_prefix_caching=False)
+
+    @property
+    def why_no_prefix_caching(self) -> str | None:
+        """Why prefix caching is off, whatever was asked for; None if it is on, or off only because that was asked for."""
+        if self.pool.enable_prefix_caching or self.config.enable_prefix_caching is False:
+            return None
+        return (
+            "Prefix caching is off: this model's layers with a state are not cached. vLLM caches them only if asked, in an "
+            "experimental way that is not modelled."
+        )
+
 
 def deploy(serving: ServingConfig) -> Deployment:
     """Return the deployment that `serving` describes.
@@ -45,19 +67,22 @@ def deploy(serving: ServingConfig) -> Deployment:
     model, hardware = load_model(serving.model), load_hardware(serving.hardware)
     if serving.clock_derate is not None:
         hardware = hardware.derated(serving.clock_derate)
-    engine = ENGINES.load(serving.engine)
+    engine = load_engine(serving.engine)
     if serving.contiguous_heap not in HEAPS.names():
         raise unknown_name("contiguous-heap", serving.contiguous_heap, HEAPS.names())
     if not 0 <= serving.watermark < 1:
         raise ConfigError(f"watermark {serving.watermark} is a share of the blocks: needs 0 or more, below 1")
     if serving.block_size > 1 << 16:
         raise ConfigError(f"block-size {serving.block_size}: needs 1 to {1 << 16:,} tokens; vLLM's default is 16")
+    reserve_full_isl, freed_to_front = engine.admission(serving)
+    has_state = model.kv_spec(serving.kv_cache_dtype).state_bytes_per_sequence > 0
     weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
     scheduler = engine.scheduler_settings(serving, model, hardware)
     budget = engine.memory_budget(serving, model, weight_format, hardware, scheduler)
     usual = engine.scheduler_settings(
         replace(serving, max_model_len=None, max_num_seqs=None, max_num_batched_tokens=None), model, hardware
     )
+    usual_gate, _ = engine.admission(replace(serving, scheduler_reserve_full_isl=None))
     kv_spec = model.kv_spec(serving.kv_cache_dtype)
     limits: dict[str, Any] = {
         name: None if getattr(scheduler, name) == getattr(usual, name) else getattr(serving, name)
@@ -68,8 +93,11 @@ def deploy(serving: ServingConfig) -> Deployment:
         config=replace(
             serving,
             **limits,
-            gpu_memory_utilization=None if utilization == hardware.default_utilization.value else utilization,
+            engine=engine.name,
+            gpu_memory_utilization=None if utilization == engine.default_utilization(hardware) else utilization,
+            scheduler_reserve_full_isl=None if reserve_full_isl == usual_gate else serving.scheduler_reserve_full_isl,
             clock_derate=None if serving.clock_derate == 1 else serving.clock_derate,
+            enable_prefix_caching=None if has_state or serving.enable_prefix_caching else serving.enable_prefix_caching,
         ),
         model=model,
         hardware=hardware,
@@ -86,7 +114,9 @@ def deploy(serving: ServingConfig) -> Deployment:
             page_tokens=_page_tokens(kv_spec),
             contiguous_heap=serving.contiguous_heap,
             watermark=serving.watermark,
-            reserve_full_isl=serving.scheduler_reserve_full_isl,
+            reserve_full_isl=reserve_full_isl,
+            freed_to_front=freed_to_front,
+            enable_prefix_caching=serving.enable_prefix_caching is not False and not has_state,
             state_slots=-(-kv_spec.state_bytes_per_sequence // kv_spec.bytes_per_token),
         ),
         step_time=RooflineStepTime(

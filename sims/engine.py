@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
-from pagedkv.block_hash import BlockKeys
+from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.step_time import StepTimeModel
@@ -18,13 +18,15 @@ from pagedkv.sims.step_time import StepTimeModel
 class ServingEngine(Protocol):
     """What a load sends its requests to."""
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, keys: BlockKeys | None = None) -> simpy.Event | None:
+    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
 
-        `keys` are those of all its blocks that will ever be full, if prefixes are cached: see `Scheduler.add`.
+        `content` is what it shares with others: see `Scheduler.add`.
         """
 
-    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+    def submit_all(
+        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+    ) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end."""
 
 
@@ -41,12 +43,12 @@ class Engine:
         self._idle_since_s: float | None = None
         env.process(self._serve())
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, keys: BlockKeys | None = None) -> simpy.Event | None:
+    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
 
-        `keys` are those of all its blocks that will ever be full, if prefixes are cached: see `Scheduler.add`.
+        `content` is what it shares with others: see `Scheduler.add`.
         """
-        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, keys=keys)
+        request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, content=content)
         if request is None:
             self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
             return None
@@ -56,15 +58,19 @@ class Engine:
             self._arrival.succeed()
         return done
 
-    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+    def submit_all(
+        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+    ) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end. Call it once, before anything has arrived."""
-        self._env.process(self._arrivals(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist()))
+        self._env.process(self._arrivals(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), contents))
 
-    def _arrivals(self, arrival_s: list[float], prompts: list[int], outputs: list[int]) -> Generator[simpy.Event, Any, None]:
-        for at_s, prompt, output in zip(arrival_s, prompts, outputs, strict=True):
+    def _arrivals(
+        self, arrival_s: list[float], prompts: list[int], outputs: list[int], contents: Contents | None
+    ) -> Generator[simpy.Event, Any, None]:
+        for i, (at_s, prompt, output) in enumerate(zip(arrival_s, prompts, outputs, strict=True)):
             if at_s > self._env.now:
                 yield self._env.timeout(at_s - self._env.now)
-            self.submit(prompt, output)
+            self.submit(prompt, output, content=None if contents is None else contents.of(i))
 
     def close(self) -> None:
         """Account for the time since the last step, if the engine has nothing to do when the run ends."""

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.command import to_toml
+from pagedkv.sims.config_file import file_text
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import Results
 
 REQUEST_COLUMNS = [
     *("allocator", "repeat", "request", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens"),
-    *("output_tokens", "num_output_tokens", "num_preemptions", "outcome", "measured"),
+    *("output_tokens", "num_output_tokens", "num_cached_tokens", "num_preemptions", "outcome", "measured"),
 ]
 TIMELINE_COLUMNS = ["allocator", "repeat", "start_s", "observed_s", "running", "waiting", *(f"kv_{kind}" for kind in KV_KINDS)]
 
@@ -64,7 +64,7 @@ def write(results: Results, folder: Path) -> None:
 
     document = results.document()
     files = {
-        "config.toml": to_toml(document["config"]),
+        "config.toml": file_text(document["config"], folder),
         "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(results)),
         "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(results)),
         "summary.json": to_json(document),
@@ -128,6 +128,7 @@ def _request_rows(results: Results) -> Iterator[list[Any]]:
                 log.prompt_tokens.tolist(),
                 log.output_tokens.tolist(),
                 log.num_output_tokens.tolist(),
+                log.num_cached_tokens.tolist(),
                 log.num_preemptions.tolist(),
                 [Outcome(outcome).name.lower() for outcome in log.outcome],
                 (log.arrival_s >= run.warmup_s).astype(int).tolist(),

@@ -11,6 +11,8 @@ from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import Ledger, MemoryRequest
 from pagedkv.sims.deployment import Deployment
+from pagedkv.sims.engines import load_engine
+from pagedkv.sims.vllm_versions import vllm_version
 
 CONTEXTS = tuple(1024 << i for i in range(10))
 """Contexts of the table, in tokens: 1k to 512k, as far as the model goes."""
@@ -90,7 +92,11 @@ def under_other_rules(deployment: Deployment) -> tuple[EngineFit, ...]:
     # llama.cpp's -c sizes the whole cache: here for as many requests of max-model-len as it has slots.
     rules: dict[str, tuple[Ledger, int]] = {
         "vllm": (
-            VLLMLedger(block_size=serving.block_size, gpu_memory_utilization=hardware.default_utilization.value),
+            VLLMLedger(
+                block_size=serving.block_size,
+                gpu_memory_utilization=load_engine(serving.engine).default_utilization(hardware),
+                cuda_graphs_set_aside=vllm_version(serving.engine).cuda_graphs_set_aside,
+            ),
             deployment.scheduler.max_num_batched_tokens,
         ),
         "sglang": (SGLangLedger(), chunk),

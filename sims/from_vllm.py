@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from pagedkv.catalogue import known_model, load_model, quantized_repository
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import ServingConfig
-
-VLLM_UTILIZATION = 0.92
-"""What vLLM takes without --gpu-memory-utilization. Source: vLLM 0.33, EngineArgs (it was 0.9)."""
+from pagedkv.sims.vllm_versions import vllm_version
 
 _MULTIPLIERS = {"k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30, "t": 10**12, "T": 1 << 40}
-_SWITCHES = ("enable_chunked_prefill", "enforce_eager", "scheduler_reserve_full_isl")
+_SWITCHES = ("enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "scheduler_reserve_full_isl")
 _INTEGERS = (
     "max_model_len",
     "block_size",
@@ -107,7 +105,7 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
         elif name == "dtype" and value in ("float32", "float"):
             settings.setdefault("quantization", "fp32")
             not_modelled.append(f"{shown} (of the KV cache)")
-        elif on in _NO_EFFECT or name in ("dtype", "no_enable_prefix_caching"):
+        elif on in _NO_EFFECT or name == "dtype":
             without_effect.append(shown)
         else:
             not_modelled.append(shown)
@@ -131,7 +129,7 @@ def with_vllm_defaults(serving: ServingConfig) -> tuple[ServingConfig, tuple[str
     """
     defaults: dict[str, object] = {}
     if serving.gpu_memory_utilization is None and serving.kv_cache_memory_bytes is None:
-        defaults["gpu_memory_utilization"] = VLLM_UTILIZATION
+        defaults["gpu_memory_utilization"] = vllm_version(serving.engine).gpu_memory_utilization
     if serving.max_model_len is None:
         defaults["max_model_len"] = load_model(serving.model).max_context
     flags = tuple(f"--{name.replace('_', '-')} {value}" for name, value in defaults.items())

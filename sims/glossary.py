@@ -36,6 +36,12 @@ _ENTRIES = (
         "itl_s", "ITL", "token i+1 − token i, over all tokens", "Inter-token latency: every single pause, so its P99 shows stalls."
     ),
     _entry("e2e_s", "E2E", "last token − arrival", "End-to-end latency of a request."),
+    _entry(
+        "lower_bounds",
+        "lower bounds",
+        "TTFT or E2E percentiles that unfinished requests may raise by over 1 %",
+        "Marked with ≥: requests cut off by the end count with the time that they have spent so far.",
+    ),
     _entry("mean", "mean", "Σ samples / their number", "Of a latency: over all measured requests, or all gaps."),
     _entry("p50", "P50", "half of the samples are at most this", "The median: what the usual request sees."),
     _entry("p90", "P90", "90 % of the samples are at most this", "What one request in ten exceeds."),
@@ -75,6 +81,25 @@ _ENTRIES = (
         "running requests put back into the queue",
         "Their KV memory is given up and computed again.",
     ),
+    _entry(
+        "num_queried_tokens",
+        "tokens queried",
+        "prompt tokens of requests scheduled for the first time in the window",
+        "Looked up in the prefix cache. None without one.",
+    ),
+    _entry("num_hit_tokens", "tokens found", "those of them that were in the prefix cache", "Prefill that is spared."),
+    _entry(
+        "prefix_hit_rate",
+        "prefix hit rate",
+        "tokens found / tokens queried",
+        "As vLLM reports it. Only prompts that begin alike hit: with --prefix-len, or a trace with hash_ids.",
+    ),
+    _entry(
+        "resumed_hit_rate",
+        "found on resumption",
+        "tokens found / tokens known, over preempted requests that came back",
+        "What of their own work they need not do again.",
+    ),
     _entry("running_mean", "running, mean", "∫ running dt / (E − W)", "Requests in the running batch, weighted by time."),
     _entry("running_max", "running, max", "max of running", "The fullest batch."),
     _entry(
@@ -105,9 +130,30 @@ _ENTRIES = (
     _entry("simulated_s", "simulated time", "E", "The virtual clock at the end, warm-up included."),
     _entry("verdict", "verdict", "status, fits, binding", "Whether the load fits, and which limit binds."),
     _entry("status", "status", "failed > rejecting > saturated > stable", "The first of them that holds."),
+    _entry(
+        "stable",
+        "stable",
+        "not saturated, nothing rejected, nothing failed",
+        "The machine keeps up. It says nothing about goals.",
+    ),
+    _entry(
+        "saturated",
+        "saturated",
+        "closed loop: requests wait over 5 % of the time, or throughput < 90 % of an unloaded machine's; open: the queue rises",
+        "Users slow each other down. With --goodput a saturated load can still fit: then only the goals count, and the queue of an "
+        "open loop. Without, it does not.",
+    ),
+    _entry("rejecting", "rejecting", "num_rejected > 0", "Some requests can never run here."),
     _entry("fits", "fits", "stable, and 99 % of the requests meet the goals", "Without goals: stable."),
     _entry("binding", "limit", "what costs the mean request the most time", "What is reached, or would be reached first."),
     _entry("next_command", "try next", "more load if it fits, else a remedy that starts", "A command to copy."),
+    _entry(
+        "engine",
+        "engine",
+        "vllm (0.33), or vllm@0.19",
+        "Whose rules and defaults. 0.19: full-prompt gate off unless asked for, freed blocks all to the back, no watermark, "
+        "utilization 0.9 with CUDA graphs on top, a GB10 counts as large.",
+    ),
     _entry("allocator", "allocator", "paged or contiguous-*", "Who hands out KV memory; all of them serve the same requests."),
     _entry("placement", "placement", "block, or the name of a heap", "How an allocator finds room."),
     _entry(

@@ -2,12 +2,14 @@
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import simpy
 
+from pagedkv.arrays import Int64Array
+from pagedkv.scheduling.content import Contents, Segments, shared_segments
 from pagedkv.sims.config import time_text
 from pagedkv.sims.engine import ServingEngine
 from pagedkv.sims.lengths import LengthDistribution, draws
@@ -16,6 +18,8 @@ from pagedkv.sims.traces import Trace
 Process: TypeAlias = Generator[simpy.Event, Any, None]
 
 _PAUSE_AFTER_REJECTION_S = 1.0
+_PREFIX_SEED = 0x70726566
+_DRAWS_AT_ONCE = 64
 
 
 class Load(Protocol):
@@ -41,6 +45,41 @@ class Load(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedPrefixes:
+    """What prompts begin with, such as a system prompt: one of several texts, as long as each other, drawn at random."""
+
+    length: int
+    """Tokens put before every prompt; 0: none."""
+    number: int = 1
+    """How many texts."""
+
+    @property
+    def title(self) -> str:
+        """What stands behind the name of the lengths; nothing without a prefix."""
+        if not self.length:
+            return ""
+        return f" behind {'a prefix' if self.number == 1 else f'one of {self.number:,} prefixes'} of {self.length:,} tokens"
+
+    def settings(self) -> dict[str, Any]:
+        """Return both, None without a prefix."""
+        return {"prefix_len": self.length or None, "num_prefixes": self.number if self.length else None}
+
+    def choices(self, seed: int) -> Iterator[int]:
+        """Yield which of them each has, without end. Times and lengths, drawn apart, are the same with a prefix or without."""
+        rng = np.random.default_rng([_PREFIX_SEED, seed])
+        while True:
+            yield from rng.integers(self.number, size=_DRAWS_AT_ONCE).tolist()
+
+    def segments(self) -> Segments:
+        """Return one of each text, none without a prefix."""
+        number = self.number if self.length else 0
+        return shared_segments(np.arange(number), np.full(number, self.length))
+
+
+NO_PREFIX = SharedPrefixes(length=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedLoop:
     """People who think, ask, wait for the whole answer, and think again. Whoever is rejected waits a second before that."""
 
@@ -49,12 +88,11 @@ class ClosedLoop:
     think_time_s: float
     """Mean of the exponential pause before each request."""
     lengths: LengthDistribution
-    """Of their requests."""
-
-    @property
-    def num_requests(self) -> None:
-        """None: they never end."""
-        return None
+    """Of their requests, without the prefix."""
+    prefixes: SharedPrefixes = NO_PREFIX
+    """Each user has one of them."""
+    num_requests: int | None = None
+    """They stop after so many, all together; None: they never end."""
 
     @property
     def title(self) -> str:
@@ -63,22 +101,29 @@ class ClosedLoop:
 
     @property
     def lengths_name(self) -> str:
-        """The name of the distribution."""
-        return self.lengths.name
+        """The name of the distribution, and the prefix."""
+        return self.lengths.name + self.prefixes.title
 
     def settings(self) -> dict[str, Any]:
-        """Return users and think time."""
-        return {"users": self.users, "think_time": time_text(self.think_time_s)}
+        """Return users, think time, number of requests and prefixes."""
+        own = {"users": self.users, "think_time": time_text(self.think_time_s), "num_prompts": self.num_requests}
+        return own | self.prefixes.settings()
 
     def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
         """Start one process per user. Each has its own random stream: what one experiences does not change the others' requests."""
-        for child in np.random.SeedSequence(seed).spawn(self.users):
-            env.process(self._user(env, engine, np.random.default_rng(child)))
+        numbers = count() if self.num_requests is None else iter(range(self.num_requests))
+        children, segments = np.random.SeedSequence(seed).spawn(self.users), self.prefixes.segments()
+        for child, choice in zip(children, self.prefixes.choices(seed), strict=False):
+            env.process(self._user(env, engine, np.random.default_rng(child), numbers, segments[choice : choice + 1]))
 
-    def _user(self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator) -> Process:
+    def _user(
+        self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator, numbers: Iterator[int], prefix: Segments
+    ) -> Process:
         for prompt, output in draws(self.lengths, rng):
             yield env.timeout(rng.exponential(self.think_time_s))
-            answered = engine.submit(prompt, output)
+            if next(numbers, None) is None:
+                return
+            answered = engine.submit(self.prefixes.length + prompt, output, content=prefix)
             yield env.timeout(_PAUSE_AFTER_REJECTION_S) if answered is None else answered
 
 
@@ -93,7 +138,9 @@ class OpenLoop:
     num_requests: int | None
     """Stop after so many."""
     lengths: LengthDistribution
-    """Of the requests."""
+    """Of the requests, without the prefix."""
+    prefixes: SharedPrefixes = NO_PREFIX
+    """Each request has one of them."""
 
     @property
     def title(self) -> str:
@@ -102,40 +149,50 @@ class OpenLoop:
 
     @property
     def lengths_name(self) -> str:
-        """The name of the distribution."""
-        return self.lengths.name
+        """The name of the distribution, and the prefix."""
+        return self.lengths.name + self.prefixes.title
 
     def settings(self) -> dict[str, Any]:
-        """Return rate, burstiness and number of requests."""
+        """Return rate, burstiness, number of requests and prefixes."""
         return {
             "request_rate": self.request_rate_per_s,
             "burstiness": self.burstiness,
             "num_prompts": self.num_requests,
+            **self.prefixes.settings(),
         }
 
     def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
         """Start the one process that submits them all, or submit them at once if they end."""
         rng = np.random.default_rng(seed)
         if self.num_requests is None:
-            env.process(self._arrivals(env, engine, rng))
+            env.process(self._arrivals(env, engine, rng, self.prefixes.choices(seed)))
             return
         rows = np.fromiter(islice(self._draws(rng), self.num_requests), np.dtype("f8,i8,i8"), count=self.num_requests)
-        engine.submit_all(np.cumsum(rows["f0"]), rows["f1"].copy(), rows["f2"].copy())
+        engine.submit_all(
+            np.cumsum(rows["f0"]), self.prefixes.length + rows["f1"], rows["f2"].copy(), contents=self._contents(seed, len(rows))
+        )
+
+    def _contents(self, seed: int, number: int) -> Contents | None:
+        if not self.prefixes.length:
+            return None
+        choices: Int64Array = np.fromiter(self.prefixes.choices(seed), np.int64, count=number)
+        return Contents(self.prefixes.segments(), choices, np.ones(number, np.int64))
 
     def _draws(self, rng: np.random.Generator) -> Iterator[tuple[float, int, int]]:
         scale_s = 1 / (self.request_rate_per_s * self.burstiness)
         for prompt, output in draws(self.lengths, rng):
             yield rng.gamma(self.burstiness, scale_s), prompt, output
 
-    def _arrivals(self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator) -> Process:
-        for gap_s, prompt, output in self._draws(rng):
+    def _arrivals(self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator, choices: Iterator[int]) -> Process:
+        segments = self.prefixes.segments()
+        for (gap_s, prompt, output), choice in zip(self._draws(rng), choices, strict=False):
             yield env.timeout(gap_s)
-            engine.submit(prompt, output)
+            engine.submit(self.prefixes.length + prompt, output, content=segments[choice : choice + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceReplay:
-    """The arrivals and lengths of a trace."""
+    """The arrivals and lengths of a trace, and what its prompts are made of if it says so."""
 
     trace: Trace
     """What to replay."""
@@ -162,4 +219,6 @@ class TraceReplay:
     def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
         """Submit them all; nothing is random here."""
         del env, seed
-        engine.submit_all(self.trace.arrival_s, self.trace.prompt_tokens, self.trace.output_tokens)
+        trace = self.trace
+        contents = None if trace.content is None else trace.content.contents(trace.prompt_tokens)
+        engine.submit_all(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, contents=contents)

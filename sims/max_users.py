@@ -25,7 +25,10 @@ def max_users(
     for name in ("users", "request_rate", "trace"):
         if getattr(config.load, name) is not None:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} contradicts max-users, which looks for the number of users: leave it out")
+            raise ConfigError(
+                f"--{flag} contradicts max-users, which looks for the number of users: leave it out; "
+                f"simulate --{flag} {getattr(config.load, name)} says how that load fares"
+            )
     check_attain(attain)
     slots = deploy(config.serving).scheduler.max_num_seqs
     return answer(

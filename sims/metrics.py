@@ -7,6 +7,8 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.sims.goodput import GOAL_METRICS, Goal
+from pagedkv.sims.lower_bounds import raisable
+from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import ITL_BIN_RATIO, ITL_SMALLEST_S, KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.simulation import Run
@@ -53,6 +55,19 @@ def kv_shares(gauge_integral: Float64Array, observed_s: float, usable_slots: int
     return {kind: float(share) for kind, share in zip(KV_KINDS, shares, strict=True)}
 
 
+def _prefix_figures(recorder: Recorder) -> dict[str, Any]:
+    """Return what the prefix cache did; vLLM keeps resumed requests apart in the same way."""
+    if not recorder.caches_prefixes:
+        return dict.fromkeys(("num_queried_tokens", "num_hit_tokens", "prefix_hit_rate", "resumed_hit_rate"))
+    (queried, hits), (resumed, found_again) = recorder.prefix_tokens, recorder.resumed_tokens
+    return {
+        "num_queried_tokens": queried,
+        "num_hit_tokens": hits,
+        "prefix_hit_rate": hits / queried if queried else None,
+        "resumed_hit_rate": found_again / resumed if resumed else None,
+    }
+
+
 def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
     """Return the figures of one run, by the names of the result schema."""
     recorder, sums, log = run.recorder, run.recorder.integrals, run.measured
@@ -71,6 +86,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "num_failed": len(log.of(Outcome.FAILED)),
         "num_unfinished": int((~finished).sum()),
         "num_preemptions": recorder.num_preemptions,
+        **_prefix_figures(recorder),
         "running_mean": sums.gauges[RUNNING] / observed_s if observed_s else None,
         "running_max": recorder.running_max,
         "waiting_mean": sums.gauges[WAITING] / observed_s if observed_s else None,
@@ -81,6 +97,10 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "tpot_s": summarize(latencies.tpot_s[~np.isnan(latencies.tpot_s)]),
         "itl_s": summarize_bins(sums.itl_bins, total=float(sums.itl_sum_s[0]), smallest=ITL_SMALLEST_S, ratio=ITL_BIN_RATIO),
         "e2e_s": summarize(latencies.e2e_s),
+        "lower_bounds": [
+            *(f"ttft_s.p{p}" for p in raisable(latencies.ttft_s, ~np.isnan(served.first_token_s))),
+            *(f"e2e_s.p{p}" for p in raisable(latencies.e2e_s, finished)),
+        ],
         "output_tokens_per_s": recorder.num_output_tokens / window_s if window_s else None,
         "request_throughput_per_s": recorder.num_completed / window_s if window_s else None,
         "goodput_per_s": num_good / window_s if goals and window_s else None,

@@ -96,12 +96,12 @@ def _largest_part(scenario: Scenario, goal: Goal, missing: list[tuple[RequestLog
 def _own_prefill(scenario: Scenario, logs: list[RequestLog]) -> tuple[float, float, float, int]:
     """Return seconds that the prompts of `logs` take by themselves, in all, bound by memory and by arithmetic; and their number.
 
-    Of many, evenly spaced ones stand for all.
+    What they found in a prefix cache counts as nothing. Of many, evenly spaced ones stand for all.
     """
-    prompts = np.concatenate([log.prompt_tokens for log in logs])
-    prompts = prompts[np.unique(np.linspace(0, prompts.size - 1, min(_SAMPLED_PROMPTS, prompts.size)).astype(int))]
-    budget = scenario.deployment.scheduler.max_num_batched_tokens
-    costs = [scenario.deployment.step_time.prefill_cost(tokens, max_num_batched_tokens=budget) for tokens in prompts.tolist()]
+    prompts = np.concatenate([np.column_stack((log.prompt_tokens, log.num_cached_tokens)) for log in logs])
+    prompts = prompts[np.unique(np.linspace(0, len(prompts) - 1, min(_SAMPLED_PROMPTS, len(prompts))).astype(int))]
+    budget, prefill_cost = scenario.deployment.scheduler.max_num_batched_tokens, scenario.deployment.step_time.prefill_cost
+    costs = [prefill_cost(tokens, num_cached_tokens=cached, max_num_batched_tokens=budget) for tokens, cached in prompts.tolist()]
     return sum(c.total_s for c in costs), sum(c.memory_s for c in costs), sum(c.compute_s for c in costs), len(costs)
 
 

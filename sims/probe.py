@@ -28,6 +28,8 @@ class Probe:
     """Share of the requests that meet the goals, of those whose fate is known; None without goals, or if none is known."""
     attained_ci95: tuple[float, float] | None
     """95 % confidence interval of it over the repeats; None for a single run."""
+    by_repeat: tuple[tuple[float | None, float | None], ...]
+    """Of each repeat: the share that meets the goals, and output tokens per second."""
     stable_repeats: float
     """Share of the repeats that are stable by themselves."""
     terms: tuple[Term, ...]
@@ -69,14 +71,16 @@ def probe(config: SimulationConfig, allocator: str, *, attain: float, progress: 
     """
     scenario = resolve(changed(config, allocator=(allocator,)))
     result = simulate(scenario, attain=attain, progress=progress).by_allocator[allocator]
-    alone = [judge(scenario, combine([measure(run, scenario.goals)]), [run], attain=attain) for run in result.runs]
-    shares = [share for run in result.runs if (share := attained([run], scenario.goals)) is not None] if scenario.goals else []
+    figures = [measure(run, scenario.goals) for run in result.runs]
+    alone = [judge(scenario, combine([each]), [run], attain=attain) for each, run in zip(figures, result.runs, strict=True)]
+    shares = [attained([run], scenario.goals) if scenario.goals else None for run in result.runs]
     return Probe(
         config=config,
         figures=result.figures,
         verdict=result.verdict,
         attained=attained(result.runs, scenario.goals) if scenario.goals else None,
-        attained_ci95=ci95(shares),
+        attained_ci95=ci95([share for share in shares if share is not None]),
+        by_repeat=tuple(zip(shares, (each["output_tokens_per_s"] for each in figures), strict=True)),
         stable_repeats=sum(verdict.status == "stable" for verdict in alone) / len(alone),
         terms=terms(result.runs, scenario.goals, attain=attain),
     )

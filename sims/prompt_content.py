@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.arrays import Int64Array
+from pagedkv.scheduling.content import Contents, shared_segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,3 +34,20 @@ class PromptContent:
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         ids = self.ids[np.repeat(self.offsets[prompts], lengths) + within]
         return PromptContent(ids=ids, offsets=offsets, tokens_per_id=self.tokens_per_id)
+
+    def contents(self, prompt_tokens: Int64Array) -> Contents:
+        """Return what requests with these prompts of so many tokens share, for any block size.
+
+        An id that only one id ever follows goes on in it: a segment per fork on the way, not one per id. A block that two ids have
+        part of counts as the later one's, so ids that differ never share it. O(ids log ids).
+        """
+        prompt = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        within = np.arange(self.ids.size) - self.offsets[prompt]
+        before = np.where(within == 0, -1, np.roll(self.ids, 1))
+        _, firsts = np.unique(self.ids, return_index=True)
+        parents, children = np.unique(before[firsts], return_counts=True)
+        begins = np.flatnonzero((before == -1) | np.isin(before, parents[children > 1]))
+        last = np.append(begins[1:], self.ids.size) - 1
+        ends = np.minimum((within[last] + 1) * self.tokens_per_id, prompt_tokens[prompt[last]])
+        bounds = np.searchsorted(begins, self.offsets)
+        return Contents(shared_segments(self.ids[begins], ends), bounds[:-1], np.diff(bounds))

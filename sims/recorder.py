@@ -9,6 +9,8 @@ from pagedkv.sims.recording import (
     BLOCKERS,
     EXTERNAL,
     FREE,
+    HIT_TOKENS,
+    INTERNAL,
     ITERATIONS,
     ITL_BINS,
     ITL_SUM_S,
@@ -18,8 +20,13 @@ from pagedkv.sims.recording import (
     NUM_OUTPUT_TOKENS,
     NUM_PREEMPTIONS,
     NUM_SUMS,
+    QUERIED_TOKENS,
     REQUEST_STEPS,
+    RESERVED,
+    RESUMED_HIT_TOKENS,
+    RESUMED_TOKENS,
     RUNNING_MAX,
+    TOKENS,
     Integrals,
     RecorderArrays,
     gap_bin,
@@ -31,6 +38,7 @@ from pagedkv.sims.recording import (
 from pagedkv.sims.records import Outcome, RequestLog, no_times
 from pagedkv.sims.step_time import StepCost
 from pagedkv.sims.timeline import TimelineArrays
+from pagedkv.step_allocation import RequestByRequest, allocator_of_groups
 
 
 class Recorder:
@@ -51,6 +59,7 @@ class Recorder:
         self._scheduler = scheduler
         # Whoever waits for memory finds every free extent of a heap too small: that is external fragmentation.
         self._needs_extent = scheduler.allocator.placement in (*HEAPS.names(), "growing")
+        self._grouped = allocator_of_groups(scheduler.allocator)
         self._rejected: list[tuple[float, int, int]] = []
         self._failed: list[int] = []
         self._num_arrived = 0
@@ -96,12 +105,28 @@ class Recorder:
         """Requests that finished within the window, whenever they arrived."""
         return int(self.arrays.counters[NUM_COMPLETED])
 
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        """Tokens of requests admitted for the first time, and those of them found in the prefix cache, within the window."""
+        return int(self.arrays.counters[QUERIED_TOKENS]), int(self.arrays.counters[HIT_TOKENS])
+
+    @property
+    def resumed_tokens(self) -> tuple[int, int]:
+        """Tokens of preempted requests that came back, and those of them found, within the window."""
+        return int(self.arrays.counters[RESUMED_TOKENS]), int(self.arrays.counters[RESUMED_HIT_TOKENS])
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether there is a prefix cache."""
+        return self._scheduler.caches_prefixes
+
     def expect(self, first: int, arrival_s: Float64Array) -> None:
         """Note when the requests from `first` on will arrive; they count once `arrived` says so."""
         last = first + arrival_s.size
-        while last > self.arrays.times.size:
-            times = self.arrays.times
-            self.arrays = self.arrays._replace(times=np.concatenate((times, no_times(times.size))))
+        if last > self.arrays.times.size:
+            grown = no_times(last)
+            grown[:first] = self.arrays.times[:first]
+            self.arrays = self.arrays._replace(times=grown)
         self.arrays.times["arrival_s"][first:last] = arrival_s
 
     def arrived(self, number: int) -> None:
@@ -140,6 +165,8 @@ class Recorder:
             cached,
             shared,
         )
+        if self._grouped is not None:
+            self._count_groups(self._grouped, step)
         gauges[EXTERNAL] = allocator.rounding_slots
         if self._needs_extent and step.blocker is Blocker.KV_MEMORY:
             gauges[EXTERNAL] += free
@@ -152,8 +179,20 @@ class Recorder:
             step.num_preempted,
             BLOCKERS.index(step.blocker),
             start_s,
-            cost,
+            (*cost,),
         )
+
+    def _count_groups(self, allocator: RequestByRequest, step: Step) -> None:
+        """Count slots by what is in them where a token has one in each group of layers. O(running × groups), not compiled."""
+        scheduler, gauges, entries = self._scheduler, self.arrays.gauges, step.num_entries
+        running = scheduler.arrays.running[: scheduler.num_running]
+        requests = scheduler.requests.arrays[running]
+        own = requests["num_computed_tokens"].copy()
+        own[:entries] = step.batch["num_slots_needed"][:entries]
+        final = requests["prompt_tokens"] + requests["output_tokens"] - 1
+        used = [allocator.slots_used(*each) for each in zip(requests["row"].tolist(), own.tolist(), final.tolist(), strict=True)]
+        gauges[TOKENS], gauges[RESERVED] = sum(tokens for tokens, _ in used), sum(reserved for _, reserved in used)
+        gauges[INTERNAL] = int(allocator.units_held[requests["row"]].sum()) - gauges[TOKENS] - gauges[RESERVED]
 
     def idle(self, start_s: float, end_s: float) -> None:
         """Note that nobody was there from `start_s` to `end_s`."""
@@ -179,25 +218,24 @@ class Recorder:
             self.arrays.sums[ITL_SUM_S] += gap_s
 
     def log(self) -> RequestLog:
-        """Return what happened to every request."""
-        size, requests = self._num_arrived, self._scheduler.requests.arrays
+        """Return what happened to every request, once the run is over: as far as it can, views of what was recorded."""
+        size, times = self._num_arrived, self.arrays.times[: self._num_arrived]
+        requests = self._scheduler.requests.arrays[:size]
         outcome = np.full(size, Outcome.UNFINISHED, np.int8)
-        num_output = (requests["num_known_tokens"] - requests["prompt_tokens"])[:size]
-        outcome[num_output == requests["output_tokens"][:size]] = Outcome.FINISHED
+        num_output = requests["num_known_tokens"] - requests["prompt_tokens"]
+        outcome[num_output == requests["output_tokens"]] = Outcome.FINISHED
         outcome[self._failed] = Outcome.FAILED
-        rejected = np.array([entry for entry in self._rejected if entry[0] <= self._closed_s]).reshape(-1, 3)
-        refused, never = len(rejected), np.full(len(rejected), np.nan)
-        lengths = rejected[:, 1:].astype(np.int64)
-        nothing = np.zeros(refused, np.int64)
-        log = RequestLog(
-            arrival_s=np.concatenate((self.arrays.times["arrival_s"][:size], rejected[:, 0])),
-            scheduled_s=np.concatenate((self.arrays.times["scheduled_s"][:size], never)),
-            first_token_s=np.concatenate((self.arrays.times["first_token_s"][:size], never)),
-            last_token_s=np.concatenate((self.arrays.times["last_token_s"][:size], never)),
-            prompt_tokens=np.concatenate((requests["prompt_tokens"][:size], lengths[:, 0])),
-            output_tokens=np.concatenate((requests["output_tokens"][:size], lengths[:, 1])),
-            num_output_tokens=np.concatenate((num_output, nothing)),
-            num_preemptions=np.concatenate((requests["num_preemptions"][:size], nothing)),
-            outcome=np.concatenate((outcome, np.full(refused, Outcome.REJECTED, np.int8))),
+        served = RequestLog(
+            arrival_s=times["arrival_s"],
+            scheduled_s=times["scheduled_s"],
+            first_token_s=times["first_token_s"],
+            last_token_s=times["last_token_s"],
+            prompt_tokens=requests["prompt_tokens"],
+            output_tokens=requests["output_tokens"],
+            num_output_tokens=num_output,
+            num_cached_tokens=requests["num_cached_tokens"],
+            num_preemptions=requests["num_preemptions"],
+            outcome=outcome,
         )
-        return log.where(np.argsort(log.arrival_s, kind="stable"))  # type: ignore[arg-type]
+        rejected = np.array([entry for entry in self._rejected if entry[0] <= self._closed_s]).reshape(-1, 3)
+        return served.merged(rejected[:, 0], rejected[:, 1:].astype(np.int64)) if rejected.size else served

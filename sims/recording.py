@@ -24,7 +24,8 @@ ITL_SMALLEST_S = 1e-6
 ITL_BIN_RATIO = 1.001
 ITL_BINS = 28_000
 
-ITERATIONS, REQUEST_STEPS, RUNNING_MAX, NUM_PREEMPTIONS, NUM_OUTPUT_TOKENS, NUM_COMPLETED, NUM_COUNTERS = range(7)
+ITERATIONS, REQUEST_STEPS, RUNNING_MAX, NUM_PREEMPTIONS, NUM_OUTPUT_TOKENS, NUM_COMPLETED = range(6)
+QUERIED_TOKENS, HIT_TOKENS, RESUMED_TOKENS, RESUMED_HIT_TOKENS, NUM_COUNTERS = range(6, 11)
 
 
 class Integrals(NamedTuple):
@@ -153,11 +154,14 @@ def record_step(
     cost: tuple[float, float, float],
 ) -> None:
     """Record a step that is launched at `start_s`; `gauges` say how memory stands. O(admissions + gauges)."""
-    for i in range(ran_before, num_entries):
-        request = batch["request"][i]
-        if np.isnan(r.times["scheduled_s"][request]):
-            r.times["scheduled_s"][request] = start_s
     end_s = min(start_s + (cost[0] + cost[1] + cost[2]), r.window_s[1])
+    for i in range(ran_before, num_entries):
+        request, counter = batch["request"][i], RESUMED_TOKENS
+        if np.isnan(r.times["scheduled_s"][request]):
+            r.times["scheduled_s"][request], counter = start_s, QUERIED_TOKENS
+        if end_s > r.window_s[0]:
+            r.counters[counter] += batch["num_known_tokens"][i]
+            r.counters[counter + 1] += batch["num_slots_needed"][i] - batch["num_scheduled_tokens"][i]
     _integrate(r, start_s, end_s, blocker, cost)
     if num_preempted > 0:
         count_preemptions(r.timeline, start_s, num_preempted)

@@ -47,6 +47,8 @@ class RequestLog:
     """What it asks for."""
     num_output_tokens: Int64Array
     """What it has got."""
+    num_cached_tokens: Int64Array
+    """Those of its prompt that the prefix cache had when it was first scheduled."""
     num_preemptions: Int64Array
     outcome: Int8Array
 
@@ -59,5 +61,25 @@ class RequestLog:
         return self.where(self.outcome == outcome)
 
     def where(self, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> "RequestLog":
-        """Return the entries that `mask` selects."""
-        return RequestLog(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
+        """Return the entries that `mask` selects: this log itself if all are."""
+        return self if mask.all() else RequestLog(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
+
+    def merged(self, arrival_s: Float64Array, lengths: Int64Array) -> "RequestLog":
+        """Return the same, by arrival, with requests of [prompt, output] tokens that were rejected at `arrival_s`."""
+        order = np.argsort(np.concatenate((self.arrival_s, arrival_s)), kind="stable")
+        never, nothing = np.full(arrival_s.size, np.nan), np.zeros(arrival_s.size, np.int64)
+        rejected = RequestLog(
+            arrival_s=arrival_s,
+            scheduled_s=never,
+            first_token_s=never,
+            last_token_s=never,
+            prompt_tokens=lengths[:, 0],
+            output_tokens=lengths[:, 1],
+            num_output_tokens=nothing,
+            num_cached_tokens=nothing,
+            num_preemptions=nothing,
+            outcome=np.full(arrival_s.size, Outcome.REJECTED, np.int8),
+        )
+        return RequestLog(
+            **{f.name: np.concatenate((getattr(self, f.name), getattr(rejected, f.name)))[order] for f in fields(self)}
+        )

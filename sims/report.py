@@ -12,7 +12,7 @@ from pagedkv import __version__
 from pagedkv.sims import figures
 from pagedkv.sims.assumptions import code_rows, machine_rows
 from pagedkv.sims.command import command_line
-from pagedkv.sims.comparison import advantages, comparison
+from pagedkv.sims.comparison import advantages, comparison, prefix_note
 from pagedkv.sims.glossary import GLOSSARY
 from pagedkv.sims.results import Results
 
@@ -111,7 +111,8 @@ def _verdict(results: Results, document: dict[str, Any]) -> str:
         f"<li><strong>{escape(c['allocator'])}</strong> {_badge(c['verdict']['status'])} {escape(c['verdict']['text'])}</li>"
         for c in document["results"]
     )
-    gains = "".join(f"<li>{escape(line)}</li>" for line in advantages(document))
+    note = prefix_note(document, results.scenario.deployment.why_no_prefix_caching)
+    gains = "".join(f"<li>{escape(line)}</li>" for line in (*advantages(document), *([note] if note else [])))
     first = document["results"][0]["verdict"]
     headline = first["text"].partition(f": {first['status']}")[0]  # a trace's name may hold a colon, too
     served = scenario.deployment

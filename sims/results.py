@@ -103,6 +103,8 @@ def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
             return None
         if isinstance(present[0], dict):
             return {key: merge(f"{name}.{key}", [value[key] for value in present]) for key in present[0]}
+        if isinstance(present[0], list):
+            return sorted(set().union(*present))
         if name.startswith(_SUMMED):
             return sum(present)
         if name == "running_max":
@@ -134,6 +136,8 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
         "max_num_seqs": scenario.deployment.scheduler.max_num_seqs,
         "max_num_batched_tokens": scenario.deployment.scheduler.max_num_batched_tokens,
         "gpu_memory_utilization": scenario.deployment.budget.utilization,
+        "scheduler_reserve_full_isl": scenario.deployment.pool.reserve_full_isl,
+        "enable_prefix_caching": scenario.deployment.pool.enable_prefix_caching,
         "warmup": time_text(scenario.warmup_s),
         "duration": None if scenario.duration_s is None else time_text(scenario.duration_s),
     }

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.arrays import Float64Array, Int64Array
-from pagedkv.block_hash import BlockKeys
 from pagedkv.free_queue import NUM_FREE, NUM_KEYED, NUM_SHARES
 from pagedkv.jit import lean_jit
-from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
-from pagedkv.scheduling.completion import complete_step
-from pagedkv.scheduling.requests import NO_ROW, RequestArrays
+from pagedkv.paged_steps import PagedArrays, PagedRules
+from pagedkv.scheduling.completion import complete_paged_step
+from pagedkv.scheduling.content import Segments
+from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays, drop_head, push_waiting
 from pagedkv.sims.recording import RecorderArrays, record_idle, record_step, record_tokens, set_gauges
@@ -24,8 +24,9 @@ IDLE, IN_FLIGHT, ENDED, PAUSED = 0, 1, 2, 3
 """Why the loop came back: nobody is there; a step runs beyond the horizon; requests have ended for whom somebody waits, or one was
 given up; it was time to say how far things are."""
 
-NEXT_ARRIVAL, NUM_KNOWN, NUM_FINISHED, NUM_FAILED = 0, 1, 2, 3
-"""In `progress`: who arrives next; requests known, future ones included; how many ended in the last step, or were given up."""
+NEXT_ARRIVAL, NUM_KNOWN, NUM_FINISHED, NUM_FAILED, STEP_RUNS, NUM_PROGRESS = range(6)
+"""In `progress`: who arrives next; requests known, future ones included; how many ended in the last step, or were given up; whether
+a step runs, which ends at clock[NOW] of the next call; its length."""
 NOW, STEP_S = 0, 1
 """In `clock`: the time; how long the step in flight takes."""
 
@@ -36,7 +37,7 @@ class LoopArrays(NamedTuple):
     state: SchedulerArrays
     requests: RequestArrays
     pool: PagedArrays
-    keys: BlockKeys
+    segments: Segments
     batch: StepBatch
     preempted: Int64Array
     decision: Int64Array
@@ -63,22 +64,9 @@ def _complete(
     now_s: float,
 ) -> int:
     """Apply the step that ends at `now_s`; return how many requests it finished."""
-    num_sampled, num_finished = complete_step(state, requests, batch, num_entries, sampled, finished)
-    for k in range(num_finished):
-        free_row(pool, rules, requests["row"][finished[k]])
-        requests["row"][finished[k]] = NO_ROW
+    num_sampled, num_finished = complete_paged_step(state, requests, pool, rules, batch, num_entries, sampled, finished)
     record_tokens(recorder, sampled, num_sampled, num_finished, now_s)
     return num_finished
-
-
-@lean_jit
-def complete_in_flight(loop: LoopArrays, rules: PagedRules, now_s: float) -> int:
-    """End the step in flight at `now_s`; return how many requests it finished: the first of loop.finished."""
-    loop.clock[NOW] = now_s
-    entries = loop.decision[ENTRIES]
-    return _complete(
-        loop.state, loop.requests, loop.pool, rules, loop.recorder, loop.batch, entries, loop.sampled, loop.finished, now_s
-    )
 
 
 @lean_jit
@@ -106,11 +94,19 @@ def run_steps(
         IDLE, IN_FLIGHT (for clock[STEP_S] seconds from clock[NOW] on), ENDED or PAUSED. O(running) per step.
     """
     # Taken apart once: what is passed on by name costs nothing, what is taken out of a tuple for every call does.
-    state, requests, pool, keys, batch = loop.state, loop.requests, loop.pool, loop.keys, loop.batch
+    state, requests, pool, segments, batch = loop.state, loop.requests, loop.pool, loop.segments, loop.batch
     decision, recorder, progress, clock, counts = loop.decision, loop.recorder, loop.progress, loop.clock, loop.state.counts
     queue, size, arrival_s, state_blocks = pool.queue, rules.block_size, recorder.times["arrival_s"], pool.states.shape[1]
     for _ in range(steps_at_once):
         now_s = clock[NOW]
+        if progress[STEP_RUNS]:
+            progress[STEP_RUNS] = 0
+            num_finished = _complete(
+                state, requests, pool, rules, recorder, batch, decision[ENTRIES], loop.sampled, loop.finished, now_s
+            )
+            if num_finished > 0 and return_at_end:
+                progress[NUM_FINISHED], progress[NUM_FAILED] = num_finished, 0
+                return ENDED
         while progress[NEXT_ARRIVAL] < progress[NUM_KNOWN] and arrival_s[progress[NEXT_ARRIVAL]] <= now_s:
             push_waiting(state, requests, progress[NEXT_ARRIVAL], limits.by_priority)
             progress[NEXT_ARRIVAL] += 1
@@ -123,7 +119,7 @@ def run_steps(
             record_idle(recorder, now_s, following_s, queue[NUM_FREE] * size, queue[NUM_KEYED] * size)
             clock[NOW] = following_s
             continue
-        schedule_step(state, requests, pool, keys, limits, rules, batch, loop.preempted, decision)
+        schedule_step(state, requests, pool, segments, limits, rules, batch, loop.preempted, decision)
         entries = decision[ENTRIES]
         if entries == 0:  # nothing runs and the head does not fit: waiting longer cannot help it
             loop.failed[0] = drop_head(state, requests, limits.by_priority)
@@ -134,14 +130,9 @@ def run_steps(
         set_gauges(recorder.gauges, state, requests, batch, entries, pool.num_blocks, size, state_blocks, free, cached, shared)
         record_step(recorder, batch, decision[RAN_BEFORE], entries, decision[PREEMPTED], decision[BLOCKER], now_s, cost)
         step_s = cost[0] + cost[1] + cost[2]
+        progress[STEP_RUNS] = 1
         if now_s + step_s >= horizon_s:
             clock[STEP_S] = step_s
             return IN_FLIGHT
         clock[NOW] = now_s + step_s
-        num_finished = _complete(
-            state, requests, pool, rules, recorder, batch, entries, loop.sampled, loop.finished, now_s + step_s
-        )
-        if num_finished > 0 and return_at_end:
-            progress[NUM_FINISHED], progress[NUM_FAILED] = num_finished, 0
-            return ENDED
     return PAUSED

@@ -18,7 +18,7 @@ from pagedkv.sims.config import (
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.goodput import Goal, parse_goals
 from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
-from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, TraceReplay
+from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, SharedPrefixes, TraceReplay
 from pagedkv.sims.traces import read_trace
 
 DEFAULT_DURATION_S = 600.0
@@ -26,8 +26,16 @@ DEFAULT_WARMUP_S = 60.0
 DEFAULT_THINK_TIME_S = 20.0
 DEFAULT_LENGTHS = "azure-conv"
 
-_LARGEST = {"users": 1_000_000, "request_rate": 1e6, "num_prompts": 10**9, "burstiness": 1e6, "trace_rate": 1e6}
-_SMALLEST = {"burstiness": 1e-3, "request_rate": 1e-6, "trace_rate": 1e-6}
+_LARGEST = {
+    "users": 1_000_000,
+    "request_rate": 1e6,
+    "num_prompts": 10**9,
+    "burstiness": 1e6,
+    "trace_rate": 1e6,
+    "prefix_len": 10**9,
+    "num_prefixes": 10**6,
+}
+_SMALLEST = {"burstiness": 1e-3, "request_rate": 1e-6, "trace_rate": 1e-6, "prefix_len": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +63,7 @@ def resolve(config: SimulationConfig) -> Scenario:
     goals = parse_goals(config.measurement.goodput)
     _check_load_flags(config.load)
     deployment = deploy(config.serving)
-    load = _load(config.load, deployment.scheduler.max_model_len)
+    load = _load(config.load, deployment)
     warmup_s, duration_s = _window(config.measurement, load)
     usual = _usual_window(load)
     return Scenario(
@@ -80,28 +88,29 @@ def resolve(config: SimulationConfig) -> Scenario:
 
 def _without_defaults(load: LoadConfig, resolved: Load) -> LoadConfig:
     """Return `load` without the settings that say what would be so anyway."""
-    usual = {"burstiness": 1.0, "trace_rate": 1.0, "random_range_ratio": 0.0, "lengths": DEFAULT_LENGTHS}
+    usual = {
+        "burstiness": 1.0,
+        "trace_rate": 1.0,
+        "random_range_ratio": 0.0,
+        "lengths": DEFAULT_LENGTHS,
+        "prefix_len": 0,
+        "num_prefixes": 1,
+    }
     changes: dict[str, Any] = {name: None for name, value in usual.items() if getattr(load, name) == value}
     if isinstance(resolved, ClosedLoop) and resolved.think_time_s == DEFAULT_THINK_TIME_S:
         changes["think_time"] = None
+    if not load.prefix_len:
+        changes["num_prefixes"] = None
     if isinstance(resolved, TraceReplay):
         changes["trace_format"] = None  # a trace that was read is read again
     return replace(load, **changes)
-
-
-_SEVERAL_GROUPS = ("hybrid",)
-
-
-def simulated_allocators() -> tuple[str, ...]:
-    """Return the allocators that a simulation can drive."""
-    return tuple(name for name in ALLOCATORS.names() if name not in _SEVERAL_GROUPS)
 
 
 def asked_allocators(measurement: MeasurementConfig, *, usual: tuple[str, ...]) -> tuple[str, ...]:
     """Return the allocators that `measurement` names, each once; `usual` if it leaves them open.
 
     Raises:
-        ConfigError: If it names none, or one that there is not or that no simulation can drive.
+        ConfigError: If it names none, or one that there is not.
     """
     if measurement.allocator is None:
         return usual
@@ -111,11 +120,6 @@ def asked_allocators(measurement: MeasurementConfig, *, usual: tuple[str, ...]) 
     for name in names:
         if name not in ALLOCATORS.names():
             raise unknown_name("allocator", name, ALLOCATORS.names())
-        if name not in simulated_allocators():
-            raise ConfigError(
-                f"allocator {name} gives each layer group slots of its own, which no simulation counts yet: "
-                f"use {', '.join(simulated_allocators())}"
-            )
     return tuple(dict.fromkeys(names))
 
 
@@ -159,24 +163,43 @@ def _check_load_flags(load: LoadConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: needs {smallest:g} to {largest:,.0f}")
 
 
-def _load(load: LoadConfig, max_model_len: int) -> Load:
+def _load(load: LoadConfig, deployment: Deployment) -> Load:
     """Return who asks."""
+    max_model_len = deployment.scheduler.max_model_len
     if load.trace is not None:
-        return _trace(load, max_model_len)
-    lengths = _lengths(load, max_model_len)
+        return _trace(load, max_model_len, with_content=deployment.pool.enable_prefix_caching)
+    prefixes = _prefixes(load, max_model_len)
+    lengths = _lengths(load, max_model_len, prefixes.length)
     if load.users is not None:
         think_time_s = DEFAULT_THINK_TIME_S if load.think_time is None else parse_seconds(load.think_time, name="think-time")
-        return ClosedLoop(users=load.users, think_time_s=think_time_s, lengths=lengths)
+        return ClosedLoop(
+            users=load.users, think_time_s=think_time_s, lengths=lengths, prefixes=prefixes, num_requests=load.num_prompts
+        )
     assert load.request_rate is not None
     return OpenLoop(
         request_rate_per_s=load.request_rate,
         burstiness=1.0 if load.burstiness is None else load.burstiness,
         num_requests=load.num_prompts,
         lengths=lengths,
+        prefixes=prefixes,
     )
 
 
-def _lengths(load: LoadConfig, max_model_len: int) -> LengthDistribution:
+def _prefixes(load: LoadConfig, max_model_len: int) -> SharedPrefixes:
+    if load.num_prefixes is not None and load.prefix_len is None:
+        raise ConfigError(
+            f"--num-prefixes {load.num_prefixes} goes with --prefix-len: say how long they are, e.g. --prefix-len 1000"
+        )
+    length = load.prefix_len or 0
+    if length + 2 > max_model_len:
+        raise ConfigError(
+            f"a prefix of {length} tokens leaves no room for a prompt and an answer in max-model-len {max_model_len}: "
+            f"needs a --prefix-len of at most {max(max_model_len - 2, 0)}, or a --max-model-len of {length + 2} or more"
+        )
+    return SharedPrefixes(length=length, number=load.num_prefixes or 1)
+
+
+def _lengths(load: LoadConfig, max_model_len: int, prefix_len: int) -> LengthDistribution:
     fixed = (load.random_input_len, load.random_output_len)
     if fixed == (None, None):
         if load.random_range_ratio is not None:
@@ -186,7 +209,7 @@ def _lengths(load: LoadConfig, max_model_len: int) -> LengthDistribution:
             if not isinstance(lengths, FileLengths) or load.request_rate is None:
                 raise ConfigError("--lengths-in-order goes with --request-rate and --lengths FILE: only a file has an order")
             lengths = replace(lengths, in_order=True)
-        return restricted(lengths, max_model_len) if load.over_length == "drop" else lengths
+        return restricted(lengths, max_model_len - prefix_len) if load.over_length == "drop" else lengths
     if load.lengths is not None:
         raise ConfigError("--lengths and --random-input-len/--random-output-len contradict each other: give one")
     if None in fixed:
@@ -196,16 +219,17 @@ def _lengths(load: LoadConfig, max_model_len: int) -> LengthDistribution:
     lengths = FixedLengths(
         input_len=load.random_input_len or 0, output_len=load.random_output_len or 0, range_ratio=load.random_range_ratio or 0.0
     )
-    if lengths.max_total > max_model_len:
+    if prefix_len + lengths.max_total > max_model_len:
+        behind = f" behind a prefix of {prefix_len}" if prefix_len else ""
         raise ConfigError(
-            f"requests of {lengths.name} tokens are longer than max-model-len {max_model_len}: "
-            f"--max-model-len {lengths.max_total} would hold them"
+            f"requests of {lengths.name} tokens{behind} are longer than max-model-len {max_model_len}: "
+            f"--max-model-len {prefix_len + lengths.max_total} would hold them"
         )
     return lengths
 
 
-def _trace(load: LoadConfig, max_model_len: int) -> TraceReplay:
-    trace = read_trace(Path(load.trace or ""), format=load.trace_format)
+def _trace(load: LoadConfig, max_model_len: int, *, with_content: bool) -> TraceReplay:
+    trace = read_trace(Path(load.trace or ""), format=load.trace_format, with_content=None if with_content else False)
     total = trace.prompt_tokens + trace.output_tokens
     fits = total <= max_model_len
     if not fits.any():

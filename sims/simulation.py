@@ -60,7 +60,7 @@ def run(
     Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same.
     """
     env = Clock(initial_time=0.0)
-    allocator = step_allocator(allocator_name, scenario.deployment.pool)
+    allocator = step_allocator(allocator_name, scenario.deployment.pool_of(allocator_name))
     scheduler = Scheduler(scenario.deployment.scheduler, allocator)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
     recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)

@@ -137,20 +137,24 @@ class RooflineStepTime:
         """Return what a step over the first `num_entries` of `batch` costs. O(entries × layer groups)."""
         return StepCost(*step_cost(self.coefficients, batch, num_entries))
 
-    def unloaded_e2e_s(self, prompt_tokens: int, output_tokens: int, *, max_num_batched_tokens: int) -> float:
+    def unloaded_e2e_s(
+        self, prompt_tokens: int, output_tokens: int, *, num_cached_tokens: int = 0, max_num_batched_tokens: int
+    ) -> float:
         """Return the time from arrival to the last token of a request that has the machine to itself.
 
         Exact for the prompt's chunks; decode steps are costed at their mean context, where the roofline is linear in it.
         """
         batch = empty_batch(1)
         batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = 1, prompt_tokens + output_tokens // 2
-        prefill_s = self.prefill_cost(prompt_tokens, max_num_batched_tokens=max_num_batched_tokens).total_s
+        prefill_s = self.prefill_cost(
+            prompt_tokens, num_cached_tokens=num_cached_tokens, max_num_batched_tokens=max_num_batched_tokens
+        ).total_s
         return prefill_s + (output_tokens - 1) * self.cost(batch, 1).total_s
 
-    def prefill_cost(self, prompt_tokens: int, *, max_num_batched_tokens: int) -> StepCost:
-        """Return what the prompt of a request that has the machine to itself costs, summed over its chunks."""
+    def prefill_cost(self, prompt_tokens: int, *, num_cached_tokens: int = 0, max_num_batched_tokens: int) -> StepCost:
+        """Return what the prompt of a request that has the machine to itself costs, but for what is cached, summed over chunks."""
         batch = empty_batch(1)
-        memory_s, compute_s, overhead_s, computed = 0.0, 0.0, 0.0, 0
+        memory_s, compute_s, overhead_s, computed = 0.0, 0.0, 0.0, num_cached_tokens
         while computed < prompt_tokens:
             chunk = min(max_num_batched_tokens, prompt_tokens - computed)
             computed += chunk

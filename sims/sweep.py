@@ -13,7 +13,8 @@ from pagedkv.sims.flat_figures import FIGURES, VERDICT, check_figure, figure
 from pagedkv.sims.scenario import resolve
 from pagedkv.sims.sweep_findings import Anomaly, Cliff, Row, anomalies, cliffs
 from pagedkv.sims.sweep_grid import Grid
-from pagedkv.sims.sweep_store import SCHEMA_VERSION, config_hash, header, open_store
+from pagedkv.sims.sweep_names import check_names
+from pagedkv.sims.sweep_store import RESULTS, SCHEMA_VERSION, config_hash, header, open_store
 from pagedkv.sims.workers import all_cores, outcomes
 
 
@@ -83,6 +84,7 @@ def run_sweep(
     if metric is None:
         metric = "goodput_share" if any(point.config.measurement.goodput for point in grid) else "output_tokens_per_s"
     check_figure(metric)
+    check_names(grid)
     _check_one_runs(grid)
     points = list(grid)
     keys = [config_hash(point.config) for point in points]
@@ -119,8 +121,7 @@ def _check_one_runs(grid: Grid) -> None:
 def _write(sweep: Sweep, folder: Path, metric: str) -> None:
     from pagedkv.sims.sweep_plot import html  # noqa: PLC0415 (plotly takes a while to import)
 
-    files = {"results.csv": sweep.csv(), "results.json": to_json(sweep.document()), "sweep.html": html(sweep, metric)}
-    for name, text in files.items():
+    for name, text in zip(RESULTS, (sweep.csv(), to_json(sweep.document()), html(sweep, metric)), strict=True):
         write_atomically(folder / name, text)
 
 

@@ -120,7 +120,7 @@ def _flags(words: Sequence[str]) -> dict[str, list[str]]:
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        switched_off = name.startswith("no_") and FIELD_TYPES.get(name.removeprefix("no_")) is bool
+        switched_off = name.startswith("no_") and _is_switch(name.removeprefix("no_"))
         name = name.removeprefix("no_") if switched_off else name
         if name not in FIELD_TYPES:
             known = [each.replace("_", "-") for each in FIELD_TYPES]
@@ -139,7 +139,7 @@ def _flags(words: Sequence[str]) -> dict[str, list[str]]:
 def _parsed(name: str, words: list[str]) -> tuple[Any, ...]:
     """Return the values of one flag, as its field takes them, each once."""
     flag, kind = f"--{name.replace('_', '-')}", FIELD_TYPES[name]
-    if kind is bool and not words:
+    if _is_switch(name) and not words:
         words = ["true"]
     if not words:
         raise ConfigError(f"{flag} has no value")
@@ -163,11 +163,16 @@ def _parsed(name: str, words: list[str]) -> tuple[Any, ...]:
     return tuple(sorted(values)) if number else tuple(values)
 
 
+def _is_switch(name: str) -> bool:
+    kind = FIELD_TYPES.get(name)
+    return bool in (get_args(kind) or (kind,))
+
+
 def _value(name: str, flag: str, text: str, number: type | None) -> Any:
     if number is not None:
         with suppress(CoercionError):  # the long way says which flag it is
             return converted(number, (text,))
-    if FIELD_TYPES[name] is bool:
+    if _is_switch(name):
         switches = {"true": True, "false": False}
         if text not in switches:
             raise ConfigError(f"{flag} {text!r} is a switch: true or false, or both as true,false")

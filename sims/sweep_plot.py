@@ -12,6 +12,11 @@ from pagedkv.sims.sweep_findings import lines_along
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES = ("solid", "dash", "dot", "dashdot")
+_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+_STYLE = (
+    "body{margin:0 auto;max-width:72rem;padding:.6rem;font:16px/1.5 system-ui,sans-serif;color:#1b1f24}"
+    "h1{font-size:1.3rem;line-height:1.25;overflow-wrap:anywhere}"
+)
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -38,20 +43,24 @@ def figure(sweep: Sweep, metric: str) -> go.Figure:
         height=560,
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1b1f24"},
         showlegend=True,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
     )
     picture.update_xaxes(title=axis.name.replace("_", "-"), type="linear" if axis.numeric else "category")
-    picture.update_yaxes(title=metric, rangemode="tozero")
+    picture.update_yaxes(title=metric, rangemode="tozero", automargin=True)
     return picture
 
 
 def html(sweep: Sweep, metric: str) -> str:
     """Return the page. It loads nothing from anywhere."""
     title = f"{metric} by {', '.join(axis.name.replace('_', '-') for axis in sweep.grid.axes)}"
-    body = to_html(figure(sweep, metric), include_plotlyjs=False, include_mathjax=False, full_html=False, div_id="sweep")
+    body = to_html(
+        figure(sweep, metric), include_plotlyjs=False, include_mathjax=False, full_html=False, config=_CONFIG, div_id="sweep"
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{escape(title)} · pagedkv</title>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n"
+        f"<title>{escape(title)} · pagedkv</title>\n<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n{body}\n<p>A cross marks a run with preemptions.</p>\n</body>\n</html>\n"
     )

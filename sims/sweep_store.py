@@ -19,6 +19,8 @@ from pagedkv.sims.sweep_grid import Grid
 
 SCHEMA_VERSION = 1
 HEADER, LINES = "sweep.json", "results.jsonl"
+RESULTS = ("results.csv", "results.json", "sweep.html")
+"""What a sweep writes when all is done."""
 _FILES = ("trace", "lengths", "model", "hardware")
 """Settings that may name a file, whose content then belongs to the configuration."""
 
@@ -145,6 +147,11 @@ def open_store(folder: Path, grid: Grid) -> Iterator[SweepStore]:
                 raise ConfigError(
                     f"{str(folder)!r} holds another sweep: {'; '.join(differences)}. Give --out a new folder, or the same flags"
                 )
+        elif others := [name for name in RESULTS if (folder / name).exists()]:
+            raise ConfigError(
+                f"{str(folder)!r} has a {others[0]} that is no sweep's, for it has no {HEADER}, and it would be lost: "
+                "give --out a new folder"
+            )
         elif os.fstat(file).st_size:
             raise ConfigError(
                 f"{str(folder)!r} has a {LINES} without its {HEADER}, which says what it holds: give --out a new folder"

@@ -113,7 +113,7 @@ class MeanWaits:
     queued_s: float
     """From arrival to the first step that computes any of it; to the end of the run if none did."""
     unloaded_s: float
-    """What the whole request would take with the machine to itself."""
+    """What the whole request would take with the machine to itself, and with the prefix that it found in the cache."""
     e2e_s: float
     """What it takes. The rest is what sharing steps and being preempted cost."""
 
@@ -134,14 +134,15 @@ class MeanWaits:
             queued_s += float((np.where(np.isnan(log.scheduled_s), run.end_s, log.scheduled_s) - log.arrival_s).sum())
             spent_s += float(Latencies.of(log, run.end_s).e2e_s.sum())
             number += len(log)
-            lengths = zip(log.prompt_tokens.tolist(), log.output_tokens.tolist(), log.num_output_tokens.tolist(), strict=True)
-            for prompt, output, got in lengths:
-                unloaded = scenario.deployment.step_time.unloaded_e2e_s(prompt, output, max_num_batched_tokens=budget)
+            step_time, columns = scenario.deployment.step_time, ("prompt_tokens", "num_cached_tokens", "output_tokens")
+            lengths = zip(*(getattr(log, name).tolist() for name in (*columns, "num_output_tokens")), strict=True)
+            for prompt, cached, output, got in lengths:
+                unloaded = step_time.unloaded_e2e_s(prompt, output, num_cached_tokens=cached, max_num_batched_tokens=budget)
                 unloaded_s += unloaded
                 if got == output:
                     earned_s += unloaded
                 elif got > 0:
-                    earned_s += scenario.deployment.step_time.unloaded_e2e_s(prompt, got, max_num_batched_tokens=budget)
+                    earned_s += step_time.unloaded_e2e_s(prompt, got, num_cached_tokens=cached, max_num_batched_tokens=budget)
         if number == 0:
             return cls(queued_s=0.0, unloaded_s=0.0, e2e_s=0.0)
         mean_s = unloaded_s / number
@@ -202,7 +203,7 @@ def _binding(
         return "max_model_len" if longest > scenario.deployment.scheduler.max_model_len else "kv_memory"
     if queueing and waits.queued_s > waits.slowed_s and (blocker := queue_blocker(runs)) is not None:
         return blocker
-    if figures["kv"] and figures["kv"]["free"] < NEARLY_FULL:
+    if figures["kv"] and figures["kv"]["free"] + figures["kv"]["cached"] < NEARLY_FULL:
         return "kv_memory"
     if figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
         return "max_num_seqs"

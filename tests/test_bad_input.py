@@ -130,7 +130,7 @@ BAD_INPUT: dict[str, tuple[str, ...]] = {
     "--trace good.csv --think-time 5s": ("--think-time goes with --users, not with --trace",),
     "--request-rate 2 --think-time 5s": ("--think-time goes with --users, not with --request-rate",),
     "--users 5 --burstiness 2": ("--burstiness goes with --request-rate, not with --users",),
-    "--users 5 --num-prompts 9": ("--num-prompts goes with --request-rate or --trace, not with --users",),
+    "--users 5 --num-prompts 0": ("--num-prompts is 0", "needs"),
     "--users 5 --trace-rate 2": ("--trace-rate goes with --trace, not with --users",),
     "--users 5 --trace-format azure-csv": ("--trace-format goes with --trace, not with --users",),
     "--users 5 --random-input-len 9": ("--random-input-len and --random-output-len go together", "give both"),

@@ -47,6 +47,18 @@ def test_it_fits_the_terminal(results: Results, width: int) -> None:
     assert max(len(line) for line in text.splitlines() if not line.startswith(("Try next", "This run"))) <= width
 
 
+def test_many_allocators_are_several_tables_of_80_columns(results: Results) -> None:
+    """Every line of the comparison is there once per table, whole, and every allocator has a column."""
+    (paged, *_), scenario = results.by_allocator.values(), results.scenario
+    many = Results(scenario=scenario, by_allocator={f"contiguous-growing-{i}": paged for i in range(7)})
+    text = answer(many)
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("Try next", "This run"))) <= 80
+    heads = re.findall(r"^ +((?:contiguous-growing-\d *)+)$", text, re.MULTILINE)
+    assert " ".join(heads).split() == list(many.by_allocator)
+    assert len(heads) > 1
+    assert len(re.findall(r"^TTFT P99, ms ", text, re.MULTILINE)) == len(heads)
+
+
 SETTINGS = ("max_model_len", "block_size", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "seed")
 
 

@@ -82,10 +82,12 @@ CASES = {
         {"enforce_eager": True, "enable_chunked_prefill": True}
     ),
     "vllm serve --trust-remote-code Qwen/Qwen3-8B": Case({}, ("--trust-remote-code",)),
-    "vllm serve --enable-prefix-caching --port 1 Qwen/Qwen3-8B": Case({}, ("--port 1",), ("--enable-prefix-caching",)),
+    "vllm serve --enable-prefix-caching --port 1 Qwen/Qwen3-8B": Case({"enable_prefix_caching": True}, ("--port 1",)),
     "vllm serve Qwen/Qwen3-8B --no-enable-prefix-caching --no-enable-log-requests": Case(
-        {}, ("--no-enable-prefix-caching", "--no-enable-log-requests")
+        {"enable_prefix_caching": False}, ("--no-enable-log-requests",)
     ),
+    "vllm serve Qwen/Qwen3-8B --no_enable_prefix_caching": Case({"enable_prefix_caching": False}),
+    "vllm serve --enable-prefix-caching=false Qwen/Qwen3-8B": Case({"enable_prefix_caching": False}),
     "vllm serve Qwen/Qwen3-8B -q awq --kv-cache-dtype fp8_e4m3": Case({"quantization": "awq", "kv_cache_dtype": "fp8_e4m3"}),
     "vllm serve Qwen/Qwen3-8B --kv-cache-memory-bytes 16G": Case({"kv_cache_memory_bytes": str(16 << 30)}),
     "vllm serve Qwen/Qwen3-8B --kv-cache-memory-bytes 16GiB": Case({"kv_cache_memory_bytes": "16GiB"}),
@@ -149,7 +151,6 @@ BARE = [
     "trust-remote-code",
     "disable-log-stats",
     "enable-lora",
-    "no-enable-prefix-caching",
     "enable-auto-tool-choice",
     "async-scheduling",
 ]

@@ -9,6 +9,7 @@ import pytest
 import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, SimulationConfig
 from pagedkv.sims.lengths import FileLengths, FixedLengths, load_lengths
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop
@@ -25,14 +26,18 @@ class Answering:
         self.by_sender: dict[object, Requests] = defaultdict(list)
         self.answered_s: dict[object, list[float]] = defaultdict(list)
 
-    def submit(self, prompt_tokens: int, output_tokens: int) -> simpy.Event | None:
+    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
+        del content
         sender = self.env.active_process
         self.by_sender[sender].append((self.env.now, prompt_tokens, output_tokens))
         seconds = self.service_s(output_tokens)
         self.answered_s[sender].append(self.env.now + (seconds or 0.0))
         return None if seconds is None else self.env.timeout(seconds)
 
-    def submit_all(self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array) -> None:
+    def submit_all(
+        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+    ) -> None:
+        del contents
         self.env.process(self._arrive(zip(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), strict=True)))
 
     def _arrive(self, rows: Iterable[tuple[float, int, int]]) -> Generator[simpy.Event, None, None]:

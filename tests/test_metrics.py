@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pagedkv.heaps import HEAPS
+from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
 from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -37,11 +38,19 @@ def three_requests(folder: Path, **measurement: Any) -> dict[str, Any]:
     0-1: A computes 8. 1-2: A decodes (9 of 12 slots), B prefills (4 of 4); C waits for a row. 2-3: A decodes (10 of 12); B needs a
     second block, there is none, and B is preempted; B and C wait for memory. 3-4: A is done; B recomputes 5 (of 8 slots), C gets
     the 3 tokens left in the step (of 4 slots). 4-5: B is done, C computes its last prompt token, gives its one output, and is done.
+    Without a prefix cache: with one, B would find its first block again.
     """
     (folder / "three.csv").write_text("arrival_s,input_tokens,output_tokens\n0,8,3\n0.5,4,2\n0.5,4,1\n")
     config = SimulationConfig(
         load=LoadConfig(trace=str(folder / "three.csv")),
-        serving=ServingConfig(max_model_len=16, block_size=4, num_gpu_blocks_override=5, max_num_seqs=2, max_num_batched_tokens=8),
+        serving=ServingConfig(
+            max_model_len=16,
+            block_size=4,
+            num_gpu_blocks_override=5,
+            max_num_seqs=2,
+            max_num_batched_tokens=8,
+            enable_prefix_caching=False,
+        ),
         measurement=MeasurementConfig(allocator=("paged",), goodput=("ttft:2000", "tpot:1500"), **measurement),
     )
     scenario = resolve(config)
@@ -64,9 +73,11 @@ def test_three_requests_by_hand(tmp_path: Path) -> None:
     assert figures.pop("ttft_s") == pytest.approx({"mean": 7 / 3, "p50": 1.5, "p90": 3.9, "p99": 4.44})
     assert figures.pop("tpot_s") == pytest.approx({"mean": 1.5, "p50": 1.5, "p90": 1.9, "p99": 1.99})
     assert figures.pop("e2e_s") == pytest.approx({"mean": 11 / 3, "p50": 3.5, "p90": 4.3, "p99": 4.48})
+    assert figures.pop("lower_bounds") == []
     assert figures == pytest.approx(
         {
             **{"num_injected": 3, "num_finished": 3, "num_rejected": 0, "num_failed": 0, "num_unfinished": 0},
+            **dict.fromkeys(("num_queried_tokens", "num_hit_tokens", "prefix_hit_rate", "resumed_hit_rate")),
             **{"num_preemptions": 1, "running_mean": 7 / 5, "running_max": 2, "waiting_mean": 3 / 5, "waiting_time_share": 2 / 5},
             **{"output_tokens_per_s": 6 / 5, "request_throughput_per_s": 3 / 5, "goodput_per_s": 1 / 5, "goodput_share": 1 / 3},
             **{"iterations": 5, "request_steps": 7, "simulated_s": 5.0},
@@ -78,7 +89,7 @@ def test_the_same_three_seen_from_0_25_to_3_5_seconds(tmp_path: Path) -> None:
     """A arrived before the warm-up ended and does not count; B has one token, C none: lower bounds."""
     figures = three_requests(tmp_path, warmup="250ms", duration="3.25s")
     window_s = 3.25
-    assert {k: v for k, v in figures.items() if k.startswith("num_")} == {
+    assert {k: v for k, v in figures.items() if k.startswith("num_") and v is not None} == {
         **{"num_injected": 2, "num_finished": 0, "num_rejected": 0, "num_failed": 0, "num_unfinished": 2, "num_preemptions": 1}
     }
     assert figures["ttft_s"]["mean"] == pytest.approx((1.5 + 3.0) / 2)  # C: at least until 3.5
@@ -115,6 +126,8 @@ class Interval(NamedTuple):
     running: list[Held]
     waiting: int
     free: int
+    cached: int
+    """Free slots that keep something to be found."""
     head_waits_for_memory: bool
 
 
@@ -144,13 +157,22 @@ class Witness(Recorder):
             running.append(Held(computed, held, final))
         blocked = step.blocker is Blocker.KV_MEMORY
         end_s = start_s + cost.total_s
-        self.intervals.append(Interval(start_s, end_s, running, scheduler.num_waiting, pool.free_slots, blocked))
+        self.intervals.append(Interval(start_s, end_s, running, scheduler.num_waiting, pool.free_slots, self.cached(), blocked))
         self.preempted_s.append((end_s, step.num_preempted))
         super().step(step, start_s, cost)
 
     def idle(self, start_s: float, end_s: float) -> None:
-        self.intervals.append(Interval(start_s, end_s, [], 0, self.scheduler.allocator.free_slots, head_waits_for_memory=False))
+        free = self.scheduler.allocator.free_slots
+        self.intervals.append(Interval(start_s, end_s, [], 0, free, self.cached(), head_waits_for_memory=False))
         super().idle(start_s, end_s)
+
+    def cached(self) -> int:
+        """Count the slots in blocks that carry a key and that nobody holds."""
+        allocator = self.scheduler.allocator
+        if not isinstance(allocator, PagedStepAllocator):
+            return 0
+        blocks = allocator.pool.blocks[1:]
+        return int(((blocks["ref_cnt"] == 0) & (blocks["next_same"] != 0)).sum()) * allocator.unit_slots
 
     def tokens(self, now_s: float) -> None:
         super().tokens(now_s)
@@ -165,7 +187,7 @@ def shares(interval: Interval, scenario: Scenario, usable: int, *, contiguous: b
         kinds["tokens"] += held.tokens
         kinds["reserved"] += min(held.slots, held.final) - held.tokens
         kinds["internal"] += max(held.slots - held.final, 0)
-    kinds["free"] = interval.free
+    kinds["free"], kinds["cached"] = interval.free - interval.cached, interval.cached
     if contiguous:
         heap = HEAPS.load(scenario.deployment.pool.contiguous_heap)(scenario.deployment.pool.num_slots)
         kinds["external"] = sum(heap.rounded(held.slots) - held.slots for held in interval.running)
@@ -326,6 +348,7 @@ def test_lower_bounds_of_unfinished_requests() -> None:
         prompt_tokens=np.array([5, 5, 5, 5]),
         output_tokens=np.array([5, 11, 5, 1]),
         num_output_tokens=np.array([5, 3, 0, 1]),
+        num_cached_tokens=np.zeros(4, np.int64),
         num_preemptions=np.zeros(4, np.int64),
         outcome=np.array([Outcome.FINISHED, Outcome.UNFINISHED, Outcome.UNFINISHED, Outcome.FINISHED], np.int8),
     )

@@ -119,7 +119,8 @@ def test_defaults_are_filled_in(results: Results) -> None:
     asked = flat(results.scenario.config)
     assert set(config) == set(asked)
     changed = {name: value for name, value in config.items() if value != asked[name] and not isinstance(value, list)}
-    assert changed == {"max_model_len": 32768, "max_num_seqs": 1024, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.92}
+    limits = {"max_model_len": 32768, "max_num_seqs": 1024, "max_num_batched_tokens": 8192}
+    assert changed == limits | {"gpu_memory_utilization": 0.92, "scheduler_reserve_full_isl": True, "enable_prefix_caching": True}
     assert config["allocator"] == ["paged", "contiguous-max"]
     assert config["lengths"] is None  # the lengths are fixed ones
 

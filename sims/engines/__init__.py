@@ -14,6 +14,27 @@ from pagedkv.weight_format import WeightFormat
 class EnginePreset(Protocol):
     """Turns what a user asked for into settings, as this engine would."""
 
+    @property
+    def name(self) -> str:
+        """What a user writes after --engine; without a version if it is the current one."""
+
+    def at(self, engine: str) -> "EnginePreset":
+        """Return the preset of the version that `engine`, such as "vllm@0.19", names.
+
+        Raises:
+            ConfigError: If there is no such version, with those that there are.
+        """
+
+    def default_utilization(self, hardware: HardwareSpec) -> float:
+        """Return the share of the visible memory that the engine takes where the user says nothing."""
+
+    def admission(self, serving: ServingConfig) -> tuple[bool, bool]:
+        """Return whether a request is admitted only if all its known tokens fit, and whether freed blocks are handed out next.
+
+        Raises:
+            ConfigError: If `serving` asks for what this version does not have.
+        """
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return the limits of a step, with the engine's defaults for this machine where the user set none."""
 
@@ -33,3 +54,14 @@ class EnginePreset(Protocol):
 
 
 ENGINES: Registry[EnginePreset] = Registry(__name__, kind="engine")
+
+
+def load_engine(engine: str) -> EnginePreset:
+    """Return the preset that `engine`, a name or name@version, names.
+
+    Raises:
+        ConfigError: If there is no such engine or version, with those that there are.
+    """
+    name, at, _ = engine.partition("@")
+    preset = ENGINES.load(name)
+    return preset.at(engine) if at else preset

@@ -1,4 +1,6 @@
-"""vLLM v1: one pool of blocks sized by --gpu-memory-utilization, recompute on preemption, defaults by device."""
+"""vLLM v1: one pool of blocks sized by --gpu-memory-utilization, recompute on preemption, defaults by device and version."""
+
+from dataclasses import dataclass, replace
 
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
@@ -8,6 +10,7 @@ from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES
+from pagedkv.sims.vllm_versions import CURRENT, VLLMVersion, vllm_version
 from pagedkv.units import parse_bytes
 from pagedkv.weight_format import WeightFormat
 
@@ -18,21 +21,58 @@ def _size(text: str | None, name: str) -> int | None:
     return None if text is None else parse_bytes(text, name=name)
 
 
+@dataclass(frozen=True, slots=True)
 class VLLM:
-    """The engine of `vllm serve`. Source: vLLM 0.33, EngineArgs, gpu_worker and the v1 scheduler."""
+    """The engine of `vllm serve`. Source: vLLM's EngineArgs, gpu_worker and the v1 scheduler."""
+
+    version: VLLMVersion
+    """What its version does differently."""
+
+    @property
+    def name(self) -> str:
+        """What a user writes after --engine."""
+        return "vllm" if self.version is CURRENT else f"vllm@{self.version.name}"
+
+    def at(self, engine: str) -> "VLLM":
+        """Return the preset of the version that `engine` names.
+
+        Raises:
+            ConfigError: If there is no such version, with those that there are.
+        """
+        return VLLM(vllm_version(engine))
+
+    def default_utilization(self, hardware: HardwareSpec) -> float:
+        """Return the machine's share, and no more than this version takes."""
+        return min(hardware.default_utilization.value, self.version.gpu_memory_utilization)
+
+    def admission(self, serving: ServingConfig) -> tuple[bool, bool]:
+        """Return whether the full-prompt gate is on, and whether freed blocks are handed out next.
+
+        Raises:
+            ConfigError: If `serving` asks for what this version does not have.
+        """
+        if serving.watermark and not self.version.has_watermark:
+            raise ConfigError(
+                f"--watermark {serving.watermark:g}: vLLM {self.version.name} has none. "
+                f"Leave it out, or use --engine vllm, which is {CURRENT.name}"
+            )
+        gate = serving.scheduler_reserve_full_isl
+        return self.version.reserve_full_isl if gate is None else gate, self.version.freed_to_front
 
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return vLLM's limits of a step: its defaults depend on the device."""
         longest = min(DEFAULT_MAX_MODEL_LEN, model.max_context) if serving.max_model_len is None else serving.max_model_len
         if longest > model.max_context:
             raise ConfigError(f"max-model-len {longest} is more than {model.title} was made for: at most {model.max_context}")
+        counts_alone = hardware.unified and not self.version.knows_gb10
+        device = replace(hardware, small_compute_device=False) if counts_alone else hardware
         tokens, seqs = serving.max_num_batched_tokens, serving.max_num_seqs
         if tokens is None:
-            tokens = hardware.default_max_num_batched_tokens
+            tokens = device.default_max_num_batched_tokens
             if not serving.enable_chunked_prefill:
                 tokens = max(tokens, longest)  # a prompt must fit into one step
         return SchedulerSettings(
-            max_num_seqs=hardware.default_max_num_seqs if seqs is None else seqs,
+            max_num_seqs=device.default_max_num_seqs if seqs is None else seqs,
             max_num_batched_tokens=tokens,
             max_model_len=longest,
             enable_chunked_prefill=serving.enable_chunked_prefill,
@@ -58,7 +98,8 @@ class VLLM:
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
-            gpu_memory_utilization=hardware.default_utilization.value if utilization is None else utilization,
+            gpu_memory_utilization=self.default_utilization(hardware) if utilization is None else utilization,
+            cuda_graphs_set_aside=self.version.cuda_graphs_set_aside,
             enforce_eager=serving.enforce_eager,
             tensor_parallel_size=serving.tensor_parallel_size,
             free_memory_bytes=_size(serving.free_memory, "free-memory"),
@@ -69,4 +110,4 @@ class VLLM:
         )
 
 
-ENGINES.register("vllm")(VLLM())
+ENGINES.register("vllm")(VLLM(CURRENT))

@@ -109,6 +109,8 @@ class Rows:
     """Arrival times (seconds after any origin); None if the file has no such column."""
     content: Callable[[], PromptContent] | None = None
     """Reads what the prompts are made of, once the lengths are known to be good; None if such files do not say it."""
+    says_content: bool = False
+    """Whether this file says it."""
 
 
 class TraceFormat(Protocol):
@@ -131,13 +133,13 @@ class TraceFormat(Protocol):
 TRACE_FORMATS: Registry[type[TraceFormat]] = Registry("pagedkv.sims.traces", kind="trace format")
 
 
-def read_trace(path: Path, *, format: str | None = None, with_content: bool = False) -> Trace:
+def read_trace(path: Path, *, format: str | None = None, with_content: bool | None = False) -> Trace:
     """Read a trace; rows out of order are sorted by time, equal times keep the file's order.
 
     Args:
         path: A file in one of `TRACE_FORMATS`, plain or gzip (recognised by content, like the format).
         format: The format, if it should not be recognised by the first line.
-        with_content: Read also what the prompts are made of; it is not looked at otherwise.
+        with_content: Read also what the prompts are made of; None: if the file says so. It is not looked at otherwise.
 
     Raises:
         ConfigError: If `format` is unknown.
@@ -154,7 +156,8 @@ def read_trace(path: Path, *, format: str | None = None, with_content: bool = Fa
     prompt_tokens, output_tokens = _lengths(path, rows)
     hint = "" if has_times else f", nor is any other row's, {no_trace}"
     arrival_s = np.array(_values(path, rows.line_numbers, arrival, hint=hint), dtype=np.float64)
-    content = rows.content() if with_content and rows.content is not None else None
+    wanted = rows.says_content if with_content is None else with_content
+    content = rows.content() if wanted and rows.content is not None else None
     order = np.argsort(arrival_s, kind="stable")
     return Trace(
         path=path,

@@ -52,6 +52,7 @@ class MooncakeJsonl:
                 needed="a finite number of milliseconds",
             ),
             content=partial(_content, path, line_numbers, prompts, hash_ids),
+            says_content=any(hash_ids),
         )
 
 

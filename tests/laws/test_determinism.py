@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from pagedkv.allocators import ALLOCATORS
 from pagedkv.heaps import HEAPS
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.export import to_json
 from pagedkv.sims.results import simulate
-from pagedkv.sims.scenario import resolve, simulated_allocators
+from pagedkv.sims.scenario import resolve
 
 CONFIG = SimulationConfig(
     load=LoadConfig(users=10, think_time="1s", random_input_len=250, random_output_len=30, random_range_ratio=0.9),
@@ -42,8 +43,8 @@ def test_law_10_same_seed_same_bytes(config: SimulationConfig) -> None:
 
 
 def test_law_10_results_do_not_depend_on_what_they_are_compared_with() -> None:
-    together = figures(CONFIG, allocator=simulated_allocators())
-    assert figures(CONFIG, allocator=simulated_allocators()[::-1]) == together
+    together = figures(CONFIG, allocator=ALLOCATORS.names())
+    assert figures(CONFIG, allocator=ALLOCATORS.names()[::-1]) == together
     for name in ("paged", "contiguous-oracle"):
         alone = figures(CONFIG, allocator=(name,))[name]
         assert alone["num_finished"] > 10
@@ -52,7 +53,7 @@ def test_law_10_results_do_not_depend_on_what_they_are_compared_with() -> None:
 
 def test_law_10_every_allocator_gets_the_same_requests() -> None:
     config = replace(CONFIG, load=LoadConfig(request_rate=2.0, num_prompts=40))
-    results = simulate(resolve(replace(config, measurement=replace(config.measurement, allocator=simulated_allocators()))))
+    results = simulate(resolve(replace(config, measurement=replace(config.measurement, allocator=ALLOCATORS.names()))))
     for repeat in range(2):
         logs = [result.runs[repeat].log for result in results.by_allocator.values()]
         for log in logs:
@@ -66,7 +67,7 @@ def digests(heap: str, allocators: tuple[str, ...]) -> dict[str, str]:
     return {name: hashlib.sha256(to_json(document(config, allocator=(name,))).encode()).hexdigest() for name in allocators}
 
 
-@pytest.mark.parametrize(("heap", "allocators"), [("buddy", simulated_allocators()), ("first-fit", ("contiguous-oracle",))])
+@pytest.mark.parametrize(("heap", "allocators"), [("buddy", ALLOCATORS.names()), ("first-fit", ("contiguous-oracle",))])
 def test_law_14_another_process_without_a_compiler_gives_the_same_bytes(heap: str, allocators: tuple[str, ...]) -> None:
     assert heap in HEAPS.names()
     code = f"import json; from test_determinism import digests; print(json.dumps(digests({heap!r}, {allocators!r})))"

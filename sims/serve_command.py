@@ -1,0 +1,104 @@
+"""A deployment as a `vllm serve` command that its version of vLLM takes: the way back from `from_vllm`."""
+
+import shlex
+from collections.abc import Iterator
+
+from pagedkv.errors import ConfigError
+from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.deployment import Deployment, deploy
+from pagedkv.sims.vllm_versions import VLLMVersion, vllm_version
+from pagedkv.units import parse_bytes
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""By weight format: the `--dtype` that gives it, from weights that are not quantized."""
+ONLINE = ("fp8", "mxfp8")
+"""Formats that vLLM makes by itself while it reads weights that are not quantized. Source: QuantizationMethods, in 0.19 too."""
+CHECKPOINTS = {"nvfp4": "NVFP4", "int4": "AWQ"}
+"""By weight format that vLLM only reads: what the names of repositories with such weights usually end in."""
+_KV_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
+VLLM_RESERVES_FULL_ISL = True
+"""What `vllm serve` does without --scheduler-reserve-full-isl. Source: SchedulerConfig of 0.33, and of the released 0.19.0."""
+
+
+def serve_command(serving: ServingConfig) -> str:
+    """Return the command for `serving`. The machine, and what vLLM has no flag for, are left out.
+
+    What sizes the cache and the steps is always there: vLLM's own defaults differ by version and machine.
+
+    Raises:
+        ConfigError: If `serving` cannot work, or vLLM cannot serve such weights or such a cache.
+    """
+    deployment = deploy(serving)
+    model, flags = _weights(deployment, serving)
+    flags += [word for flag, value in _values(deployment, serving, vllm_version(serving.engine)) for word in (f"--{flag}", value)]
+    flags += _switches(deployment, serving)
+    return shlex.join(["vllm", "serve", model, *flags])
+
+
+def checkpoint_note(serving: ServingConfig) -> str | None:
+    """Return what to know about the model's name in the command: None if its weights are the model's own."""
+    deployment = deploy(serving)
+    suffix = CHECKPOINTS.get(deployment.weight_format.name)
+    if suffix is None or deployment.weight_format == deployment.model.native_format:
+        return None
+    name = deployment.weight_format.name
+    return f"vLLM only reads {name} weights that a repository has: the name in -{suffix} stands for it, put yours"
+
+
+def _weights(deployment: Deployment, serving: ServingConfig) -> tuple[str, list[str]]:
+    """Return the model's name in the command, and the flags that say how its weights are stored."""
+    model, native, wanted = deployment.model.hf_id or serving.model, deployment.model.native_format, deployment.weight_format.name
+    if serving.quantization is None or wanted == native.name:
+        return model, []
+    if wanted in CHECKPOINTS:
+        return f"{model}-{CHECKPOINTS[wanted]}", []
+    if native.name in DTYPES:
+        if wanted in DTYPES:
+            return model, ["--dtype", DTYPES[wanted]]
+        if wanted in ONLINE:
+            return model, ["--quantization", wanted]
+    usable = [native.name, *((*DTYPES, *ONLINE) if native.name in DTYPES else ()), *CHECKPOINTS]
+    raise ConfigError(
+        f"--quantization {serving.quantization}: vLLM cannot serve {deployment.model.title} in {wanted}; "
+        f"advise knows how to with {', '.join(dict.fromkeys(usable))}"
+    )
+
+
+def _values(deployment: Deployment, serving: ServingConfig, version: VLLMVersion) -> Iterator[tuple[str, str]]:
+    """Yield (flag, value) of what sizes the cache and the steps."""
+    yield "kv-cache-dtype", _kv_cache_dtype(serving.kv_cache_dtype)
+    yield "max-model-len", str(deployment.scheduler.max_model_len)
+    yield "block-size", str(serving.block_size)
+    if serving.kv_cache_memory_bytes is not None:
+        yield "kv-cache-memory-bytes", str(parse_bytes(serving.kv_cache_memory_bytes, name="kv-cache-memory-bytes"))
+    if serving.kv_cache_memory_bytes is None or serving.gpu_memory_utilization is not None:
+        yield "gpu-memory-utilization", str(deployment.budget.utilization)
+    if serving.num_gpu_blocks_override is not None:
+        yield "num-gpu-blocks-override", str(serving.num_gpu_blocks_override)
+    yield "max-num-seqs", str(deployment.scheduler.max_num_seqs)
+    yield "max-num-batched-tokens", str(deployment.scheduler.max_num_batched_tokens)
+    if serving.long_prefill_token_threshold:
+        yield "long-prefill-token-threshold", str(serving.long_prefill_token_threshold)
+    if serving.watermark and version.has_watermark:
+        yield "watermark", str(serving.watermark)
+    if serving.tensor_parallel_size != 1:
+        yield "tensor-parallel-size", str(serving.tensor_parallel_size)
+
+
+def _switches(deployment: Deployment, serving: ServingConfig) -> list[str]:
+    gate = deployment.pool.reserve_full_isl
+    switches = {
+        "--no-enable-prefix-caching": serving.enable_prefix_caching is False,
+        "--no-enable-chunked-prefill": not serving.enable_chunked_prefill,
+        "--no-scheduler-reserve-full-isl": VLLM_RESERVES_FULL_ISL and not gate,
+        "--scheduler-reserve-full-isl": gate and vllm_version(serving.engine).reserve_full_isl is False,
+        "--enforce-eager": serving.enforce_eager,
+    }
+    return [flag for flag, wanted in switches.items() if wanted]
+
+
+def _kv_cache_dtype(name: str) -> str:
+    keys, _, values = name.lower().partition("/")
+    if values and values != keys:
+        raise ConfigError(f"--kv-cache-dtype {name}: vLLM stores keys and values alike; use {keys} or {values}")
+    return _KV_DTYPES.get(keys, keys)
