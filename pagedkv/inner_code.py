@@ -74,7 +74,7 @@ class _InnerDispatcher(CPUDispatcher):
 
 def _widened(kind: Any) -> Any:
     kind = types.unliteral(kind)
-    return types.int64 if isinstance(kind, types.Integer) and kind.signed else kind
+    return types.int64 if kind in types.signed_domain else kind
 
 
 class LeanDispatcher(CPUDispatcher):

@@ -34,7 +34,7 @@ def lean_jit(function: F) -> F:
     They outlive the call. Where a function passes many arrays on to others, counting costs several times what the work does. What
     compiled code calls of it is `pagedkv.inner_code`: such functions may call each other many deep and still compile in seconds.
     """
-    if numba.config.DISABLE_JIT:
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return function
     compiled = LeanDispatcher(function, {}, {"nopython": True, "boundscheck": None, "error_model": "numpy", "_nrt": False})
     with suppress(RuntimeError):  # no folder to keep it in: compile anew in every process
@@ -54,7 +54,7 @@ def fixed_types(function: F) -> F:
     Nobody looks at types later, or checks them. For a step that takes six tuples of thirty arrays, finding out what these are is
     4 of 4.5 µs.
     """
-    if numba.config.DISABLE_JIT:
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return function
     compiled = cast("Any", function)
     code: Callable[..., Any] | None = None
@@ -83,7 +83,7 @@ def native(function: F, signature: Any) -> F:
 
     Whatever takes it is compiled once, not anew for every function that is passed. Kept on disk as by `jit`.
     """
-    types = normalize_signature(signature)  # type: ignore[no-untyped-call]
+    types = normalize_signature(signature)
     compiled = _NativeFunction(function, types, {}, {"error_model": "numpy"})
     with suppress(RuntimeError):  # no folder to keep it in
         compiled.enable_caching()

@@ -49,7 +49,7 @@ def test_settings_and_figures_that_differ(runs: tuple[Path, Path]) -> None:
     assert rate.difference == documents[1]["output_tokens_per_s"] - documents[0]["output_tokens_per_s"]
     assert rate.significant is True
     assert figures["num_injected"].first == documents[0]["num_injected"] / 3
-    assert figures.keys() >= {name for name in FIGURES if not name.startswith(("kv_when", "goodput"))}
+    assert figures.keys() >= {name for name in FIGURES if not name.startswith(("kv_when", "goodput", "resumed"))}
 
 
 def test_a_run_against_itself_differs_in_nothing(runs: tuple[Path, Path]) -> None:
