@@ -28,7 +28,7 @@ WITH_STATE: dict[str, Any] = {"model": "qwen3.5-27b", "hardware": "dgx-spark"}
 
 def filled(deployment: Deployment, allocator: str, context: int, *, most: int | None = None) -> int:
     """Return how many requests of `context` tokens a real allocator admits one after the other, `most` at most."""
-    pool = deployment.pool
+    pool = deployment.pool_of(allocator)
     if most is None:
         most = pool.num_slots // (pool.state_slots + 1) + 1
     one = step_allocator(allocator, replace(pool, max_num_seqs=most, watermark=0.0))
