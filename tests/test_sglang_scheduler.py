@@ -83,15 +83,16 @@ def test_prompts_come_first_and_running_requests_wait_meanwhile() -> None:
 
 def test_with_mixed_chunks_they_decode_in_the_same_step() -> None:
     one = scheduler(enable_mixed_chunk=True, chunked_prefill_size=16)
-    one.add(prompt_tokens=10, output_tokens=3)
+    one.add(prompt_tokens=10, output_tokens=9)
     advance(one)
-    one.add(prompt_tokens=20, output_tokens=2)
+    one.add(prompt_tokens=20, output_tokens=9)
     assert advance(one) == [(0, 1), (1, 15)]  # the decode token takes one of the 16
     step = one.schedule()
     assert entries(step) == [(1, 5), (0, 1)]
     assert step.num_running_before == 2
     one.complete()
     assert one.sampled.tolist() == [1, 0]
+    assert advance(one) == [(1, 1), (0, 1)]  # the prompts of a batch come first in it from now on
 
 
 def test_one_prompt_at_a_time_is_computed_in_pieces() -> None:
@@ -128,6 +129,30 @@ def test_a_batch_that_was_full_stays_so_until_a_decode_step_sees_somebody_gone()
     assert advance(one) == [(1, 1)]  # request 0 is in the batch still when admission is tried
     assert advance(one) == [(2, 4)]
     assert run_out(one) == [1, 2]
+
+
+def test_who_has_just_finished_takes_a_place_until_the_next_decode_step() -> None:
+    one = scheduler(rows=2)
+    for output in (2, 4):
+        one.add(prompt_tokens=4, output_tokens=output)
+    advance(one)
+    advance(one)
+    assert (one.finished.tolist(), one.num_running) == ([0], 1)
+    one.add(prompt_tokens=4, output_tokens=2)
+    assert [advance(one), advance(one)] == [[(1, 1)], [(2, 4)]]
+
+
+def test_a_refusal_holds_for_a_batch_that_ran_before_though_expectations_would_allow_more() -> None:
+    one = scheduler(slots=150)
+    one.add(prompt_tokens=10, output_tokens=10)
+    advance(one)
+    one.add(prompt_tokens=10, output_tokens=50)
+    one.add(prompt_tokens=10, output_tokens=62)
+    assert advance(one) == [(1, 10)]  # 150 - 10 - 6.3 - 61 < 10 + 62 + 1; in a new pass 150 - 20 - 0.7 * 58 would be enough
+    for _ in range(9):
+        assert advance(one) == [(0, 1), (1, 1)]
+    assert one.finished.tolist() == [0]
+    assert [advance(one), advance(one)] == [[(1, 1)], [(2, 10)]]
 
 
 def test_nobody_waits_for_those_who_are_all_done() -> None:
@@ -196,16 +221,17 @@ def test_requests_of_one_pass_share_nothing_but_are_merged_afterwards() -> None:
     assert one.allocator.free_slots == 256 - 20
 
 
-def test_with_outputs_known_and_no_caching_memory_must_last_at_every_end() -> None:
-    limits = PassLimits(max_prefill_tokens=99, new_token_ratio=1.0, caches_prefixes=False)
-    short = waits([1] * 10, max_new_tokens=10, ignore_eos=True)
-    # With 10 more tokens each, the first to end gives back its 10; charged in full, both would not fit into 45 slots.
-    one = PrefillPass(RadixCache(num_blocks=45), [], limits)
-    assert [one.add(short), one.add(short)] == [Verdict.CONTINUE, Verdict.NO_TOKEN]
-    assert len(one.admitted) == 2
-    tight = PrefillPass(RadixCache(num_blocks=43), [], limits)
-    assert [tight.add(short), tight.add(short)] == [Verdict.CONTINUE, Verdict.NO_TOKEN]
-    assert len(tight.admitted) == 1
+@pytest.mark.parametrize(("held", "fits"), [(33, True), (32, False)])
+def test_with_outputs_known_and_no_caching_what_others_give_back_in_time_counts(held: int, fits: bool) -> None:
+    # 20 slots are free and one request is to make one more token: a prompt of 10 and a block take 11, and leave 9. Its 40 outputs
+    # then need what the other gives back at its end: 9 + held - 40 must be more than 1.
+    running = [waits([1] * held, num_prompt_tokens=held - 1, num_output_tokens=1, max_new_tokens=2, ignore_eos=True)]
+    request = waits([2] * 10, max_new_tokens=40, ignore_eos=True)
+    for caches_prefixes in (False, True):
+        limits = PassLimits(max_prefill_tokens=99, new_token_ratio=0.1, caches_prefixes=caches_prefixes)
+        one = PrefillPass(RadixCache(num_blocks=20), running, limits)
+        assert one.add(request) is Verdict.NO_TOKEN  # nothing is left for another one, in any case
+        assert len(one.admitted) == (fits and not caches_prefixes)
 
 
 def test_a_shortest_first_prompt_in_pieces_leaves_room_for_shorter_ones() -> None:
@@ -215,48 +241,110 @@ def test_a_shortest_first_prompt_in_pieces_leaves_room_for_shorter_ones() -> Non
     shorter = [waits([1] * 5), waits([2] * 9), waits([3] * 60)]
     one.resume(waits([9] * 100), 20, shorter)
     assert (one.admitted[0].end, one.chunk_left) == (20 + 32 - 8 - 12, 20)
-    assert [one.add(request) for request in shorter] == [Verdict.CONTINUE, Verdict.OTHER, Verdict.OTHER]
-    assert len(one.admitted) == 3  # and the third is not cut while one is in pieces
+    assert one.add(shorter[2]) is Verdict.OTHER  # nobody else is cut while one is in pieces
+    assert [one.add(request) for request in shorter[:2]] == [Verdict.CONTINUE, Verdict.OTHER]
+    assert len(one.admitted) == 3
+
+
+@pytest.mark.parametrize(("num_mixed", "computed"), [(0, 4), (1, 7)])
+def test_it_leaves_none_if_there_are_not_two_blocks_to_share(num_mixed: int, computed: int) -> None:
+    limits = PassLimits(max_prefill_tokens=999, chunk_tokens=8, num_mixed=num_mixed, new_token_ratio=1.0, shortest_first=True)
+    one = PrefillPass(RadixCache(num_blocks=100, block_size=4), [], limits)
+    one.resume(waits([9] * 100), 20, [waits([1] * 3)])
+    assert one.admitted[0].end == 20 + computed
+
+
+@pytest.mark.parametrize(("free", "fits"), [(30, True), (29, False)])
+def test_with_outputs_known_the_prompt_and_a_block_may_take_all_that_is_left(free: int, fits: bool) -> None:
+    running = [waits([1] * 100, num_prompt_tokens=99, num_output_tokens=1, max_new_tokens=20, ignore_eos=True)]
+    limits = PassLimits(max_prefill_tokens=99, new_token_ratio=1.0, caches_prefixes=False)
+    one = PrefillPass(RadixCache(num_blocks=free), running, limits)  # 19 of them are spoken for
+    one.add(waits([2] * 10, max_new_tokens=5, ignore_eos=True))
+    assert len(one.admitted) == fits
+
+
+def test_under_lru_the_prompts_of_those_who_wait_count_as_used() -> None:
+    one = scheduler(slots=64, rows=1)
+    one.add(prompt_tokens=30, output_tokens=2)
+    one.add(prompt_tokens=30, output_tokens=2, content=text(1, 30))
+    cache, awaited = one.allocator.cache, one._batch.requests.waiting[1].tokens[:20]
+    cache.store(awaited, cache.take(20))
+    cache.store(np.full(20, 99, np.int32), cache.take(20))
+    assert advance(one) == [(0, 30)]  # and 6 slots had to be evicted for it
+    assert cache.peek(awaited)[0] == 20
+    assert cache.peek(np.full(20, 99, np.int32))[0] == 0
+
+
+def test_a_prompt_in_pieces_is_one_use_of_what_it_stores() -> None:
+    one = scheduler(chunked_prefill_size=16)
+    one.add(prompt_tokens=40, output_tokens=9)
+    run_out(one)
+    assert {node.hit_count for node in one.allocator.cache.tree.root.below()} == {1}
 
 
 # Retraction
 
 
-def test_the_one_with_the_fewest_outputs_goes_and_comes_back_behind_the_others() -> None:
-    one = scheduler(slots=40, schedule_conservativeness=0.1)
-    one.add(prompt_tokens=8, output_tokens=24)
-    advance(one)
-    advance(one)
-    one.add(prompt_tokens=8, output_tokens=22)
-    assert advance(one) == [(1, 8)]
-    one.add(prompt_tokens=30, output_tokens=2)
+def until_retraction(one: SGLangScheduler) -> None:
+    """Run until a step is decided that retracts somebody."""
+    one.schedule()
     while not one.preempted.size:
+        one.complete()
+        assert one.num_running
         one.schedule()
-        if not one.preempted.size:
-            one.complete()
-    assert one.preempted.tolist() == [1]  # it has one output less
+    one.check_integrity()
+
+
+def two_too_many() -> SGLangScheduler:
+    """Two requests that would come to 124 slots of 96, the first with two outputs more."""
+    one = scheduler(slots=96, schedule_conservativeness=0.1)
+    one.add(prompt_tokens=8, output_tokens=60)
+    advance(one)
+    advance(one)
+    one.add(prompt_tokens=8, output_tokens=50)
+    assert advance(one) == [(1, 8)]
+    return one
+
+
+def test_the_one_with_the_fewest_outputs_goes_and_comes_back_behind_the_others() -> None:
+    one = two_too_many()
+    one.add(prompt_tokens=70, output_tokens=2)
+    until_retraction(one)
+    assert one.preempted.tolist() == [1]
     assert one.waiting().tolist() == [2, 1]
     assert one.requests.arrays["num_preemptions"][:3].tolist() == [0, 1, 0]
-    known = one.requests.arrays["num_known_tokens"][0] - 8
-    assert one.new_token_ratio == (known + 20) / (24 + 1)
+    made = one.requests.arrays["num_known_tokens"][0] - 8
+    assert one.new_token_ratio == min(1.0, (made + 20) / (60 + 1))
     one.complete()
-    assert sorted(run_out(one)) == [0, 1, 2]
+    assert run_out(one) == [0, 2, 1]
+
+
+def test_of_equals_the_longest_prompt_goes_first() -> None:
+    one = scheduler(slots=60, schedule_conservativeness=0.1, chunked_prefill_size=None)
+    for prompt in (8, 9, 7):
+        one.add(prompt_tokens=prompt, output_tokens=16)
+    until_retraction(one)
+    assert one.preempted.tolist() == [1]
 
 
 def test_a_retraction_stores_nothing_beyond_the_prompt() -> None:
-    one = scheduler(slots=40, schedule_conservativeness=0.1)
-    for _ in range(2):
-        one.add(prompt_tokens=8, output_tokens=24)
-        advance(one)
-    while not one.preempted.size:
-        one.schedule()
-        if not one.preempted.size:
-            one.complete()
-    assert one.cached_slots <= 8
+    one = two_too_many()
+    until_retraction(one)
+    assert one.cached_slots == 8
     one.complete()
-    assert sorted(run_out(one)) == [0, 1]
+    assert run_out(one) == [0, 1]
     record = one.requests.arrays[1]
-    assert record["num_hit_tokens"] <= 8
+    assert record["num_hit_tokens"] <= 8 < record["num_queried_tokens"] - 8  # it looked for its outputs too when it came again
+
+
+def test_a_retraction_evicts_until_20_tokens_are_free_for_each_who_stays() -> None:
+    one = scheduler(slots=48, schedule_conservativeness=0.1)
+    for output in (30, 24):
+        one.add(prompt_tokens=8, output_tokens=output)
+        advance(one)
+    until_retraction(one)
+    assert one.cached_slots == 0  # the one that left gave back less than 20, so its prompt went too
+    assert one.allocator.cache.slots.num_free_slots >= 20 - 1
 
 
 def test_the_ratio_falls_with_every_decode_step_that_fits_and_is_reset_when_idle() -> None:

@@ -19,6 +19,9 @@ SHORT_MATCH = 32
 TWIN_MATCH = 32
 """If it begins like one of them for this many tokens, it comes late: one of the two is to fill the cache first."""
 
+REFRESHED_PROMPTS, REFRESH_INTERVAL = 128, 32
+"""Under lru, so many waiting prompts count as used, every so many prefill passes."""
+
 Permutation: TypeAlias = Callable[[int], Sequence[int] | Int64Array]
 """From n to an order of range(n): where chance comes from."""
 
@@ -171,6 +174,12 @@ def sort_queue(
     root = RadixTree().root if tree is None else tree.root
     nodes, late = _match_all(queue, tree) if asked.matches and tree is not None else ([], frozenset[SGLangRequest]())
     return QueueOrder(policy, asked.order(Scene(queue, late, nodes, root, running, num_prefilled_tokens, permutation)), late)
+
+
+def refresh_prompts(queue: Sequence[SGLangRequest], tree: RadixTree) -> None:
+    """Let what the first of those who wait will find count as used now, so that it is there when it is their turn."""
+    for request in queue[:REFRESHED_PROMPTS]:
+        tree.match_prefix(request.tokens[: request.num_prompt_tokens], extra_key=request.namespace)
 
 
 def _match_all(queue: Sequence[SGLangRequest], tree: RadixTree) -> tuple[list[TreeNode], frozenset[SGLangRequest]]:

@@ -1,12 +1,16 @@
 """Everybody whom SGLang's scheduler knows, and who waits."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pagedkv.arrays import Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError
+from pagedkv.radix_tree import RadixTree
 from pagedkv.scheduling.content import NO_SEGMENTS, Segments, check_segments, keyed_segments
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays, RequestTable
+from pagedkv.scheduling.sglang_queue import Permutation, sort_queue
 from pagedkv.scheduling.sglang_request import SGLangRequest
 from pagedkv.scheduling.stream_tokens import StreamTokens
 
@@ -57,6 +61,14 @@ class SGLangRequests:
         self.table.add(prompt_tokens=prompt, output_tokens=output_tokens, admission_slots=0, priority=request.priority)
         self._live[request.index] = request
         self._join(request)
+
+    def sort(
+        self, policy: str, tree: RadixTree | None, *, running: Sequence[SGLangRequest], permutation: Permutation | None
+    ) -> None:
+        """Put the queue in the order of `policy`: see `sort_queue`."""
+        prefilled = self.num_prefilled_tokens
+        order = sort_queue(policy, self.waiting, tree, running=running, num_prefilled_tokens=prefilled, permutation=permutation)
+        self.waiting = order.requests
 
     def take_up(self, requests: set[SGLangRequest]) -> None:
         """Take `requests` out of the queue."""

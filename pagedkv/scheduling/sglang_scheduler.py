@@ -176,20 +176,18 @@ class SGLangScheduler:
         """
         batch, step = self._batch, self._step
         batch.decide()
-        entries = [(prefill.request.index, prefill.start, prefill.end) for prefill in batch.resumed]
-        num_resumed, num_decoding = len(entries), batch.decoding.size
-        entries += [(prefill.request.index, prefill.start, prefill.end) for prefill in batch.admitted]
-        n, requests, out = len(entries) + num_decoding, self.requests.arrays, step.batch
-        prefills = np.array(entries, np.int64).reshape(-1, 3)
-        index, start, end = (np.insert(prefills[:, i], num_resumed, np.zeros(num_decoding, np.int64)) for i in range(3))
-        decoding = slice(num_resumed, num_resumed + num_decoding)
-        index[decoding] = batch.decoding
-        start[decoding] = requests["num_computed_tokens"][batch.decoding]
-        end[decoding] = start[decoding] + 1
-        out["request"][:n], out["row"][:n] = index, requests["row"][index]
-        out["num_scheduled_tokens"][:n], out["num_slots_needed"][:n] = end - start, end
-        out["num_known_tokens"][:n], out["admission_slots"][:n] = requests["num_known_tokens"][index], 0
-        step.num_entries, step.num_running_before = n, num_resumed + num_decoding
+        decoding, requests, out = batch.decoding, self.requests.arrays, step.batch
+        num_resumed, num_before = len(batch.resumed), len(batch.resumed) + decoding.size
+        n = num_before + len(batch.admitted)
+        out["request"][num_resumed:num_before] = decoding
+        out["num_scheduled_tokens"][num_resumed:num_before] = 1
+        out["num_slots_needed"][num_resumed:num_before] = requests["num_computed_tokens"][decoding] + 1
+        for i, prefill in (*enumerate(batch.resumed), *enumerate(batch.admitted, num_before)):
+            out["request"][i], out["num_slots_needed"][i] = prefill.request.index, prefill.end
+            out["num_scheduled_tokens"][i] = prefill.end - prefill.start
+        index = out["request"][:n].copy()
+        out["row"][:n], out["num_known_tokens"][:n] = requests["row"][index], requests["num_known_tokens"][index]
+        step.num_entries, step.num_running_before = n, num_before
         step.num_preempted, step.blocker = len(batch.retracted), batch.blocker
         self._count(index)
         return step
@@ -231,7 +229,7 @@ class SGLangScheduler:
     def _count(self, first: Int64Array) -> None:
         """Write down who runs, those of `first` first, and how many wait."""
         running = self._batch.holders()
-        others = running if first.size == 0 else running[~np.isin(running, first)]
+        others = running[: running.size - first.size] if first.size in (0, running.size) else running[~np.isin(running, first)]
         self.arrays.running[: first.size] = first
         self.arrays.running[first.size : first.size + others.size] = others
         self.arrays.counts[NUM_RUNNING] = first.size + others.size

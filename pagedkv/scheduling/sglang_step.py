@@ -8,14 +8,11 @@ from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.requests import NO_ROW
 from pagedkv.scheduling.scheduler import Blocker
 from pagedkv.scheduling.sglang_prefill import PassLimits, Prefill, PrefillPass, Verdict
-from pagedkv.scheduling.sglang_queue import Permutation, sort_queue
+from pagedkv.scheduling.sglang_queue import REFRESH_INTERVAL, Permutation, refresh_prompts
 from pagedkv.scheduling.sglang_request import SGLangRequest
 from pagedkv.scheduling.sglang_requests import SGLangRequests
 from pagedkv.scheduling.sglang_retraction import NewTokenRatio, fits_after_eviction, retract, slots_for_decode
 from pagedkv.scheduling.sglang_settings import SGLangSettings
-
-REFRESHED_PROMPTS, REFRESH_INTERVAL = 128, 32
-"""Under lru, so many waiting prompts count as used, every so many prefill passes."""
 
 NOBODY: Int64Array = np.zeros(0, np.int64)
 
@@ -56,15 +53,11 @@ class SGLangStep:
 
     def limits(self, num_mixed: int) -> PassLimits:
         """Return what bounds a prefill pass now."""
-        settings, memory = self._settings, self._memory
-        return PassLimits(
-            max_prefill_tokens=settings.max_prefill_tokens,
-            chunk_tokens=settings.chunked_prefill_size,
-            max_requests=settings.prefill_max_requests,
+        memory = self._memory
+        return self._settings.pass_limits(
             num_mixed=num_mixed,
             new_token_ratio=self.ratio.current,
             caches_prefixes=memory.enable_caching,
-            shortest_first=settings.schedule_policy == "shortest-prefill-first",
             state_slots=memory.state_units * memory.unit_slots,
         )
 
@@ -98,7 +91,7 @@ class SGLangStep:
                 self._full = Blocker.MAX_NUM_SEQS
                 return False
         one = self._pass(room)
-        if one is None or not one.admitted:
+        if not one.admitted:
             return False
         self._take_up(one.admitted)
         if self._settings.enable_mixed_chunk:
@@ -110,30 +103,22 @@ class SGLangStep:
                 self.decoding = running
         return True
 
-    def _pass(self, room: int) -> PrefillPass | None:
-        """Walk the queue; None if the prompt in pieces must go on and cannot."""
+    def _pass(self, room: int) -> PrefillPass:
+        """Walk the queue; nobody is admitted if the prompt in pieces must go on and cannot."""
         requests, memory = self.requests, self._memory
         tree = memory.cache.tree if memory.enable_caching else None
         if tree is not None and memory.eviction == "lru" and self._num_passes % REFRESH_INTERVAL == 0:
-            for request in requests.waiting[:REFRESHED_PROMPTS]:
-                tree.match_prefix(request.tokens[: request.num_prompt_tokens], extra_key=request.namespace)
+            refresh_prompts(requests.waiting, tree)
         self._num_passes += 1
         running = requests.live(self._running)
-        requests.waiting = sort_queue(
-            self._settings.schedule_policy,
-            requests.waiting,
-            tree,
-            running=running,
-            num_prefilled_tokens=requests.num_prefilled_tokens,
-            permutation=self._permutation,
-        ).requests
+        requests.sort(self._settings.schedule_policy, tree, running=running, permutation=self._permutation)
         one = PrefillPass(memory.cache, running, self.limits(self._running.size if self._settings.enable_mixed_chunk else 0))
         if (half_done := self._half_done) is not None:
             done, row = (int(requests.arrays[name][half_done.index]) for name in ("num_computed_tokens", "row"))
             # Nothing but the budgets limits it in SGLang, which fails if they are wrong; here it takes what there is.
             one.resume(half_done, done, requests.waiting, most=memory.room(row) - done)
             if not one.admitted:
-                return None
+                return one
         for request in requests.waiting:
             if one.is_spent:
                 break
@@ -160,8 +145,8 @@ class SGLangStep:
         self._half_done = next((prefill.request for prefill in prefills if prefill.chunked), None)
         indices = np.array([prefill.request.index for prefill in prefills], np.int64)
         num_new = sum(prefill.end - prefill.start for prefill in prefills)
-        spare = indices.size * self._memory.unit_slots if self._memory.unit_slots > 1 else 0
-        self._grow(indices, np.array([prefill.end for prefill in prefills], np.int64), wanted_slots=num_new + spare)
+        ends, block_size = np.array([prefill.end for prefill in prefills], np.int64), self._memory.unit_slots
+        self._grow(indices, ends, wanted_slots=num_new + (indices.size * block_size if block_size > 1 else 0))
         self.requests.num_prefilled_tokens += num_new
 
     def _decode(self) -> bool:
@@ -169,17 +154,15 @@ class SGLangStep:
         num_before = self._running.size
         running = self._drop_finished()
         if running.size:
-            memory, stored = self._memory, self.requests.arrays["num_computed_tokens"][running]
-            if fits_after_eviction(memory.cache, slots_for_decode(stored, memory.unit_slots)):
+            memory, computed = self._memory, self.requests.arrays["num_computed_tokens"]
+            if fits_after_eviction(memory.cache, slots_for_decode(computed[running], memory.unit_slots)):
                 self.ratio.decay()
             else:
                 running = self._running = self._retract(running)
+            self._grow(running, computed[running] + 1, wanted_slots=running.size * memory.unit_slots)
         if running.size < num_before:
             self._full = None
-        if running.size:
-            stored = self.requests.arrays["num_computed_tokens"][running]
-            self._grow(running, stored + 1, wanted_slots=running.size * self._memory.unit_slots)
-            self.decoding = running
+        self.decoding = running
         return running.size > 0
 
     def _retract(self, running: Int64Array) -> Int64Array:
@@ -255,8 +238,8 @@ class SGLangStep:
 
     def _store(self, prefill: Prefill) -> None:
         request = prefill.request
-        row, tokens = int(self.requests.arrays["row"][request.index]), request.tokens[: prefill.end]
-        self._memory.store(row, tokens, namespace=request.namespace, priority=request.priority)
+        row = int(self.requests.arrays["row"][request.index])
+        self._memory.store(row, request.tokens[: prefill.end], namespace=request.namespace, priority=request.priority)
 
     def _finish(self, index: int) -> None:
         row, num_tokens = (int(self.requests.arrays[name][index]) for name in ("row", "num_computed_tokens"))
