@@ -5,6 +5,7 @@ the callee inlined, all optimisations again, and so on up. Where functions of ma
 several times what optimising the outermost costs, and all but the last is thrown away.
 """
 
+from functools import partial
 from typing import Any
 
 from numba.core import types
@@ -35,15 +36,6 @@ class _OuterLibrary(JITCodeLibrary):
             if function.linkage.name == "linkonce_odr":
                 function.linkage = "internal"
         super()._optimize_final_module()
-
-
-class _OuterCompiler(Compiler):
-    """Compiles to machine code with a wrapper for Python."""
-
-    def __init__(self, typing: Any, target: Any, library: Any, args: Any, return_type: Any, flags: Any, local_types: Any) -> None:
-        library = _OuterLibrary(target.codegen(), "outer")
-        library.enable_object_caching()
-        super().__init__(typing, target, library, args, return_type, flags, local_types)
 
 
 class _InnerCompiler(Compiler):
@@ -77,12 +69,34 @@ def _widened(kind: Any) -> Any:
     return types.int64 if kind in types.signed_domain else kind
 
 
+class _OuterCompiler(Compiler):
+    """Puts a wrapper for Python around the inner code of a function, and compiles both to machine code."""
+
+    def __init__(self, inner: _InnerDispatcher, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._inner = inner
+
+    def compile_extra(self, func: Any) -> Any:
+        context, args = self.state.targetctx, self.state.args
+        if args != tuple(_widened(kind) for kind in args):  # Python has called it with a narrow integer of numpy's
+            return super().compile_extra(func)
+        self._inner.get_call_template(args, {})
+        result: Any = self._inner.overloads[args]
+        library = _OuterLibrary(context.codegen(), result.fndesc.qualname)
+        library.enable_object_caching()
+        library.add_linking_library(result.library)
+        context.create_cpython_wrapper(library, result.fndesc, result.environment, result.call_helper)
+        entry = context.get_executable(library, result.fndesc, result.environment)
+        return result._replace(library=library, entry_point=entry, metadata={})
+
+
 class LeanDispatcher(CPUDispatcher):
     """A function compiled as by `numba.njit` for Python, and as inner code for compiled callers."""
 
     def __init__(self, py_func: Any, local_types: Any, options: dict[str, Any]) -> None:
-        super().__init__(py_func, local_types, options, pipeline_class=_OuterCompiler)
         self._inner = _InnerDispatcher(py_func, local_types, options, pipeline_class=_InnerCompiler)
+        compiler: Any = partial(_OuterCompiler, self._inner)
+        super().__init__(py_func, local_types, options, pipeline_class=compiler)
         self._inner_type = types.Dispatcher(self._inner)
 
     @property

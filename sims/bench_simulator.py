@@ -69,19 +69,21 @@ def main() -> None:
     azure = {"trace": options.trace, "trace_rate": 0.5}
     small = scenario(LoadConfig(**azure, num_prompts=5000))
     timed(small, repeats=1)
+    lengths: dict[str, Any] = {"random_input_len": 1000, "random_output_len": 500, "random_range_ratio": 0.2}
+    if options.million:  # before all others: the peak of the process is its own
+        show("a million requests", timed(scenario(LoadConfig(request_rate=20.0, num_prompts=1_000_000, **lengths)), repeats=1))
+        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")  # noqa: T201
     first = timed(small)
     show("Azure at half speed, 5,000 requests", first)
     show("Azure at half speed, all", timed(scenario(LoadConfig(**azure)), repeats=3))
-    lengths: dict[str, Any] = {"random_input_len": 1000, "random_output_len": 500, "random_range_ratio": 0.2}
     crowd = scenario(LoadConfig(request_rate=1e6, num_prompts=4000, **lengths), max_num_seqs=256)
     show("256 at once, saturated, 4,000 requests", timed(crowd, repeats=2))
+    plain = scenario(LoadConfig(request_rate=1e6, num_prompts=4000, **lengths), max_num_seqs=256, enable_prefix_caching=False)
+    show("the same without prefix caching", timed(plain, repeats=2))
     users = scenario(LoadConfig(users=10_000, think_time="60s", **lengths), duration="300s")
     show("10,000 closed-loop users, 360 s", timed(users, repeats=1))
-    if options.million:
-        show("a million requests", timed(scenario(LoadConfig(request_rate=20.0, num_prompts=1_000_000, **lengths)), repeats=1))
     slow = timed(small, repeats=1, step_by_step=True)
     print(f"step by step, the first case takes {slow.cpu_s:.2f} s CPU: {slow.cpu_s / first.cpu_s:.1f} × as long")  # noqa: T201
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")  # noqa: T201
 
 
 if __name__ == "__main__":

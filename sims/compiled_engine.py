@@ -11,6 +11,7 @@ import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.errors import ConfigError
+from pagedkv.jit import fixed_types
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.scheduler import Scheduler
@@ -49,6 +50,7 @@ class CompiledEngine:
         self._progress = np.zeros(NUM_PROGRESS, np.int64)
         self._clock = np.zeros(2)
         self._failed = np.zeros(1, np.int64)
+        self._run_steps = fixed_types(run_steps)  # in one engine they are
         env.process(self._serve())
 
     def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
@@ -111,12 +113,12 @@ class CompiledEngine:
         env, scheduler, progress, clock = self._env, self._scheduler, self._progress, self._clock
         while True:
             clock[NOW] = env.now
-            reason = run_steps(
+            reason = self._run_steps(
                 self._loop(),
                 scheduler.limits,
                 self._allocator.rules,
                 self._coefficients,
-                env.peek(),
+                float(env.peek()),
                 bool(self._done),
                 self.steps_at_once,
             )

@@ -55,6 +55,9 @@ POLICIES = ("fcfs", "priority")
 _schedule_step = fixed_types(schedule_step)
 _complete_paged_step = fixed_types(complete_paged_step)
 _push_waiting = fixed_types(push_waiting)
+_plan_step = fixed_types(plan_step)
+_admit = fixed_types(admit)
+_complete_step = fixed_types(complete_step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +296,7 @@ class Scheduler:
         if self._paged is not None:
             return self._schedule_paged(self._paged)
         state, requests, batch = self.arrays, self.requests.arrays, self._step.batch
-        num_running, num_entries = plan_step(state, requests, self.limits, batch)
+        num_running, num_entries = _plan_step(state, requests, self.limits, batch)
         granted = self.allocator.allocate_slots(batch, 0, num_entries, num_running)
         num_preempted = 0
         while granted < num_running:  # the running ones do not all fit: the last of them makes room, be it the one that asks
@@ -304,7 +307,7 @@ class Scheduler:
             num_running = min(num_running, self.num_running)
             granted = self.allocator.allocate_slots(batch, granted, num_running, num_running)
         if granted > num_running and not num_preempted:
-            admit(state, requests, batch, num_running, granted)
+            _admit(state, requests, batch, num_running, granted)
         step = self._step
         step.num_running_before, step.num_entries, step.num_preempted = num_running, granted, num_preempted
         step.blocker = BLOCKERS[blocker_of(state, num_preempted > 0 or granted < num_entries)]
@@ -342,7 +345,7 @@ class Scheduler:
                 self.arrays, requests, pool, rules, batch, self._step.num_entries, sampled, finished
             )
             return
-        self._num_sampled, self._num_finished = complete_step(
+        self._num_sampled, self._num_finished = _complete_step(
             self.arrays, requests, batch, self._step.num_entries, sampled, finished
         )
         for request in self.finished:
