@@ -259,7 +259,7 @@ def test_an_anomaly_is_sure_if_the_intervals_are_apart() -> None:
 @pytest.fixture(scope="module")
 def long_sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Return the flags of a sweep that has more runs than the kills let it finish, and the folder of one that nobody disturbed."""
-    flags = f"{BASE} --users 2,6 --num-gpu-blocks-override 100 --seed 0..{4 * KILLS - 1}"
+    flags = f"{BASE} --users 2,6 --num-gpu-blocks-override 100 --seed 0..{16 * KILLS - 1}"
     folder = tmp_path_factory.mktemp("sweep") / "long"
     run_sweep(grid(flags), folder, workers=1)
     return flags, folder
