@@ -11,9 +11,9 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.content import NO_SEGMENTS, keyed_segments, shared_segments
-from pagedkv.scheduling.kv_rows import token_ids
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler, LlamaCppSettings
 from pagedkv.scheduling.scheduler import Blocker, Step
+from pagedkv.scheduling.stream_tokens import token_ids
 from pagedkv.scheduling.ubatches import equal_split, simple_split
 
 

@@ -6,27 +6,6 @@ from pagedkv.allocation import Allocator
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
-from pagedkv.scheduling.content import Segments, stream_of
-
-_WORD = (1 << 64) - 1
-_STRIDE = 0x9E3779B97F4A7C15
-"""Odd, so that no two positions of a stream, and no two second words, come to the same."""
-
-
-def token_ids(segments: Segments, request: int, num_tokens: int) -> Int32Array:
-    """Return ids for the first `num_tokens` tokens of a request that shares `segments` and is alone behind them. O(tokens).
-
-    Tokens at one position of one stream are the same; of two streams they differ, but for one in 2**30.
-    """
-    tokens, first = np.empty(num_tokens, np.int32), 0
-    for i in range(segments.size + 1):
-        last = num_tokens if i == segments.size else min(int(segments["end_token"][i]), num_tokens)
-        if last > first:
-            word_a, word_b = stream_of(segments, i, segments.size, request)
-            begin = np.uint64((int(word_a) + int(word_b) * _STRIDE) & _WORD)
-            tokens[first:last] = (begin + np.arange(first, last, dtype=np.uint64) * np.uint64(_STRIDE)) >> np.uint64(33)
-            first = last
-    return tokens
 
 
 class KVRows:

@@ -10,9 +10,10 @@ from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.scheduling.completion import complete_step
 from pagedkv.scheduling.content import NO_SEGMENTS, Segments, check_segments
-from pagedkv.scheduling.kv_rows import KVRows, token_ids
+from pagedkv.scheduling.kv_rows import KVRows
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.scheduler import Blocker, Step
+from pagedkv.scheduling.stream_tokens import token_ids
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays, start_running
 from pagedkv.step_batch import empty_batch
 

@@ -12,7 +12,7 @@ from pagedkv.scheduling.content import NO_SEGMENTS, Segments, check_segments, ke
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays, RequestTable
 from pagedkv.scheduling.sglang_queue import Permutation, sort_queue
 from pagedkv.scheduling.sglang_request import SGLangRequest
-from pagedkv.scheduling.stream_tokens import StreamTokens
+from pagedkv.scheduling.stream_tokens import token_ids
 
 
 class SGLangRequests:
@@ -25,7 +25,6 @@ class SGLangRequests:
         self.num_prefilled_tokens = 0
         """Prompt tokens that the engine has computed so far."""
         self._block_size, self._caches_prefixes = block_size, caches_prefixes
-        self._tokens = StreamTokens()
         self._live: dict[int, SGLangRequest] = {}
         self._num_joined = 0
 
@@ -57,7 +56,7 @@ class SGLangRequests:
     def add(self, request: SGLangRequest, *, output_tokens: int, segments: Segments) -> None:
         """Put a new `request`, whose index is the next one, into the table and the queue; give it tokens."""
         prompt = request.num_prompt_tokens
-        request.tokens = self._tokens.of(segments, prompt + output_tokens)
+        request.tokens = token_ids(segments, request.index, prompt + output_tokens)
         self.table.add(prompt_tokens=prompt, output_tokens=output_tokens, admission_slots=0, priority=request.priority)
         self._live[request.index] = request
         self._join(request)
