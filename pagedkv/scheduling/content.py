@@ -118,3 +118,25 @@ def stream_of(segments: Segments, place: int, last: int, request: int) -> tuple[
     if place < last:
         return segments["word_a"][place], segments["word_b"][place]
     return _mixed_one(np.uint64(request)), np.uint64(request)
+
+
+def content_of(
+    content: Segments | None, keys: BlockKeys | None, *, num_tokens: int, block_size: int, caches_prefixes: bool
+) -> Segments:
+    """Return what a request of `num_tokens` shares, given in one of two ways; nothing where no prefix is cached.
+
+    Raises:
+        ConfigError: If both are given, segments are out of order, or keys are too few or of no use.
+    """
+    if keys is None:
+        if content is None or not caches_prefixes:
+            return NO_SEGMENTS
+        check_segments(content)
+        return content
+    if content is not None:
+        raise ConfigError("block keys and content: give one of them")
+    if not caches_prefixes:
+        raise ConfigError("block keys, but prefix caching is off: set enable_prefix_caching, or give none")
+    if len(keys) < (full := (num_tokens - 1) // block_size):
+        raise ConfigError(f"{len(keys)} block keys for {full} blocks that {num_tokens} tokens fill")
+    return keyed_segments(keys, block_size)

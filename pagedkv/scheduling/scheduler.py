@@ -13,7 +13,7 @@ from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.jit import fixed_types
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.completion import complete_paged_step, complete_step
-from pagedkv.scheduling.content import NO_SEGMENTS, Contents, Segments, check_segments, keyed_segments
+from pagedkv.scheduling.content import Contents, Segments, content_of
 from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
@@ -241,18 +241,13 @@ class Scheduler:
         admission_slots = self.allocator.admission_slots(prompt_tokens, output_tokens)
         if admission_slots is None:
             return None
-        if keys is not None and not self._caches:
-            raise ConfigError("block keys, but prefix caching is off: set enable_prefix_caching, or give none")
-        if keys is not None and len(keys) < (full := (prompt_tokens + output_tokens - 1) // self.allocator.unit_slots):
-            raise ConfigError(f"{len(keys)} block keys for {full} blocks that {prompt_tokens} + {output_tokens} tokens fill")
-        if keys is not None and content is not None:
-            raise ConfigError("block keys and content: give one of them")
-        if keys is not None:
-            content = keyed_segments(keys, self.allocator.unit_slots)
-        elif content is None or not self._caches:
-            content = NO_SEGMENTS
-        else:
-            check_segments(content)
+        content = content_of(
+            content,
+            keys,
+            num_tokens=prompt_tokens + output_tokens,
+            block_size=self.allocator.unit_slots,
+            caches_prefixes=self._caches,
+        )
         request = self.requests.add(
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagedkv.arrays import Int64Array
-from pagedkv.block_hash import BlockKeys
-from pagedkv.errors import ConfigError
 from pagedkv.radix_tree import RadixTree
-from pagedkv.scheduling.content import NO_SEGMENTS, Segments, check_segments, keyed_segments
+from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays, RequestTable
 from pagedkv.scheduling.sglang_queue import Permutation, sort_queue
 from pagedkv.scheduling.sglang_request import SGLangRequest
@@ -18,13 +16,12 @@ from pagedkv.scheduling.stream_tokens import token_ids
 class SGLangRequests:
     """A table of all requests, what is needed of those who are not done, and the queue."""
 
-    def __init__(self, *, block_size: int, caches_prefixes: bool) -> None:
+    def __init__(self) -> None:
         self.table = RequestTable()
         self.waiting: list[SGLangRequest] = []
         """As the last sort left it, newcomers behind."""
         self.num_prefilled_tokens = 0
         """Prompt tokens that the engine has computed so far."""
-        self._block_size, self._caches_prefixes = block_size, caches_prefixes
         self._live: dict[int, SGLangRequest] = {}
         self._num_joined = 0
 
@@ -32,26 +29,6 @@ class SGLangRequests:
     def arrays(self) -> RequestArrays:
         """Their records."""
         return self.table.arrays
-
-    def content(self, num_tokens: int, content: Segments | None, keys: BlockKeys | None) -> Segments:
-        """Return what a request of `num_tokens` shares, given in one of two ways.
-
-        Raises:
-            ConfigError: If both are given, segments are out of order, or keys are too few or of no use.
-        """
-        if keys is None and (content is None or not self._caches_prefixes):
-            return NO_SEGMENTS
-        if keys is None:
-            assert content is not None
-            check_segments(content)
-            return content
-        if content is not None:
-            raise ConfigError("block keys and content: give one of them")
-        if not self._caches_prefixes:
-            raise ConfigError("block keys, but prefix caching is off: set enable_prefix_caching, or give none")
-        if len(keys) < (full := (num_tokens - 1) // self._block_size):
-            raise ConfigError(f"{len(keys)} block keys for {full} blocks that {num_tokens} tokens fill")
-        return keyed_segments(keys, self._block_size)
 
     def add(self, request: SGLangRequest, *, output_tokens: int, segments: Segments) -> None:
         """Put a new `request`, whose index is the next one, into the table and the queue; give it tokens."""

@@ -8,7 +8,7 @@ import numpy as np
 from pagedkv.arrays import NO_TOKENS, Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.scheduling.content import Segments
+from pagedkv.scheduling.content import Segments, content_of
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.scheduler import Step
@@ -146,7 +146,14 @@ class SGLangScheduler:
         if most < output_tokens:
             raise ConfigError(f"max-new-tokens is {most}, fewer than the {output_tokens} tokens that will be generated")
         requests, num_tokens = self._batch.requests, prompt_tokens + output_tokens
-        segments = requests.content(num_tokens, content, keys)
+        allocator = self.allocator
+        segments = content_of(
+            content,
+            keys,
+            num_tokens=num_tokens,
+            block_size=allocator.unit_slots,
+            caches_prefixes=allocator.enable_caching,
+        )
         request = SGLangRequest(
             index=requests.table.size,
             name=f"{requests.table.size:012}",

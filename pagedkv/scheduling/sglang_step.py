@@ -25,7 +25,7 @@ class SGLangStep:
     """
 
     def __init__(self, settings: SGLangSettings, memory: RadixRows, permutation: Permutation | None) -> None:
-        self.requests = SGLangRequests(block_size=memory.unit_slots, caches_prefixes=memory.enable_caching)
+        self.requests = SGLangRequests()
         self.ratio = NewTokenRatio(conservativeness=settings.schedule_conservativeness)
         self.free_rows = list(range(settings.max_running_requests))[::-1]
         self.resumed: list[Prefill] = []
