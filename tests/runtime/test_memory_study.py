@@ -45,6 +45,7 @@ def test_contiguous_caches_take_what_their_shapes_say() -> None:
     blocks = sum(-(-(length + new_tokens - 1) // 4) for length in lengths) + 1
     assert rows["PagedCache"].held_bytes == blocks * 4 * TOKEN_BYTES
     assert study.token_bytes == sum(length + new_tokens - 1 for length in lengths) * TOKEN_BYTES
+    # A budget of some ten sequences: in a much smaller one the padding of contiguous caches is not worth one more.
     assert rows["PagedCache"].max_seqs > max(rows["StaticCache"].max_seqs, rows["DynamicCache"].max_seqs)
     assert all(0 < row.max_seqs_bytes <= 300_000 < row.peak_bytes for row in study.rows)
 
