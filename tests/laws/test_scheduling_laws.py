@@ -339,7 +339,7 @@ def test_law_13_what_fits_in_n_blocks_fits_in_one_more(name: str, heap: str) -> 
         watermark=st.sampled_from([0.0, 0.05, 0.3]),
         reserve_full_isl=st.booleans(),
     )
-    @settings(max_examples=50)
+    @settings(max_examples=100)
     def law(
         live: list[tuple[int, int]], batch: list[tuple[int, int]], num_blocks: int, watermark: float, reserve_full_isl: bool
     ) -> None:
@@ -375,8 +375,8 @@ def test_law_13_what_fits_in_n_blocks_fits_in_one_more(name: str, heap: str) -> 
         seen["served"] += num_running < num_served
 
     law()
-    assert min(seen["served"], seen["at arrival"]) > 0
-    assert (seen["at admission"] > 0) == (name not in LESS_THAN_THE_POOL)
+    assert min(seen["served"], seen["at arrival"]) > 5
+    assert (seen["at admission"] > 5) == (name not in LESS_THAN_THE_POOL)
     assert (seen["while running"] > 0) == (name in GROWS)
 
 
