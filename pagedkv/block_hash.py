@@ -104,6 +104,8 @@ class BlockHashChain:
         False
     """
 
+    __slots__ = ("_digest", "_extras", "_keys", "_num_keys", "_parent", "_secret", "_tokens", "block_size", "num_tokens")
+
     def __init__(
         self,
         *,
@@ -231,6 +233,8 @@ def _with_length(part: str) -> bytes:
 
 def _checked(tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
     """Return `tokens` as an array that fits in int32; raise TypeError or OverflowError if they do not."""
+    if isinstance(tokens, np.ndarray) and tokens.dtype is _TOKEN_TYPE and tokens.ndim == 1:
+        return tokens
     row = np.asarray(array("i", tokens) if isinstance(tokens, list) else tokens)  # array checks each token, and is the faster
     if row.ndim != 1:
         raise TypeError(f"shape {row.shape}")

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.arrays import Int64Array
-from pagedkv.scheduling.content import NO_SEGMENTS, Contents, Segments
+from pagedkv.jit import fixed_types, lean_jit
+from pagedkv.scheduling.content import NO_SEGMENTS, SEGMENT, Contents, Segments
 
 NO_ROW = -1
 
@@ -48,6 +49,14 @@ def _no_requests(capacity: int) -> RequestArrays:
     requests = np.zeros(capacity, REQUEST)
     requests["row"] = NO_ROW
     return requests
+
+
+@fixed_types
+@lean_jit
+def _copy_segments(table: Segments, first: int, segments: Segments) -> None:
+    """Copy `segments` to table[first:]: numpy copies records field by field, and looks at their types for longer than that takes."""
+    for i in range(segments.size):
+        table[first + i] = segments[i]
 
 
 class RequestTable:
@@ -101,9 +110,9 @@ class RequestTable:
     def _append(self, segments: Segments) -> int:
         first, last = self._num_segments, self._num_segments + segments.size
         if last > self.segments.size:
-            grown = np.zeros(max(last, 2 * self.segments.size), segments.dtype)
-            grown[:first] = self.segments[:first]
+            grown = np.empty(max(last, 2 * self.segments.size), SEGMENT)
+            _copy_segments(grown, 0, self.segments)
             self.segments = grown
-        self.segments[first:last] = segments
+        _copy_segments(self.segments, first, np.ascontiguousarray(segments, SEGMENT))
         self._num_segments = last
         return first
