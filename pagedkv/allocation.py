@@ -139,6 +139,10 @@ class Allocator(Protocol):
         """
 
     @property
+    def num_cached_slots(self) -> int:
+        """How many `cached_slots` there are. O(requests) at most, but for hits inside a block."""
+
+    @property
     def free_slots(self) -> int:
         """Slots that nobody holds, cached ones included. O(requests) at most."""
 

@@ -100,6 +100,11 @@ class ContiguousAllocator:
         return np.concatenate([NO_SLOTS, *taken])
 
     @property
+    def num_cached_slots(self) -> int:
+        """None: see `cached_slots`."""
+        return 0
+
+    @property
     def free_slots(self) -> int:
         """Slots in free extents of the heap."""
         return self.heap.free_slots

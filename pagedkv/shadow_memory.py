@@ -154,6 +154,8 @@ class ShadowMemory:
             )
         if not num_live and free != allocator.usable_slots:
             raise IntegrityError(f"nobody holds anything, but {free} of {allocator.usable_slots} slots are free")
+        if cached.size != allocator.num_cached_slots:
+            raise IntegrityError(f"{cached.size} cached slots, but the allocator counts {allocator.num_cached_slots}")
         inside = cached[cached < allocator.num_slots]
         if np.unique(cached).size != cached.size or np.isin(cached, held).any() or inside.size > free or (cached < 0).any():
             raise IntegrityError(f"cached slots {_show(cached)}: held, twice or more than {free} free; held: {_show(held)}")

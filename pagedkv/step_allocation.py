@@ -18,11 +18,11 @@ from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.step_batch import StepBatch
 
 
-class StepAllocator(Protocol):
-    """Hands out KV slots, a step at a time. A shortage is a value, and the entry that is refused changes nothing."""
+class RowMemory(Protocol):
+    """What a running batch holds, row by row, as far as somebody who watches must know."""
 
     name: str
-    """Its name in the registry."""
+    """Of the allocator, in the registry."""
     placement: str
     """How it finds room: see `Allocator.placement`."""
     usable_slots: int
@@ -35,6 +35,21 @@ class StepAllocator(Protocol):
     """Units that each row holds for tokens now, by row."""
     state_units: int
     """Units that each running request holds for its state besides."""
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody holds."""
+
+    @property
+    def rounding_slots(self) -> int:
+        """Slots lost to the heap's rounding of live reservations."""
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError, with the state dumped, if an invariant is broken."""
+
+
+class StepAllocator(RowMemory, Protocol):
+    """Hands out KV slots, a step at a time. A shortage is a value, and the entry that is refused changes nothing."""
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return the slots to take in one piece at admission, 0 if the request grows step by step, None if it can never fit."""
@@ -54,17 +69,6 @@ class StepAllocator(Protocol):
 
     def free(self, row: int) -> None:
         """Take back all that `row` holds."""
-
-    @property
-    def free_slots(self) -> int:
-        """Slots that nobody holds."""
-
-    @property
-    def rounding_slots(self) -> int:
-        """Slots lost to the heap's rounding of live reservations."""
-
-    def check_integrity(self) -> None:
-        """Raise IntegrityError, with the state dumped, if an invariant is broken."""
 
 
 class RequestByRequest:
@@ -139,7 +143,7 @@ class RequestByRequest:
             raise IntegrityError(f"rows hold {self.units_held.tolist()} slots, the allocator says {held}")
 
 
-def allocator_of_groups(allocator: StepAllocator) -> RequestByRequest | None:
+def allocator_of_groups(allocator: RowMemory) -> RequestByRequest | None:
     """Return `allocator` if its layer groups keep slots of their own, else None."""
     return allocator if isinstance(allocator, RequestByRequest) and isinstance(allocator.allocator, Grouped) else None
 

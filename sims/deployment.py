@@ -13,8 +13,9 @@ from pagedkv.layer_groups import plan_layer_groups
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
-from pagedkv.sims.engines import load_engine
+from pagedkv.sims.engines import EnginePreset, load_engine
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.weight_format import WeightFormat, load_weight_format
 
@@ -28,6 +29,7 @@ class Deployment:
 
     config: ServingConfig
     """As asked for; a setting that says what would be so anyway is left out."""
+    engine: EnginePreset
     model: ModelSpec
     hardware: HardwareSpec
     weight_format: WeightFormat
@@ -36,9 +38,13 @@ class Deployment:
     pool: KVPoolSettings
     step_time: RooflineStepTime
 
+    def scheduler_over(self, allocator: str) -> StepScheduler:
+        """Return a scheduler with nobody in it, over `allocator`."""
+        return self.engine.scheduler(self.config, self.scheduler, self.pool_of(allocator), allocator)
+
     def pool_of(self, allocator: str) -> KVPoolSettings:
         """Return what `allocator` is built from: all divide the same bytes, and those with blocks per layer group their own way."""
-        if allocator == "paged":
+        if allocator in self.engine.caching_allocators:
             return self.pool
         if allocator != "hybrid":
             return replace(self.pool, enable_prefix_caching=False)
@@ -99,6 +105,7 @@ def deploy(serving: ServingConfig) -> Deployment:
             clock_derate=None if serving.clock_derate == 1 else serving.clock_derate,
             enable_prefix_caching=None if has_state or serving.enable_prefix_caching else serving.enable_prefix_caching,
         ),
+        engine=engine,
         model=model,
         hardware=hardware,
         weight_format=weight_format,

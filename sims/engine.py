@@ -10,9 +10,9 @@ import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.scheduling.content import Contents, Segments
-from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.recorder import Recorder
-from pagedkv.sims.step_time import StepTimeModel
+from pagedkv.sims.step_time import StepTimeModel, total_cost
 
 
 class ServingEngine(Protocol):
@@ -33,7 +33,7 @@ class ServingEngine(Protocol):
 class Engine:
     """Takes requests, runs the scheduler step after step, and lets each step last as long as the step-time model says."""
 
-    def __init__(self, env: simpy.Environment, scheduler: Scheduler, step_time: StepTimeModel, recorder: Recorder) -> None:
+    def __init__(self, env: simpy.Environment, scheduler: StepScheduler, step_time: StepTimeModel, recorder: Recorder) -> None:
         self._env = env
         self._scheduler = scheduler
         self._step_time = step_time
@@ -86,10 +86,14 @@ class Engine:
                 recorder.idle(self._idle_since_s, env.now)
                 self._idle_since_s = None
             step = scheduler.schedule()
-            if step.num_entries == 0:  # nothing runs and the head does not fit: waiting longer cannot help it
-                self._finish(scheduler.drop_head(), failed=True)
+            failed = scheduler.failed.tolist()
+            for request in failed:
+                self._finish(request, failed=True)
+            if step.num_entries == 0:
+                if not failed and scheduler.num_waiting:  # nothing runs and the head does not fit: waiting longer cannot help it
+                    self._finish(scheduler.drop_head(), failed=True)
                 continue
-            cost = self._step_time.cost(step.batch, step.num_entries)
+            cost = total_cost(self._step_time.cost(batch, batch.size) for batch in scheduler.forward_passes())
             recorder.step(step, env.now, cost)
             yield env.timeout(cost.total_s)
             scheduler.complete()

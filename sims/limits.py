@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from pagedkv.scheduling.scheduler import Blocker
+from pagedkv.scheduling.step import Blocker
 from pagedkv.sims.recording import BLOCKERS
 from pagedkv.sims.simulation import Run
 

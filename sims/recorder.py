@@ -4,7 +4,7 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.heaps import HEAPS
-from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
+from pagedkv.scheduling.step import Blocker, Step, StepScheduler
 from pagedkv.sims.recording import (
     BLOCKERS,
     EXTERNAL,
@@ -44,7 +44,7 @@ from pagedkv.step_allocation import RequestByRequest, allocator_of_groups
 class Recorder:
     """Follows one scheduler from time 0 to `end_s`. Statistics are over the window [`warmup_s`, `end_s`]."""
 
-    def __init__(self, scheduler: Scheduler, *, warmup_s: float, end_s: float) -> None:
+    def __init__(self, scheduler: StepScheduler, *, warmup_s: float, end_s: float) -> None:
         self.warmup_s = warmup_s
         self.end_s = end_s
         self.arrays = RecorderArrays(

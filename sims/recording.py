@@ -7,7 +7,7 @@ import numpy as np
 from pagedkv.arrays import Float64Array, Int32Array, Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.scheduling.requests import RequestArrays
-from pagedkv.scheduling.scheduler import Blocker
+from pagedkv.scheduling.step import Blocker
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.sims.records import TokenTimes
 from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe

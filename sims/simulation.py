@@ -8,6 +8,7 @@ import simpy
 
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.compiled_engine import CompiledEngine
 from pagedkv.sims.engine import Engine
@@ -15,7 +16,7 @@ from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.step_time import RooflineStepTime, StepTimeModel
-from pagedkv.step_allocation import StepAllocator, step_allocator
+from pagedkv.step_allocation import RowMemory
 
 Progress = Callable[[str, int, float], None]
 """Told (allocator, repeat, share of its simulated time that has passed)."""
@@ -28,7 +29,7 @@ _EVENTS_BETWEEN_REPORTS = 500
 class Run:
     """One allocator's run with one seed."""
 
-    allocator: StepAllocator
+    allocator: RowMemory
     """In its final state."""
     recorder: Recorder
     """What was measured."""
@@ -60,8 +61,7 @@ def run(
     Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same.
     """
     env = Clock(initial_time=0.0)
-    allocator = step_allocator(allocator_name, scenario.deployment.pool_of(allocator_name))
-    scheduler = Scheduler(scenario.deployment.scheduler, allocator)
+    scheduler = scenario.deployment.scheduler_over(allocator_name)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
     recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)
     engine = _engine(env, scheduler, scenario.deployment.step_time, recorder, step_by_step=step_by_step)
@@ -76,7 +76,7 @@ def run(
     engine.close()
     recorder.close(env.now)
     return Run(
-        allocator=allocator,
+        allocator=scheduler.allocator,
         recorder=recorder,
         log=recorder.log(),
         end_s=env.now,
@@ -86,9 +86,10 @@ def run(
 
 
 def _engine(
-    env: Clock, scheduler: Scheduler, step_time: StepTimeModel, recorder: Recorder, *, step_by_step: bool
+    env: Clock, scheduler: StepScheduler, step_time: StepTimeModel, recorder: Recorder, *, step_by_step: bool
 ) -> Engine | CompiledEngine:
-    if isinstance(scheduler.allocator, PagedStepAllocator) and isinstance(step_time, RooflineStepTime) and not step_by_step:
+    compiled = isinstance(scheduler, Scheduler) and isinstance(scheduler.allocator, PagedStepAllocator) and not step_by_step
+    if isinstance(scheduler, Scheduler) and compiled and isinstance(step_time, RooflineStepTime):
         return CompiledEngine(env, scheduler, step_time, recorder)
     return Engine(env, scheduler, step_time, recorder)
 

@@ -1,5 +1,8 @@
 """How long a step takes: a roofline over weights, KV cache and arithmetic, plus fixed costs."""
 
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +35,11 @@ class StepCost(NamedTuple):
     def total_s(self) -> float:
         """Duration of the step."""
         return self.memory_s + self.compute_s + self.overhead_s
+
+
+def total_cost(costs: Iterable[StepCost]) -> StepCost:
+    """Return what one or more forward passes cost, one after the other."""
+    return reduce(lambda sofar, cost: StepCost(*map(add, sofar, cost)), costs)
 
 
 class StepTimeModel(Protocol):

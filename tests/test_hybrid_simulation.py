@@ -9,7 +9,7 @@ import pytest
 from pagedkv.allocation import NO_SLOT, Allocator
 from pagedkv.catalogue import load_model, model_names
 from pagedkv.layer_groups import plan_layer_groups
-from pagedkv.scheduling.scheduler import Step
+from pagedkv.scheduling.step import Step
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import deploy
 from pagedkv.sims.metrics import measure

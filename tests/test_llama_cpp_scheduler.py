@@ -12,7 +12,7 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.content import NO_SEGMENTS, keyed_segments, shared_segments
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler, LlamaCppSettings
-from pagedkv.scheduling.scheduler import Blocker, Step
+from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.stream_tokens import token_ids
 from pagedkv.scheduling.ubatches import equal_split, simple_split
 
@@ -284,7 +284,7 @@ def test_ollama_turns_away_who_finds_the_queue_full() -> None:
 def ubatches(one: LlamaCppScheduler) -> list[list[tuple[int, int, int]]]:
     """(request, tokens, slots needed) of each."""
     fields = ("request", "num_scheduled_tokens", "num_slots_needed")
-    return [list(zip(*(batch[field].tolist() for field in fields), strict=True)) for batch in one.ubatches()]
+    return [list(zip(*(batch[field].tolist() for field in fields), strict=True)) for batch in one.forward_passes()]
 
 
 def test_one_stream_is_cut_every_n_ubatch_tokens() -> None:

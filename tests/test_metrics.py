@@ -12,7 +12,8 @@ import pytest
 
 from pagedkv.heaps import HEAPS
 from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.scheduling.scheduler import Blocker, Scheduler, Step
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.engine import Engine

@@ -9,7 +9,8 @@ import pytest
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.scheduling.scheduler import Blocker, Scheduler, SchedulerSettings, Step
+from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.waiting import NUM_RUNNING, WAITING_HEAD
 from pagedkv.step_allocation import step_allocator
 from pagedkv.step_batch import StepBatch

@@ -12,13 +12,13 @@ from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.radix_cache import RadixCache
 from pagedkv.scheduling.content import Segments, shared_segments
 from pagedkv.scheduling.radix_rows import RadixRows
-from pagedkv.scheduling.scheduler import Blocker, Step
 from pagedkv.scheduling.sglang_prefill import PassLimits, PrefillPass, Verdict
 from pagedkv.scheduling.sglang_queue import QUEUE_POLICIES, sort_queue
 from pagedkv.scheduling.sglang_request import SGLangRequest
 from pagedkv.scheduling.sglang_retraction import NewTokenRatio
 from pagedkv.scheduling.sglang_scheduler import SGLangScheduler
 from pagedkv.scheduling.sglang_settings import SGLangSettings
+from pagedkv.scheduling.step import Blocker, Step
 
 
 def scheduler(*, slots: int = 256, block_size: int = 1, rows: int = 8, caching: bool = True, **limits: Any) -> SGLangScheduler:

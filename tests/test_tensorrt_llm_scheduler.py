@@ -13,7 +13,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.scheduling.capacity_policy import CAPACITY_POLICIES
 from pagedkv.scheduling.content import shared_segments
 from pagedkv.scheduling.micro_batch import MicroBatchLimits, Work, equal_progress, first_come_first_served, micro_batch
-from pagedkv.scheduling.scheduler import Blocker, Step
+from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.tensorrt_llm_scheduler import TensorRTLLMScheduler, TensorRTLLMSettings
 
 

@@ -70,6 +70,10 @@ class ToyAllocator:
         return NO_SLOTS
 
     @property
+    def num_cached_slots(self) -> int:
+        return 0
+
+    @property
     def free_slots(self) -> int:
         return len(self.free_areas) * self.unit_slots
 

@@ -127,6 +127,11 @@ class ContiguousGrowingAllocator:
         return np.concatenate([NO_SLOTS, *(np.arange(each.start, each.end) for each in self.heap.intervals)])
 
     @property
+    def num_cached_slots(self) -> int:
+        """None: see `cached_slots`."""
+        return 0
+
+    @property
     def free_slots(self) -> int:
         """Slots in no interval."""
         return self.heap.free_slots

@@ -12,6 +12,7 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
 from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError
+from pagedkv.free_queue import NUM_KEYED
 from pagedkv.group_rules import GroupRule
 from pagedkv.hybrid_cache_manager import HybridCacheManager
 from pagedkv.kv_request import KVRequest
@@ -136,6 +137,11 @@ class HybridAllocator:
     def taken_slots(self) -> Int64Array:
         """Return the slots of the pages that somebody holds, for tokens or for state. O(num_slots)."""
         return block_slots(np.flatnonzero(self.manager.pool.ref_cnt), self.unit_slots)
+
+    @property
+    def num_cached_slots(self) -> int:
+        """How many `cached_slots` there are."""
+        return int(self.manager.pool.queue[NUM_KEYED]) * self.unit_slots
 
     @property
     def free_slots(self) -> int:

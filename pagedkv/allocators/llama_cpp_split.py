@@ -140,6 +140,11 @@ class SplitStreams:
         return np.concatenate([NO_SLOTS, *idle])
 
     @property
+    def num_cached_slots(self) -> int:
+        """How many `cached_slots` there are."""
+        return sum(slot.tokens.size for slot in self.server_slots.idle())
+
+    @property
     def free_slots(self) -> int:
         """Cells and state of the idle server slots."""
         return self.usable_slots - len(self.server_slots.running()) * (self.stream_cells + self.state_slots)

@@ -140,6 +140,11 @@ class LlamaCppUnified:
         return unheld
 
     @property
+    def num_cached_slots(self) -> int:
+        """How many `cached_slots` there are."""
+        return self.cells.size - self.cells.num_empty - self.cells.num_held
+
+    @property
     def free_slots(self) -> int:
         """Cells that no running request holds, and the state of idle server slots."""
         num_running = len(self.server_slots.running())

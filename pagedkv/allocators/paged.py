@@ -11,6 +11,7 @@ from pagedkv.allocation import NO_COPIES, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import NO_BLOCKS, Int64Array
 from pagedkv.block_table import block_slots
+from pagedkv.free_queue import NUM_KEYED
 from pagedkv.kv_cache_manager import KVCacheManager
 from pagedkv.kv_request import KVRequest
 
@@ -99,6 +100,13 @@ class PagedAllocator:
     def taken_slots(self) -> Int64Array:
         """Return the slots of the blocks that somebody holds, for tokens or for state. O(num_slots)."""
         return block_slots(np.flatnonzero(self.manager.pool.ref_cnt), self.unit_slots)
+
+    @property
+    def num_cached_slots(self) -> int:
+        """How many `cached_slots` there are. O(1), but with hits inside a block as costly as these."""
+        if self.manager.policy is not None:
+            return self.cached_slots().size
+        return int(self.manager.pool.queue[NUM_KEYED]) * self.unit_slots
 
     @property
     def free_slots(self) -> int:

@@ -171,6 +171,11 @@ class RadixAllocator:
         return self.cache.cached_slots()
 
     @property
+    def num_cached_slots(self) -> int:
+        """How many `cached_slots` there are."""
+        return self.cache.tree.evictable_size
+
+    @property
     def free_slots(self) -> int:
         """Slots in the free list and in nodes that nobody locks."""
         return self.cache.free_slots

@@ -205,6 +205,11 @@ class TensorRTLLMAllocator:
         return block_slots([node.block for node in self._pool.gpu.queue], self.unit_slots)
 
     @property
+    def num_cached_slots(self) -> int:
+        """How many `cached_slots` there are."""
+        return len(self._pool.gpu.queue) * self.unit_slots
+
+    @property
     def free_slots(self) -> int:
         """Slots of the blocks on the GPU that nobody holds."""
         return self._pool.gpu.num_free * self.unit_slots

@@ -174,6 +174,11 @@ class VAttentionAllocator:
         return NO_SLOTS
 
     @property
+    def num_cached_slots(self) -> int:
+        """None: see `cached_slots`."""
+        return 0
+
+    @property
     def free_slots(self) -> int:
         """Slots of pages that no request needs, mapped ones included."""
         return self.pages.free_pages * self.unit_slots

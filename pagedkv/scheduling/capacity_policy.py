@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from pagedkv.scheduling.scheduler import Blocker
+from pagedkv.scheduling.step import Blocker
 
 
 class BlockNeeds(Protocol):

@@ -84,8 +84,8 @@ class KVRows:
 
     @property
     def cached_slots(self) -> int:
-        """Free slots that keep content for reuse. As costly as `Allocator.cached_slots`."""
-        return self.allocator.cached_slots().size
+        """Free slots that keep content for reuse."""
+        return self.allocator.num_cached_slots
 
     @property
     def shared_slots(self) -> int:

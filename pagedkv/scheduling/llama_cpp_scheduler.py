@@ -8,7 +8,7 @@ from pagedkv.allocators.llama_cpp_unified import LlamaCppUnified
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.request_scheduler import RequestScheduler
-from pagedkv.scheduling.scheduler import Blocker, Step
+from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.ubatches import equal_split, simple_split
 from pagedkv.step_batch import StepBatch
 
@@ -119,8 +119,8 @@ class LlamaCppScheduler(RequestScheduler):
         self._batch = _tail(self._batch, done)
         return self._end(self._blocker(cut=bool(self._batch)))
 
-    def ubatches(self) -> Iterator[StepBatch]:
-        """Yield what the step decided last computes together, one after the other, each as a batch of its own."""
+    def forward_passes(self) -> Iterator[StepBatch]:
+        """Yield the micro-batches of the step decided last, one after the other."""
         entries = self._step.batch[: self._step.num_entries]
         places = sorted(
             (not self._generates(request), self._slot(request), i) for i, request in enumerate(entries["request"].tolist())

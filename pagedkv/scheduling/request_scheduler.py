@@ -1,6 +1,7 @@
 """A scheduler but for its decision: requests, queue, rows and the step, over an allocator that is asked request by request."""
 
 from bisect import insort
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,10 +13,10 @@ from pagedkv.scheduling.completion import complete_step
 from pagedkv.scheduling.content import NO_SEGMENTS, Segments, check_segments
 from pagedkv.scheduling.kv_rows import KVRows
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
-from pagedkv.scheduling.scheduler import Blocker, Step
+from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.stream_tokens import token_ids
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays, start_running
-from pagedkv.step_batch import empty_batch
+from pagedkv.step_batch import StepBatch, empty_batch
 
 
 class RequestScheduler:
@@ -56,6 +57,11 @@ class RequestScheduler:
     def num_waiting(self) -> int:
         """Requests in the queue."""
         return len(self.queue)
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether requests find what others, or they themselves before a preemption, have computed."""
+        return self._shares
 
     @property
     def cached_slots(self) -> int:
@@ -116,6 +122,10 @@ class RequestScheduler:
         )
         self._wait(request)
         return request
+
+    def forward_passes(self) -> Iterator[StepBatch]:
+        """Yield what the step decided last computes together: one batch, unless an engine cuts it."""
+        yield self._step.batch[: self._step.num_entries]
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""

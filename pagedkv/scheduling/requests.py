@@ -54,7 +54,7 @@ def _no_requests(capacity: int) -> RequestArrays:
 @fixed_types
 @lean_jit
 def _copy_segments(table: Segments, first: int, segments: Segments) -> None:
-    """Copy `segments` to table[first:]: numpy copies records field by field, and looks at their types for longer than that takes."""
+    """Copy `segments` to table[first:]: numpy, field by field, would look at their types for longer than that takes."""
     for i in range(segments.size):
         table[first + i] = segments[i]
 

@@ -1,7 +1,7 @@
 """Continuous batching with vLLM's order of decisions, over any allocator."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from pagedkv.scheduling.completion import complete_paged_step, complete_step
 from pagedkv.scheduling.content import Contents, Segments, content_of
 from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
+from pagedkv.scheduling.step import BLOCKERS, Step
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
 from pagedkv.scheduling.waiting import (
     NUM_RUNNING,
@@ -30,24 +31,6 @@ from pagedkv.scheduling.waiting import (
 )
 from pagedkv.step_allocation import StepAllocator
 from pagedkv.step_batch import StepBatch, empty_batch
-
-
-class Blocker(Enum):
-    """Why the head of the queue did not start in a step."""
-
-    NONE = "none"
-    """Nobody waits."""
-    KV_MEMORY = "kv_memory"
-    """The allocator had no room for it, or had to preempt for those who run."""
-    MAX_NUM_SEQS = "max_num_seqs"
-    """Every row of the running batch is taken."""
-    TOKEN_BUDGET = "token_budget"
-    """The step's tokens were spent: prefill waits for compute."""
-
-
-BLOCKERS = tuple(Blocker)
-"""By the number that compiled code uses."""
-
 
 POLICIES = ("fcfs", "priority")
 
@@ -115,19 +98,6 @@ class StepArrays(NamedTuple):
     """Those of them that are done."""
 
 
-@dataclass(slots=True)
-class Step:
-    """What the scheduler decided. The arrays are reused by the next step."""
-
-    batch: StepBatch
-    num_entries: int = 0
-    """Entries of `batch` that run."""
-    num_running_before: int = 0
-    """How many of them ran before; the others are admissions."""
-    num_preempted: int = 0
-    blocker: Blocker = Blocker.NONE
-
-
 class Scheduler:
     """Decides step by step which requests compute how many tokens, and asks `allocator` for their slots.
 
@@ -176,6 +146,7 @@ class Scheduler:
             self._step.batch, self._preempted, self._decision, *(np.zeros(settings.max_num_seqs, np.int64) for _ in range(2))
         )
         self._num_sampled = self._num_finished = 0
+        self._nobody: Int64Array = np.zeros(0, np.int64)
 
     @property
     def caches_prefixes(self) -> bool:
@@ -201,6 +172,11 @@ class Scheduler:
     def shared_slots(self) -> int:
         """Slots that are held more than once, each counted as often as it is held beyond the first time."""
         return 0 if self._paged is None else int(self._paged.pool.queue[NUM_SHARES]) * self._paged.unit_slots
+
+    @property
+    def failed(self) -> Int64Array:
+        """Nobody: this engine preempts, or refuses at arrival."""
+        return self._nobody
 
     @property
     def sampled(self) -> Int64Array:
@@ -330,6 +306,10 @@ class Scheduler:
     def preempted(self) -> Int64Array:
         """Requests preempted in the step decided last, in order. A view."""
         return self._preempted[: self._step.num_preempted]
+
+    def forward_passes(self) -> Iterator[StepBatch]:
+        """Yield the step decided last: it is computed as one."""
+        yield self._step.batch[: self._step.num_entries]
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""

@@ -11,12 +11,12 @@ from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.content import Segments, content_of
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
-from pagedkv.scheduling.scheduler import Step
 from pagedkv.scheduling.sglang_prefill import fits_alone
 from pagedkv.scheduling.sglang_queue import Permutation
 from pagedkv.scheduling.sglang_request import SGLangRequest
 from pagedkv.scheduling.sglang_settings import SGLangSettings
 from pagedkv.scheduling.sglang_step import SGLangStep
+from pagedkv.scheduling.step import Step
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.step_batch import empty_batch
 
@@ -80,6 +80,11 @@ class SGLangScheduler:
     def num_waiting(self) -> int:
         """Requests in the queue."""
         return len(self._batch.requests.waiting)
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether requests find what others, or they themselves before a retraction, have computed."""
+        return self.allocator.enable_caching
 
     @property
     def cached_slots(self) -> int:

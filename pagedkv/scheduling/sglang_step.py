@@ -6,13 +6,13 @@ from pagedkv.arrays import Int64Array
 from pagedkv.errors import IntegrityError
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.requests import NO_ROW
-from pagedkv.scheduling.scheduler import Blocker
 from pagedkv.scheduling.sglang_prefill import PassLimits, Prefill, PrefillPass, Verdict
 from pagedkv.scheduling.sglang_queue import REFRESH_INTERVAL, Permutation, refresh_prompts
 from pagedkv.scheduling.sglang_request import SGLangRequest
 from pagedkv.scheduling.sglang_requests import SGLangRequests
 from pagedkv.scheduling.sglang_retraction import NewTokenRatio, fits_after_eviction, retract, slots_for_decode
 from pagedkv.scheduling.sglang_settings import SGLangSettings
+from pagedkv.scheduling.step import Blocker
 
 NOBODY: Int64Array = np.zeros(0, np.int64)
 

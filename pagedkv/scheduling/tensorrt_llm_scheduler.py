@@ -9,7 +9,7 @@ from pagedkv.scheduling.capacity_policy import CAPACITY_POLICIES
 from pagedkv.scheduling.content import Segments, segment_of, stream_of
 from pagedkv.scheduling.micro_batch import CHUNK_POLICIES, MicroBatchLimits, Work, micro_batch
 from pagedkv.scheduling.request_scheduler import RequestScheduler
-from pagedkv.scheduling.scheduler import Blocker, Step
+from pagedkv.scheduling.step import Blocker, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

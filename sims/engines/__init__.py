@@ -2,11 +2,13 @@
 
 from typing import Protocol
 
+from pagedkv.allocation import KVPoolSettings
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.registry import Registry
 from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.weight_format import WeightFormat
 
@@ -17,6 +19,14 @@ class EnginePreset(Protocol):
     @property
     def name(self) -> str:
         """What a user writes after --engine; without a version if it is the current one."""
+
+    @property
+    def allocators(self) -> tuple[str, ...]:
+        """Allocators that are compared where the user names none; the first is what the engine runs on."""
+
+    @property
+    def caching_allocators(self) -> tuple[str, ...]:
+        """Those under which this engine can keep prefixes."""
 
     def at(self, engine: str) -> "EnginePreset":
         """Return the preset of the version that `engine`, such as "vllm@0.19", names.
@@ -37,6 +47,13 @@ class EnginePreset(Protocol):
 
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return the limits of a step, with the engine's defaults for this machine where the user set none."""
+
+    def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
+        """Return the engine's scheduler over `allocator`, with nobody in it.
+
+        Raises:
+            ConfigError: If this engine does not run on `allocator`, with those that it does.
+        """
 
     def memory_budget(
         self,

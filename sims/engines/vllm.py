@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass, replace
 
+from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.vllm import plan_memory
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
-from pagedkv.scheduling.scheduler import SchedulerSettings
-from pagedkv.sims.config import ServingConfig
+from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims.config import DEFAULT_ALLOCATORS, ServingConfig
 from pagedkv.sims.engines import ENGINES
 from pagedkv.sims.vllm_versions import CURRENT, VLLMVersion, vllm_version
+from pagedkv.step_allocation import step_allocator
 from pagedkv.units import parse_bytes
 from pagedkv.weight_format import WeightFormat
 
@@ -32,6 +35,16 @@ class VLLM:
     def name(self) -> str:
         """What a user writes after --engine."""
         return "vllm" if self.version is CURRENT else f"vllm@{self.version.name}"
+
+    @property
+    def allocators(self) -> tuple[str, ...]:
+        """Paged memory, and what it is compared with."""
+        return DEFAULT_ALLOCATORS
+
+    @property
+    def caching_allocators(self) -> tuple[str, ...]:
+        """Paged memory."""
+        return ("paged",)
 
     def at(self, engine: str) -> "VLLM":
         """Return the preset of the version that `engine` names.
@@ -78,6 +91,11 @@ class VLLM:
             enable_chunked_prefill=serving.enable_chunked_prefill,
             long_prefill_token_threshold=serving.long_prefill_token_threshold,
         )
+
+    def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
+        """Return vLLM's scheduler; it runs on any allocator."""
+        del serving
+        return Scheduler(limits, step_allocator(allocator, pool))
 
     def memory_budget(
         self,

@@ -224,6 +224,10 @@ class KeepingToy(Toy):
         kept = [np.arange(len(tokens)) + area * self.unit_slots for area, (_, tokens) in self.kept.items()]
         return np.concatenate(kept) if kept else super().cached_slots()
 
+    @property
+    def num_cached_slots(self) -> int:
+        return self.cached_slots().size
+
 
 class GivesASlotTwice(Toy):
     """The last slot of an area is the first of the next."""
@@ -285,6 +289,14 @@ class KeepsWhatItOverwrites(KeepingToy):
 
     def cached_slots(self) -> Int64Array:
         return np.empty(0, np.int64)
+
+
+class MiscountsWhatItKeeps(KeepingToy):
+    """Says that it has kept one area more than it has, from the second on."""
+
+    @property
+    def num_cached_slots(self) -> int:
+        return super().num_cached_slots + (len(self.kept) > 1)
 
 
 class LosesSlots(Toy):
@@ -380,6 +392,7 @@ BROKEN = {
     SharesUnasked: "tokens cached",
     KeepsWhatWasNeverComputed: "holds something else",
     KeepsWhatItOverwrites: "holds something else",
+    MiscountsWhatItKeeps: "the allocator counts",
     LosesSlots: "holds something else|one that is none",
     ForgetsToFree: "usable ones|was refused",
     ChangesOnRefusal: "changed the state, near 'refused'",
