@@ -15,6 +15,7 @@ from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.engine_flags import refuse_flags_of_others
 from pagedkv.sims.engines import EnginePreset, load_engine
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.weight_format import WeightFormat, load_weight_format
@@ -70,6 +71,7 @@ def deploy(serving: ServingConfig) -> Deployment:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
+    refuse_flags_of_others(serving)
     model, hardware = load_model(serving.model), load_hardware(serving.hardware)
     if serving.clock_derate is not None:
         hardware = hardware.derated(serving.clock_derate)
@@ -113,7 +115,7 @@ def deploy(serving: ServingConfig) -> Deployment:
         scheduler=scheduler,
         pool=KVPoolSettings(
             num_blocks=budget.num_blocks,
-            block_size=serving.block_size,
+            block_size=budget.block_size,
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=scheduler.max_model_len,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
@@ -131,7 +133,7 @@ def deploy(serving: ServingConfig) -> Deployment:
             hardware,
             weight_format=weight_format,
             kv_spec=kv_spec,
-            enforce_eager=serving.enforce_eager,
+            enforce_eager=engine.runs_eagerly(serving),
         ),
     )
 

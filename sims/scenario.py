@@ -7,7 +7,6 @@ from typing import Any
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.config import (
-    DEFAULT_ALLOCATORS,
     GOES_WITH,
     LOAD_KINDS,
     LoadConfig,
@@ -59,10 +58,11 @@ def resolve(config: SimulationConfig) -> Scenario:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
-    allocators = asked_allocators(config.measurement, usual=DEFAULT_ALLOCATORS)
+    deployment = deploy(config.serving)
+    usual_allocators = deployment.engine.allocators(config.serving)
+    allocators = asked_allocators(config.measurement, usual=usual_allocators)
     goals = parse_goals(config.measurement.goodput)
     _check_load_flags(config.load)
-    deployment = deploy(config.serving)
     load = _load(config.load, deployment)
     warmup_s, duration_s = _window(config.measurement, load)
     usual = _usual_window(load)
@@ -72,7 +72,7 @@ def resolve(config: SimulationConfig) -> Scenario:
             serving=deployment.config,
             measurement=replace(
                 config.measurement,
-                allocator=None if allocators == DEFAULT_ALLOCATORS else allocators,
+                allocator=None if allocators == usual_allocators else allocators,
                 warmup=None if warmup_s == usual[0] else config.measurement.warmup,
                 duration=None if duration_s == usual[1] else config.measurement.duration,
             ),

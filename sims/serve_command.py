@@ -89,7 +89,7 @@ def _switches(deployment: Deployment, serving: ServingConfig) -> list[str]:
     gate = deployment.pool.reserve_full_isl
     switches = {
         "--no-enable-prefix-caching": serving.enable_prefix_caching is False,
-        "--no-enable-chunked-prefill": not serving.enable_chunked_prefill,
+        "--no-enable-chunked-prefill": serving.enable_chunked_prefill is False,
         "--no-scheduler-reserve-full-isl": VLLM_RESERVES_FULL_ISL and not gate,
         "--scheduler-reserve-full-isl": gate and vllm_version(serving.engine).reserve_full_isl is False,
         "--enforce-eager": serving.enforce_eager,

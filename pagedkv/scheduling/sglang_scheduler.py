@@ -3,6 +3,8 @@
 Source: behaviour of SGLang 0.5.23 without overlap: a step is decided when the one before it is done.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pagedkv.arrays import NO_TOKENS, Int64Array
@@ -18,7 +20,7 @@ from pagedkv.scheduling.sglang_settings import SGLangSettings
 from pagedkv.scheduling.sglang_step import SGLangStep
 from pagedkv.scheduling.step import Step
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
-from pagedkv.step_batch import empty_batch
+from pagedkv.step_batch import StepBatch, empty_batch
 
 
 class SGLangScheduler:
@@ -203,6 +205,10 @@ class SGLangScheduler:
         step.num_preempted, step.blocker = len(batch.retracted), batch.blocker
         self._count(index)
         return step
+
+    def forward_passes(self) -> Iterator[StepBatch]:
+        """Yield the step decided last: it is computed as one."""
+        yield self._step.batch[: self._step.num_entries]
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""

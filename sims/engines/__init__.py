@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
@@ -21,8 +22,11 @@ class EnginePreset(Protocol):
         """What a user writes after --engine; without a version if it is the current one."""
 
     @property
-    def allocators(self) -> tuple[str, ...]:
-        """Allocators that are compared where the user names none; the first is what the engine runs on."""
+    def setting(self) -> str | None:
+        """The flag of `MemoryBudget.utilization`; None: there is none."""
+
+    def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return the allocators that are compared where the user names none; the first is what the engine runs on."""
 
     @property
     def caching_allocators(self) -> tuple[str, ...]:
@@ -44,6 +48,9 @@ class EnginePreset(Protocol):
         Raises:
             ConfigError: If `serving` asks for what this version does not have.
         """
+
+    def runs_eagerly(self, serving: ServingConfig) -> bool:
+        """Return whether kernels are launched one by one, not as CUDA graphs."""
 
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return the limits of a step, with the engine's defaults for this machine where the user set none."""
@@ -68,6 +75,17 @@ class EnginePreset(Protocol):
         Raises:
             ConfigError: If it would not start, with settings under which it would.
         """
+
+
+def only_on(preset: EnginePreset, allocator: str, serving: ServingConfig) -> None:
+    """Refuse an allocator that is not the engine's.
+
+    Raises:
+        ConfigError: With those that are.
+    """
+    own = preset.allocators(serving)
+    if allocator not in own:
+        raise ConfigError(f"--allocator {allocator}: {preset.name} runs on {' and '.join(own)}; leave it out, or use --engine vllm")
 
 
 ENGINES: Registry[EnginePreset] = Registry(__name__, kind="engine")

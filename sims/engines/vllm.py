@@ -5,23 +5,16 @@ from dataclasses import dataclass, replace
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.ledgers.vllm import plan_memory
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import DEFAULT_ALLOCATORS, ServingConfig
 from pagedkv.sims.engines import ENGINES
+from pagedkv.sims.engines._shared import longest_request, plan_with, vllm_ledger
 from pagedkv.sims.vllm_versions import CURRENT, VLLMVersion, vllm_version
 from pagedkv.step_allocation import step_allocator
-from pagedkv.units import parse_bytes
 from pagedkv.weight_format import WeightFormat
-
-DEFAULT_MAX_MODEL_LEN = 32_768
-
-
-def _size(text: str | None, name: str) -> int | None:
-    return None if text is None else parse_bytes(text, name=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +30,23 @@ class VLLM:
         return "vllm" if self.version is CURRENT else f"vllm@{self.version.name}"
 
     @property
-    def allocators(self) -> tuple[str, ...]:
-        """Paged memory, and what it is compared with."""
-        return DEFAULT_ALLOCATORS
+    def setting(self) -> str:
+        """The flag of its share of the memory."""
+        return "gpu-memory-utilization"
 
     @property
     def caching_allocators(self) -> tuple[str, ...]:
         """Paged memory."""
         return ("paged",)
+
+    def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return paged memory, and what it is compared with."""
+        del serving
+        return DEFAULT_ALLOCATORS
+
+    def runs_eagerly(self, serving: ServingConfig) -> bool:
+        """Return what the user says."""
+        return serving.enforce_eager
 
     def at(self, engine: str) -> "VLLM":
         """Return the preset of the version that `engine` names.
@@ -74,21 +76,19 @@ class VLLM:
 
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return vLLM's limits of a step: its defaults depend on the device."""
-        longest = min(DEFAULT_MAX_MODEL_LEN, model.max_context) if serving.max_model_len is None else serving.max_model_len
-        if longest > model.max_context:
-            raise ConfigError(f"max-model-len {longest} is more than {model.title} was made for: at most {model.max_context}")
+        longest, chunked = longest_request(serving, model), serving.enable_chunked_prefill is not False
         counts_alone = hardware.unified and not self.version.knows_gb10
         device = replace(hardware, small_compute_device=False) if counts_alone else hardware
         tokens, seqs = serving.max_num_batched_tokens, serving.max_num_seqs
         if tokens is None:
             tokens = device.default_max_num_batched_tokens
-            if not serving.enable_chunked_prefill:
+            if not chunked:
                 tokens = max(tokens, longest)  # a prompt must fit into one step
         return SchedulerSettings(
             max_num_seqs=device.default_max_num_seqs if seqs is None else seqs,
             max_num_batched_tokens=tokens,
             max_model_len=longest,
-            enable_chunked_prefill=serving.enable_chunked_prefill,
+            enable_chunked_prefill=chunked,
             long_prefill_token_threshold=serving.long_prefill_token_threshold,
         )
 
@@ -106,26 +106,8 @@ class VLLM:
         settings: SchedulerSettings,
     ) -> MemoryBudget:
         """Return vLLM's ledger: KV gets what utilization leaves after weights, overhead, activations and graphs."""
-        utilization = serving.gpu_memory_utilization
-        return plan_memory(
-            model,
-            hardware,
-            weight_format=weight_format,
-            kv_cache_dtype=serving.kv_cache_dtype,
-            block_size=serving.block_size,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            gpu_memory_utilization=self.default_utilization(hardware) if utilization is None else utilization,
-            cuda_graphs_set_aside=self.version.cuda_graphs_set_aside,
-            enforce_eager=serving.enforce_eager,
-            tensor_parallel_size=serving.tensor_parallel_size,
-            free_memory_bytes=_size(serving.free_memory, "free-memory"),
-            os_reserve_bytes=_size(serving.os_reserve, "os-reserve"),
-            other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
-            kv_cache_memory_bytes=_size(serving.kv_cache_memory_bytes, "kv-cache-memory-bytes"),
-            num_gpu_blocks_override=serving.num_gpu_blocks_override,
-        )
+        ledger = vllm_ledger(serving, self.default_utilization(hardware), cuda_graphs_set_aside=self.version.cuda_graphs_set_aside)
+        return plan_with(ledger, serving, model, weight_format, hardware, settings)
 
 
 ENGINES.register("vllm")(VLLM(CURRENT))

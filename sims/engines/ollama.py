@@ -1,0 +1,96 @@
+"""Ollama: llama.cpp's server, a whole context reserved at load for every slot, of which there is one by default; a short queue."""
+
+from dataclasses import dataclass, replace
+
+from pagedkv.allocation import KVPoolSettings
+from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.llama_cpp_split import SplitStreams
+from pagedkv.errors import ConfigError
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.ledgers.llama_cpp import LlamaCppLedger, padded
+from pagedkv.memory_budget import MemoryBudget
+from pagedkv.model_spec import ModelSpec
+from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler
+from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.engines import ENGINES, only_on
+from pagedkv.sims.engines._shared import OneVersion, plan_with
+from pagedkv.units import GIB
+from pagedkv.weight_format import WeightFormat
+
+_CONTEXT_BY_MEMORY = ((47, 262_144), (23, 32_768), (0, 4_096))
+"""(GiB from which it holds, context). Source: Ollama's defaults by VRAM; a model's own limit cuts it."""
+DEFAULT_PARALLEL = 1
+"""Source: OLLAMA_NUM_PARALLEL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ollama(OneVersion):
+    """The engine of `ollama serve`. Source: Ollama, August 2026 (fb30760)."""
+
+    name = "ollama"
+    setting = None
+    caching_allocators = ("ollama",)
+
+    def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return a whole context per slot."""
+        del serving
+        return ("ollama",)
+
+    def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
+        """Return its limits: OLLAMA_NUM_PARALLEL slots of one context each, by the size of the memory unless given."""
+        slots, tokens = _slots(serving), serving.max_num_batched_tokens
+        context = serving.ctx_size or serving.max_model_len or default_context(hardware.visible_bytes)
+        return SchedulerSettings(
+            max_num_seqs=slots,
+            max_num_batched_tokens=max(OLLAMA.n_batch, slots) if tokens is None else tokens,
+            max_model_len=min(context, model.max_context),
+        )
+
+    def memory_budget(
+        self,
+        serving: ServingConfig,
+        model: ModelSpec,
+        weight_format: WeightFormat,
+        hardware: HardwareSpec,
+        settings: SchedulerSettings,
+    ) -> MemoryBudget:
+        """Return llama.cpp's ledger for context × parallel cells, all reserved at load."""
+        ledger = LlamaCppLedger(
+            ctx_size=padded(settings.max_model_len) * settings.max_num_seqs,
+            parallel=settings.max_num_seqs,
+            kv_unified=False,
+            ubatch_size=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
+        )
+        return plan_with(ledger, serving, model, weight_format, hardware, settings)
+
+    def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
+        """Return the server's scheduler over one context per slot, with Ollama's limit of the queue."""
+        only_on(self, allocator, serving)
+        settings = replace(
+            OLLAMA,
+            n_batch=limits.max_num_batched_tokens,
+            n_ubatch=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
+            cache_prompt=pool.enable_prefix_caching,
+            max_queue=OLLAMA.max_queue if serving.max_queue is None else serving.max_queue,
+        )
+        memory = ALLOCATORS.load(allocator)(pool)
+        assert isinstance(memory, SplitStreams)
+        return LlamaCppScheduler(settings, memory)
+
+
+def default_context(visible_bytes: int) -> int:
+    """Return the context of a slot that Ollama chooses for a device of this size."""
+    return next(context for from_gib, context in _CONTEXT_BY_MEMORY if visible_bytes >= from_gib * GIB)
+
+
+def _slots(serving: ServingConfig) -> int:
+    """Return the server slots; --max-num-seqs is --parallel by vLLM's name."""
+    slots = serving.max_num_seqs if serving.parallel is None else serving.parallel
+    if slots is not None and slots < 1:
+        raise ConfigError(f"parallel is {slots}: needs 1 or more")
+    return DEFAULT_PARALLEL if slots is None else slots
+
+
+ENGINES.register("ollama")(Ollama())

@@ -1,0 +1,79 @@
+"""SGLang: a radix tree of prefixes, prefill before decode, admission by expected outputs, retraction where that was too hopeful."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pagedkv.allocation import KVPoolSettings
+from pagedkv.errors import ConfigError
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.ledgers.sglang import SGLangLedger, default_chunked_prefill_size
+from pagedkv.memory_budget import MemoryBudget
+from pagedkv.model_spec import ModelSpec
+from pagedkv.scheduling.radix_rows import RadixRows
+from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.sglang_scheduler import SGLangScheduler
+from pagedkv.scheduling.sglang_settings import SGLangSettings
+from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.engines import ENGINES, only_on
+from pagedkv.sims.engines._shared import OneVersion, longest_request, plan_with
+from pagedkv.weight_format import WeightFormat
+
+MAX_RUNNING_REQUESTS = 2048
+"""The least that SGLang comes to: 512 per context that the pool holds, within 2,048 and 4,096. Source: its ModelRunner."""
+
+
+@dataclass(frozen=True, slots=True)
+class SGLang(OneVersion):
+    """The engine of `sglang.launch_server`. Source: SGLang 0.5.23, server_args and scheduler."""
+
+    name = "sglang"
+    setting = "mem-fraction-static"
+    caching_allocators = ("radix",)
+
+    def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return the radix tree."""
+        del serving
+        return ("radix",)
+
+    def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
+        """Return its limits: max-running-requests, and chunked-prefill-size by the size of the device."""
+        chunk = serving.max_num_batched_tokens
+        return SchedulerSettings(
+            max_num_seqs=MAX_RUNNING_REQUESTS if serving.max_num_seqs is None else serving.max_num_seqs,
+            max_num_batched_tokens=default_chunked_prefill_size(hardware.visible_bytes) if chunk is None else chunk,
+            max_model_len=longest_request(serving, model),
+        )
+
+    def memory_budget(
+        self,
+        serving: ServingConfig,
+        model: ModelSpec,
+        weight_format: WeightFormat,
+        hardware: HardwareSpec,
+        settings: SchedulerSettings,
+    ) -> MemoryBudget:
+        """Return SGLang's ledger: weights and pool share a part of what is free before loading."""
+        ledger = SGLangLedger(page_size=serving.page_size or 1, mem_fraction_static=serving.mem_fraction_static)
+        if serving.page_size is not None and serving.page_size < 1:
+            raise ConfigError(f"page-size is {serving.page_size}: needs 1 or more")
+        return plan_with(ledger, serving, model, weight_format, hardware, settings)
+
+    def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
+        """Return SGLang's scheduler over its radix tree."""
+        only_on(self, allocator, serving)
+        conservativeness = serving.schedule_conservativeness
+        settings = SGLangSettings(
+            max_running_requests=limits.max_num_seqs,
+            max_model_len=limits.max_model_len,
+            schedule_policy=serving.schedule_policy or "fcfs",
+            chunked_prefill_size=None if serving.enable_chunked_prefill is False else limits.max_num_batched_tokens,
+            enable_mixed_chunk=bool(serving.enable_mixed_chunk),
+            schedule_conservativeness=1.0 if conservativeness is None else conservativeness,
+        )
+        memory = RadixRows(replace(pool, eviction=serving.radix_eviction_policy or pool.eviction))
+        return SGLangScheduler(settings, memory, permutation=np.random.default_rng(0).permutation)
+
+
+ENGINES.register("sglang")(SGLang())
