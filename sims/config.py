@@ -75,9 +75,11 @@ class LoadConfig:
     num_prompts: int | None = None
     """Stop after this many requests, and run until all are answered [default: a trace, when it ends]."""
     trace: str | None = None
-    """Replay arrivals and lengths from a file: Azure CSV, Mooncake JSONL, or a CSV with arrival, input and output; gzip too."""
+    """Replay arrivals and lengths from a file: Azure, BurstGPT or Mooncake, a result of vllm bench serve, GuideLLM or AIPerf, or
+    any CSV or JSON lines with arrival, input and output; gzip too (docs/traces.md)."""
     trace_format: str | None = None
-    """Read the trace as this format instead of detecting it: azure-csv, generic-csv or mooncake-jsonl."""
+    """Read the trace as this format instead of detecting it: azure-csv, burstgpt-csv, mooncake-jsonl, vllm-bench-json,
+    guidellm-json, aiperf-jsonl, generic-csv or generic-jsonl."""
     trace_rate: float | None = None
     """Replay the trace at this multiple of its own request rate, e.g. 0.5 or 2 [default: 1]."""
     lengths: str | None = None
@@ -110,7 +112,8 @@ class ServingConfig:
     model: str = "llama-3.1-8b"
     """Model from the catalogue, its Hugging Face id, or a config.json or its folder."""
     engine: str = "vllm"
-    """Engine whose defaults and rules apply: vllm (0.33), or an earlier version of it, vllm@0.19."""
+    """Engine whose defaults and rules apply: vllm (0.33; vllm@0.19 is an earlier version), sglang, tensorrt-llm, llama-cpp, ollama,
+    naive, orca or vattention; a comma list compares them."""
     quantization: str | None = None
     """Weight format: bf16, fp8, nvfp4, mxfp4, int4, ... [default: the model's own]."""
     kv_cache_dtype: str = "auto"
@@ -127,8 +130,8 @@ class ServingConfig:
     """Most requests in the running batch [default: the engine's, for this machine]."""
     max_num_batched_tokens: int | None = None
     """Most tokens computed in one step [default: the engine's, for this machine]."""
-    enable_chunked_prefill: bool = True
-    """Compute long prompts over several steps."""
+    enable_chunked_prefill: bool | None = None
+    """Compute long prompts over several steps [default: the engine's: yes for vllm, no for tensorrt-llm]."""
     long_prefill_token_threshold: int = 0
     """Most tokens of one request per step while others are there; 0 is no limit."""
     enable_prefix_caching: bool | None = None
@@ -151,6 +154,34 @@ class ServingConfig:
     """Memory of other programs on the machine, e.g. 8GiB."""
     contiguous_heap: str = "buddy"
     """Heap under the contiguous allocators: buddy or first-fit."""
+    mem_fraction_static: float | None = None
+    """SGLang: share of the memory free before loading for weights and KV pool [default: by SGLang's formula]."""
+    page_size: int | None = None
+    """SGLang: tokens per page of the radix cache [default: 1]."""
+    schedule_policy: str | None = None
+    """SGLang: whose turn it is: fcfs, lpm, dfs-weight, lof, hrrn, shortest-prefill-first, random [default: fcfs]."""
+    schedule_conservativeness: float | None = None
+    """SGLang: how much of their possible output running requests are expected to make at first, of 70 % [default: 1]."""
+    enable_mixed_chunk: bool | None = None
+    """SGLang: let running requests decode in steps that prefill [default: no]."""
+    radix_eviction_policy: str | None = None
+    """SGLang: what leaves the radix cache first: lru, lfu, slru, priority, ... [default: lru]."""
+    capacity_scheduler_policy: str | None = None
+    """TensorRT-LLM: guaranteed_no_evict, max_utilization or static_batch [default: guaranteed_no_evict]."""
+    free_gpu_memory_fraction: float | None = None
+    """TensorRT-LLM: share for the KV cache of what weights and activations leave free [default: 0.9]."""
+    tokens_per_block: int | None = None
+    """TensorRT-LLM: tokens per block, a power of two [default: 32]."""
+    ctx_size: int | None = None
+    """llama.cpp: cells of the whole KV cache; Ollama: context of each slot [default: the model's own; Ollama: by memory size]."""
+    parallel: int | None = None
+    """llama.cpp and Ollama: server slots [default: 4 with one cache for all; Ollama: 1]."""
+    kv_unified: bool | None = None
+    """llama.cpp: let all slots share the cells [default: yes, unless parallel is given]."""
+    ubatch_size: int | None = None
+    """llama.cpp and Ollama: most tokens that are computed together [default: 512]."""
+    max_queue: int | None = None
+    """Ollama: most requests that may wait; more get status 503 [default: 512]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
