@@ -24,6 +24,7 @@ class KVRows:
         self.units_held: Int32Array = np.zeros(num_rows, np.int32)
         """Slots that each row holds for tokens, shared ones included."""
         self._requests: list[KVRequest | None] = [None] * num_rows
+        self._num_live = 0
         self._noted = [0] * num_rows
         """By row: the computed tokens that the allocator has heard of."""
 
@@ -43,6 +44,7 @@ class KVRows:
             return None
         request.num_computed_tokens = grant.num_cached_tokens + num_new_tokens
         self._requests[row], self._noted[row] = request, grant.num_cached_tokens
+        self._num_live += 1
         self.units_held[row] = self.allocator.num_slots_held(request)
         return grant.num_cached_tokens
 
@@ -76,6 +78,7 @@ class KVRows:
         self.allocator.free(request)
         request.num_computed_tokens = 0
         self._requests[row], self.units_held[row] = None, 0
+        self._num_live -= 1
 
     @property
     def free_slots(self) -> int:
@@ -90,8 +93,7 @@ class KVRows:
     @property
     def shared_slots(self) -> int:
         """Slots that are held more than once, each counted as often as it is held beyond the first time. O(rows)."""
-        num_live = sum(request is not None for request in self._requests)
-        held = self.usable_slots - self.free_slots - self.rounding_slots - num_live * self.state_units
+        held = self.usable_slots - self.free_slots - self.rounding_slots - self._num_live * self.state_units
         return int(self.units_held.sum(dtype=np.int64)) - held
 
     @property
@@ -104,5 +106,5 @@ class KVRows:
         self.allocator.check_integrity()
         held = [0 if request is None else self.allocator.num_slots_held(request) for request in self._requests]
         live = {request for request in self._requests if request is not None}
-        if self.units_held.tolist() != held or set(self.allocator.live_requests()) != live:
+        if self.units_held.tolist() != held or set(self.allocator.live_requests()) != live or len(live) != self._num_live:
             raise IntegrityError(f"rows hold {self.units_held.tolist()} slots, the allocator says {held}")

