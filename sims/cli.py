@@ -16,6 +16,7 @@ from cyclopts.config import Dict
 
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.sims.cli_engines import compare_engines
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -61,7 +62,11 @@ def simulate(
     from pagedkv.sims.scenario import resolve
 
     del config  # read by cyclopts before the other flags: see main
-    scenario = resolve(SimulationConfig(load=load, serving=serving, measurement=measurement))
+    asked = SimulationConfig(load=load, serving=serving, measurement=measurement)
+    if "," in serving.engine:
+        compare_engines(asked, json=json, out=out, report=report)
+        return
+    scenario = resolve(asked)
     folder = output_path(out, "--out")
     files = {"--json": output_path(None if json == "-" else json, "--json"), "--report": output_path(report, "--report")}
     if folder is not None:

@@ -5,6 +5,9 @@ from typing import Any
 
 from pagedkv.sims.recording import KV_KINDS
 
+AT_LEAST = "≥ "
+"""Stands before a figure that may be higher."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -102,5 +105,5 @@ def _latency(column: dict[str, Any], name: str, scale: float) -> str:
     latency, _, part = name.partition(".")
     if column[latency] is None:
         return "–"
-    at_least = "≥ " if name in column["lower_bounds"] else ""
+    at_least = AT_LEAST if name in column["lower_bounds"] else ""
     return at_least + _number(scale * column[latency][part], ".0f" if scale > 1 else ".1f")

@@ -1,5 +1,7 @@
 """The answer in the terminal: where the memory goes, one column per allocator, and the verdict. 80 columns are enough."""
 
+from collections.abc import Sequence
+
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -8,14 +10,14 @@ from rich.text import Text
 from pagedkv.heaps import HEAPS
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import command_line
-from pagedkv.sims.comparison import advantages, comparison, prefix_note
+from pagedkv.sims.comparison import AT_LEAST, Row, advantages, comparison, prefix_note
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.results import Results
 from pagedkv.units import gib
 
 _BAR_WIDTH = 30
-_STATUS_STYLE = {"stable": "green", "saturated": "yellow", "rejecting": "red", "failed": "red"}
+STATUS_STYLE = {"stable": "green", "saturated": "yellow", "rejecting": "red", "failed": "red"}
 
 
 def show(results: Results, console: Console) -> None:
@@ -53,11 +55,17 @@ def _setting(results: Results) -> RenderableType:
         f"{load} · lengths {scenario.load.lengths_name} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
         + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
         + f" · {serving} · max-model-len {config['max_model_len']:,} · "
-        f"block-size {config['block_size']} · gpu-memory-utilization {config['gpu_memory_utilization']:g} · max-num-seqs "
-        f"{config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
+        f"block-size {scenario.deployment.pool.block_size} · {_share(scenario.deployment)}"
+        f"max-num-seqs {config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
         f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
     )
     return Group(title, Text(facts, "dim"))
+
+
+def _share(deployment: Deployment) -> str:
+    """Return the engine's own setting of how much memory it takes, if it has one."""
+    setting = deployment.engine.setting
+    return "" if setting is None else f"{setting} {deployment.budget.utilization:g} · "
 
 
 def waterfall(deployment: Deployment) -> RenderableType:
@@ -107,21 +115,23 @@ def _contiguous_max_holds(results: Results) -> list[RenderableType]:
 
 
 def _comparison(results: Results, width: int) -> RenderableType:
-    """Return the comparison, as several tables if it is wider than `width`."""
+    """Return the comparison of the allocators."""
     document = results.document()
-    rows = comparison(document)
+    return side_by_side(comparison(document), [column["allocator"] for column in document["results"]], width)
+
+
+def side_by_side(rows: list[Row], names: Sequence[str], width: int) -> RenderableType:
+    """Return `rows`, whose columns have these `names`, as several tables if they are wider than `width`."""
     labels = ["  " * row.depth + row.label for row in rows]
-    columns = list(
-        zip((column["allocator"] for column in document["results"]), *(row.values for row in rows if row.values), strict=True)
-    )
+    columns = list(zip(names, *(row.values for row in rows if row.values), strict=True))
     tables: list[RenderableType] = []
     for group in _groups([max(map(len, column)) + _GAP for column in columns], width - max(map(len, labels))):
         table = plain_table("", *(columns[i][0] for i in group))
         for label, row in zip(labels, rows, strict=True):
-            values = [Text(row.values[i], _STATUS_STYLE.get(row.values[i], "")) for i in group] if row.values else []
+            values = [Text(row.values[i], STATUS_STYLE.get(row.values[i], "")) for i in group] if row.values else []
             table.add_row(Text(label, "" if values else "bold"), *values)
         tables += [table] if not tables else ["", table]
-    if any(column["lower_bounds"] for column in document["results"]):
+    if any(value.startswith(AT_LEAST) for row in rows for value in row.values):
         tables.append("≥: requests that the end cut off may raise it (simulate explain lower bounds)")
     return Group(*tables)
 
@@ -143,7 +153,7 @@ def _groups(widths: list[int], room: int) -> list[list[int]]:
 def _verdict(results: Results) -> RenderableType:
     lines: list[RenderableType] = [Text("Verdict", "bold")]
     for name, result in results.by_allocator.items():
-        style = _STATUS_STYLE[result.verdict.status]
+        style = STATUS_STYLE[result.verdict.status]
         lines.append(Padding(Text.assemble((f"{name}: ", "bold"), (result.verdict.text, style)), (0, 0, 0, 2)))
     document = results.document()
     lines += [Padding(Text(line), (0, 0, 0, 2)) for line in advantages(document)]

@@ -203,7 +203,8 @@ def _binding(
         return "max_model_len" if longest > scenario.deployment.scheduler.max_model_len else "kv_memory"
     if queueing and waits.queued_s > waits.slowed_s and (blocker := queue_blocker(runs)) is not None:
         return blocker
-    if figures["kv"] and figures["kv"]["free"] + figures["kv"]["cached"] < NEARLY_FULL:
+    slots_only = queue_blocker(runs) == "max_num_seqs"  # memory that is reserved for every slot is always full
+    if figures["kv"] and figures["kv"]["free"] + figures["kv"]["cached"] < NEARLY_FULL and not slots_only:
         return "kv_memory"
     if figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
         return "max_num_seqs"

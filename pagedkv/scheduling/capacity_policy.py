@@ -62,10 +62,12 @@ def static_batch(needs: BlockNeeds, active: Iterable[int], started: Sequence[int
 
 
 def _admit_to_completion(needs: BlockNeeds, pending: Iterable[int], started: Sequence[int], most: int) -> Fitting:
-    fitting, left = list(started), needs.free_blocks - sum(map(needs.blocks_to_completion, started))
+    fitting, left = list(started), None
     for request in pending:
         if len(fitting) >= most:
             return Fitting(fitting, Blocker.MAX_NUM_SEQS)
+        if left is None:
+            left = needs.free_blocks - sum(map(needs.blocks_to_completion, started))
         needed = needs.blocks_to_completion(request)
         if needed > left:
             return Fitting(fitting, Blocker.KV_MEMORY)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from heapq import merge
 
+import numpy as np
+
 from pagedkv.allocation import Allocator
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.scheduling.capacity_policy import CAPACITY_POLICIES
@@ -101,16 +103,17 @@ class TensorRTLLMScheduler(RequestScheduler):
     def schedule(self) -> Step:
         """Decide the next step and take its slots. The returned object is overwritten by the next call."""
         self._begin()
-        priorities = self.requests.arrays["priority"]
-        started = sorted((int(priorities[request]), request) for request in self.running())
+        running = np.sort(self.arrays.running[: self.num_running])
+        started = sorted(zip(self.requests.arrays["priority"][running].tolist(), running.tolist(), strict=True))
         self._being_filled = set()
+        left = self._tokens_left()
         for _, request in started:
-            if self.num_remaining(request) > 1:
+            if left[request] > 1:
                 self.is_delayed(request)
         active = (request for _, request in merge(started, self.queue))
         policy = CAPACITY_POLICIES[self.settings.capacity_policy]
         fitting, blocker = policy(self, active, [request for _, request in started], self.settings.max_num_seqs)
-        chosen = micro_batch([self._work(request) for request in fitting], self._limits)
+        chosen = micro_batch([self._work(request, left.get(request)) for request in fitting], self._limits)
         admissions = []
         for request, num_tokens in chosen:
             if not self.is_running(request):
@@ -163,9 +166,18 @@ class TensorRTLLMScheduler(RequestScheduler):
         """Take the blocks of a started request away; it computes all its known tokens anew, but for those found cached."""
         self._preempt(request)
 
-    def _work(self, request: int) -> Work:
-        left = self.num_remaining(request)
-        return Work(request, left, left > 1 or not self.is_running(request))
+    def _tokens_left(self) -> dict[int, int]:
+        """Return by running request its known tokens that are not computed yet."""
+        running = self.arrays.running[: self.num_running]
+        records = self.requests.arrays[running]
+        left = records["num_known_tokens"] - records["num_computed_tokens"]
+        return dict(zip(running.tolist(), left.tolist(), strict=True))
+
+    def _work(self, request: int, left: int | None) -> Work:
+        """Return what `request` has to compute, of one that runs the tokens that are `left`."""
+        if left is None or not self.is_running(request):
+            return Work(request, self.num_remaining(request), is_context=True)
+        return Work(request, left, left > 1)
 
     def _num_new(self, request: int, num_tokens: int) -> int:
         """Return what an admission with `num_tokens` computes: nothing that is cached, and up to a block's end if it is cut."""

@@ -28,6 +28,15 @@ class EnginePreset(Protocol):
     def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
         """Return the allocators that are compared where the user names none; the first is what the engine runs on."""
 
+    def columns(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return the allocators that stand for this engine beside other engines."""
+
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return a sentence or two on what it does with its memory, with these numbers."""
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return what happens when memory runs out, as the rest of a sentence."""
+
     @property
     def caching_allocators(self) -> tuple[str, ...]:
         """Those under which this engine can keep prefixes."""

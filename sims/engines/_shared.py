@@ -25,6 +25,10 @@ class OneVersion:
     name: str
     """What a user writes after --engine."""
 
+    def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return its allocators, what it runs on first."""
+        raise NotImplementedError
+
     def at(self, engine: str) -> NoReturn:
         """Refuse any version.
 
@@ -32,6 +36,10 @@ class OneVersion:
             ConfigError: Always.
         """
         raise ConfigError(f"--engine {engine}: {self.name} is modelled in one version; write --engine {self.name}")
+
+    def columns(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return all its allocators: they are what it offers."""
+        return self.allocators(serving)
 
     def default_utilization(self, hardware: HardwareSpec) -> float:
         """Return the machine's: this engine does not look at it."""

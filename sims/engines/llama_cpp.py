@@ -32,6 +32,21 @@ class LlamaCpp(OneVersion):
         """Return one stream of cells for all slots, or one for each."""
         return ("llama-cpp-unified" if _ledger(serving).unified else "llama-cpp-split",)
 
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return how it batches."""
+        unified = _ledger(serving).unified
+        cells = f"share {pool.num_blocks:,} cells" if unified else f"have {pool.num_blocks // limits.max_num_seqs:,} cells each"
+        return (
+            f"{limits.max_num_seqs} server slots {cells}, all allocated at the start; everybody else waits for a slot, however "
+            "much memory is left. A slot keeps its last prompt, which nobody else's slot can share."
+        )
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return what an error does."""
+        if not _ledger(serving).unified:
+            return "cannot happen: a slot has its own cells"
+        return "idle slots are purged, the batch is halved, and at last all slots end with an error"
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return its limits: server slots, --batch-size, and the cells that a slot may use."""
         del hardware

@@ -38,6 +38,21 @@ class Ollama(OneVersion):
         del serving
         return ("ollama",)
 
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return how it batches."""
+        del pool
+        slots = f"{limits.max_num_seqs} slot{'s' if limits.max_num_seqs > 1 else ''}"
+        most = OLLAMA.max_queue if serving.max_queue is None else serving.max_queue
+        return (
+            f"{slots} of {limits.max_model_len:,} tokens, reserved at load whatever the prompts need; everybody else waits, "
+            f"{most:,} at most, and more get status 503."
+        )
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return why it does not come to that."""
+        del serving
+        return "cannot happen: all is reserved at load"
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return its limits: OLLAMA_NUM_PARALLEL slots of one context each, by the size of the memory unless given."""
         slots, tokens = _slots(serving), serving.max_num_batched_tokens

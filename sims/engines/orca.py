@@ -32,6 +32,20 @@ class Orca(OneVersion):
         del serving
         return ("contiguous-max", "contiguous-pow2", "contiguous-oracle")
 
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return how it batches."""
+        del serving
+        return (
+            f"A request joins the running batch at any step, with memory in one piece from a {pool.contiguous_heap} heap: for "
+            f"{limits.max_model_len:,} tokens (max), for the next power of two of its output (pow2), or for what it will really be "
+            "(oracle, which no server knows)."
+        )
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return what waits."""
+        del serving
+        return "cannot happen to who runs: others wait until a piece is large enough"
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return its limits: vLLM's for this machine, but prompts are computed whole."""
         longest = longest_request(serving, model)

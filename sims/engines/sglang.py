@@ -37,6 +37,20 @@ class SGLang(OneVersion):
         del serving
         return ("radix",)
 
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return how it batches."""
+        del pool
+        alone = "beside decoding" if serving.enable_mixed_chunk else "alone: who decodes waits meanwhile, so ITL has long tails"
+        return (
+            f"A request starts if its prompt and a share of all outputs (70 % at first, less as steps go by) fit; prompts, up to "
+            f"{limits.max_num_batched_tokens:,} tokens a step, are computed {alone}. Prefixes are shared in a tree, to the token."
+        )
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return what retraction does."""
+        del serving
+        return "leaves of the tree are evicted, then requests with the fewest outputs are retracted and recompute"
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return its limits: max-running-requests, and chunked-prefill-size by the size of the device."""
         chunk = serving.max_num_batched_tokens

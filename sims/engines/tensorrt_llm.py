@@ -32,6 +32,26 @@ class TensorRTLLM(OneVersion):
         del serving
         return ("tensorrt-llm",)
 
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return how it batches."""
+        starts = {
+            "guaranteed_no_evict": "A request starts only if its prompt and all the output that it asked for fit to the end",
+            "max_utilization": "A request starts if its prompt fits now",
+            "static_batch": "Requests start together, when nobody runs",
+        }[serving.capacity_scheduler_policy or _USUAL.capacity_policy]
+        whole = (
+            ""
+            if serving.enable_chunked_prefill
+            else f"; prompts are computed whole, so none may exceed {limits.max_num_batched_tokens:,}"
+        )
+        return f"{starts}, in blocks of {pool.block_size} tokens that are reused to the token{whole}."
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return what its policy does."""
+        if serving.capacity_scheduler_policy == "max_utilization":
+            return "the request that started last is paused and recomputes"
+        return "cannot happen to who runs: others wait"
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return its limits, by vLLM's names: max_batch_size, max_num_tokens and max_seq_len."""
         del hardware

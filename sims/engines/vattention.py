@@ -34,6 +34,19 @@ class VAttention(OneVersion):
         del serving
         return ("vattention",)
 
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return how it batches."""
+        del serving, limits
+        return (
+            f"A request's tokens are contiguous in virtual memory, and pages of {pool.page_tokens} tokens are mapped behind them "
+            "as they come: kernels need no block table, and nothing is shared."
+        )
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return what preemption does."""
+        del serving
+        return "pages of idle rows are taken back, then the request that came last is preempted and recomputes"
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return vLLM's limits for this machine."""
         longest, chunked = longest_request(serving, model), serving.enable_chunked_prefill is not False

@@ -74,6 +74,27 @@ class VLLM:
         gate = serving.scheduler_reserve_full_isl
         return self.version.reserve_full_isl if gate is None else gate, self.version.freed_to_front
 
+    def columns(self, serving: ServingConfig) -> tuple[str, ...]:
+        """Return paged memory: the others are no part of vLLM."""
+        del serving
+        return ("paged",)
+
+    def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
+        """Return how it batches."""
+        del serving
+        chunks = "in chunks beside the others' decoding" if limits.enable_chunked_prefill else "whole"
+        gate = "when all its known tokens fit" if pool.reserve_full_isl else "when its next tokens fit"
+        cache = ", and finished blocks stay for prompts that begin alike" if pool.enable_prefix_caching else ""
+        return (
+            f"A request starts {gate}, takes blocks of {pool.block_size} tokens as it grows{cache}; prompts are computed {chunks}, "
+            f"{limits.max_num_batched_tokens:,} tokens a step."
+        )
+
+    def at_exhaustion(self, serving: ServingConfig) -> str:
+        """Return what preemption does."""
+        del serving
+        return "the request that came last is preempted and recomputes"
+
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return vLLM's limits of a step: its defaults depend on the device."""
         longest, chunked = longest_request(serving, model), serving.enable_chunked_prefill is not False

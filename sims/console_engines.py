@@ -1,0 +1,77 @@
+"""Engines side by side in the terminal: what each has, what each does with it, what comes out, and why."""
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from pagedkv.sims.command import command_line
+from pagedkv.sims.comparison import comparison
+from pagedkv.sims.console import STATUS_STYLE, side_by_side
+from pagedkv.sims.console_table import plain_table
+from pagedkv.sims.engine_comparison import EngineComparison
+from pagedkv.units import GIB
+
+
+def show_engines(compared: EngineComparison, console: Console) -> None:
+    """Print the comparison."""
+    document = compared.document()
+    first = next(iter(compared.results.values())).scenario
+    hardware, model = first.deployment.hardware.title, first.deployment.model.title
+    console.print(
+        Text(f"{first.load.title} on {hardware}, {model}: {len(compared.results)} engines, each with its own defaults", "bold")
+    )
+    console.print()
+    console.print(_memory(compared, document))
+    console.print()
+    console.print(_columns(document, console.width))
+    console.print()
+    console.print(_rules(compared, document))
+    console.print()
+    console.print(f"This run:  {command_line(compared.config)}", soft_wrap=True, markup=False, style="dim")
+
+
+def _memory(compared: EngineComparison, document: dict[str, Any]) -> RenderableType:
+    """Return what each engine has: its KV cache, and the requests and tokens that it takes at once."""
+    table = plain_table("", "KV, GiB", "KV tokens", "longest request", "at once", "tokens a step")
+    for engine, results in compared.results.items():
+        deployment, budget = results.scenario.deployment, document["budgets"][engine]
+        table.add_row(
+            engine,
+            f"{budget['kv_cache'] / GIB:.2f}",
+            f"{deployment.budget.usable_blocks * deployment.budget.block_size:,}",
+            f"{deployment.scheduler.max_model_len:,}",
+            f"{deployment.scheduler.max_num_seqs:,}",
+            f"{deployment.scheduler.max_num_batched_tokens:,}",
+        )
+    return Group(Text("Memory and limits", "bold"), table)
+
+
+def _columns(document: dict[str, Any], width: int) -> RenderableType:
+    columns = document["results"]
+    alone = [sum(other["engine"] == column["engine"] for other in columns) == 1 for column in columns]
+    names = [
+        column["engine"] if single else f"{column['engine']} {column['allocator'].removeprefix('contiguous-')}"
+        for column, single in zip(columns, alone, strict=True)
+    ]
+    return side_by_side(comparison(document | {"config": {"goodput": document["config"]["goodput"]}}), names, width)
+
+
+def _rules(compared: EngineComparison, document: dict[str, Any]) -> RenderableType:
+    """Return why each column is what it is."""
+    lines: list[RenderableType] = [Text("Why", "bold")]
+    for engine, results in compared.results.items():
+        rules = document["rules"][engine]
+        lines.append(
+            Padding(
+                Text.assemble((f"{engine}: ", "bold"), f"{rules['rules']} Out of memory: {rules['at_exhaustion']}."), (0, 0, 0, 2)
+            )
+        )
+        for allocator, result in results.by_allocator.items():
+            style = STATUS_STYLE[result.verdict.status]
+            of = "" if len(results.by_allocator) == 1 else f"{allocator}: "
+            lines.append(Padding(Text(of + result.verdict.text, style), (0, 0, 0, 4)))
+    for engine, why in compared.refused.items():
+        lines.append(Padding(Text.assemble((f"{engine} does not start: ", "bold"), (why, "red")), (0, 0, 0, 2)))
+    return Group(*lines)
