@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.sims.traces import read_lengths
+from pagedkv.sims.traces import read_noted_lengths
 
 Lengths = npt.NDArray[np.int64]
 
@@ -164,7 +164,7 @@ class FileLengths:
     """The rows of a file, drawn with replacement: prompt and output of a pair come from the same row."""
 
     name: str
-    """The file."""
+    """The file, and what there is to say of its lengths, e.g. that they are estimates."""
     prompt_tokens: Lengths
     """Prompt lengths, shape (rows,)."""
     output_tokens: Lengths
@@ -175,8 +175,9 @@ class FileLengths:
     @classmethod
     def read(cls, path: Path) -> "FileLengths":
         """Read a file of any trace format, with or without times; raises TraceFormatError."""
-        prompt_tokens, output_tokens = read_lengths(path)
-        return cls(name=str(path), prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        read = read_noted_lengths(path)
+        name = f"{path} ({'; '.join(read.notes)})" if read.notes else str(path)
+        return cls(name=name, prompt_tokens=read.prompt_tokens, output_tokens=read.output_tokens)
 
     @property
     def max_total(self) -> int:

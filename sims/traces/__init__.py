@@ -1,6 +1,6 @@
 """Traces: when requests arrived and how long they were, read from a file.
 
-A format is one module of this folder: it recognises a first line and returns the cells of three columns. Opening,
+A format is one module of this folder: it recognises a file by its head and returns the cells of three columns. Opening,
 unpacking and checking every value is done here, once, so that a bad row has the same message in all formats. Adding a
 format is one new file with `@TRACE_FORMATS.register`.
 """
@@ -8,7 +8,7 @@ format is one new file with `@TRACE_FORMATS.register`.
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -19,17 +19,8 @@ import numpy.typing as npt
 from pagedkv.errors import ConfigError, TraceFormatError
 from pagedkv.registry import Registry
 from pagedkv.sims.prompt_content import PromptContent
-
-MAX_TOKENS = 2**31 - 1
-"""Longest length a row may give: sums of two stay far inside int64."""
-
-MAX_TIME_S = 1e12
-"""Latest time a row may give (seconds): 30,000 years, so that differences stay finite and exact to a millisecond."""
-
-Parser = Callable[[object], float | None]
-"""The value of one cell, or None where it has none."""
-
-NEEDED_TOKENS = f"a whole number of tokens (needed: 1 or more, at most {MAX_TOKENS})"
+from pagedkv.sims.traces._head import Head
+from pagedkv.sims.traces._rows import Column, Rows, shown
 
 CONTENT_LINE = 'lines such as {"timestamp": 0, "input_length": 1200, "output_length": 52, "hash_ids": [46, 47, 2353]}'
 """What a file with prompt content looks like, for messages."""
@@ -50,7 +41,9 @@ class Trace:
     output_tokens: npt.NDArray[np.int64]
     """Output length, at least 1."""
     line_numbers: npt.NDArray[np.int64]
-    """The request's line in the (unpacked) file, from 1."""
+    """The request's line in the (unpacked) file, from 1; in one JSON document the number of the request."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know of these requests, e.g. that failed ones were left out."""
     content: PromptContent | None = None
     """What the prompts are made of, if that was asked for."""
 
@@ -81,47 +74,27 @@ class Trace:
         return replace(self, arrival_s=self.arrival_s / rate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """One column of a file, its cells as they stand there."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TraceLengths:
+    """The lengths of a file in the order of its rows."""
 
-    name: str
-    """The file's name for it."""
-    cells: Sequence[object]
-    """One per row: str in CSV, any JSON value in JSON lines."""
-    parse: Parser
-    """The value of one cell, or None where it has none."""
-    needed: str
-    """Completes "'abc' is not ..."."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """The rows of a file, values not yet checked; the columns have one cell per line number."""
-
-    line_numbers: Sequence[int]
-    """Line of each row, from 1."""
-    prompt: Column
-    """Prompt lengths (tokens)."""
-    output: Column
-    """Output lengths (tokens)."""
-    arrival: Column | None
-    """Arrival times (seconds after any origin); None if the file has no such column."""
-    content: Callable[[], PromptContent] | None = None
-    """Reads what the prompts are made of, once the lengths are known to be good; None if such files do not say it."""
-    says_content: bool = False
-    """Whether this file says it."""
+    prompt_tokens: npt.NDArray[np.int64]
+    """Prompt length, at least 1, shape (rows,)."""
+    output_tokens: npt.NDArray[np.int64]
+    """Output length, at least 1, shape (rows,)."""
+    notes: tuple[str, ...]
+    """What a reader should know of them, e.g. that they are estimates."""
 
 
 class TraceFormat(Protocol):
     """How one kind of file lays out its rows."""
 
     first_line: ClassVar[str]
-    """What the first line of such a file looks like, for messages."""
+    """What such a file begins with, for messages."""
 
     @staticmethod
-    def matches(first_line: str) -> bool:
-        """Return whether a file with this first line is meant to be of this format."""
+    def matches(head: Head) -> bool:
+        """Return whether a file that begins like this is meant to be of this format; no two formats may claim one file."""
         ...
 
     @staticmethod
@@ -138,7 +111,7 @@ def read_trace(path: Path, *, format: str | None = None, with_content: bool | No
 
     Args:
         path: A file in one of `TRACE_FORMATS`, plain or gzip (recognised by content, like the format).
-        format: The format, if it should not be recognised by the first line.
+        format: The format, if it should not be recognised by how the file begins.
         with_content: Read also what the prompts are made of; None: if the file says so. It is not looked at otherwise.
 
     Raises:
@@ -151,7 +124,9 @@ def read_trace(path: Path, *, format: str | None = None, with_content: bool | No
     arrival, no_trace = rows.arrival, "so the file serves as a length distribution and not as a trace"
     if arrival is None:
         layout = TRACE_FORMATS.load(name).first_line
-        raise TraceFormatError(f"{path}: no arrival column, {no_trace}; {name} is {layout}")
+        raise TraceFormatError(
+            f"{path}: {rows.no_arrival}, {no_trace} (--lengths {path} with --users or --request-rate); {name} is {layout}"
+        )
     has_times = any(arrival.parse(cell) is not None for cell in arrival.cells)
     prompt_tokens, output_tokens = _lengths(path, rows)
     hint = "" if has_times else f", nor is any other row's, {no_trace}"
@@ -166,6 +141,7 @@ def read_trace(path: Path, *, format: str | None = None, with_content: bool | No
         prompt_tokens=prompt_tokens[order],
         output_tokens=output_tokens[order],
         line_numbers=np.array(rows.line_numbers, dtype=np.int64)[order],
+        notes=rows.notes,
         content=content and content.take(order),
     )
 
@@ -177,49 +153,31 @@ def read_lengths(path: Path, *, format: str | None = None) -> tuple[npt.NDArray[
         ConfigError: If `format` is unknown.
         TraceFormatError: If the file cannot be read or a length is wrong.
     """
-    return _lengths(path, _read_rows(path, format)[1])
+    lengths = read_noted_lengths(path, format=format)
+    return lengths.prompt_tokens, lengths.output_tokens
 
 
-def shown(value: object) -> str:
-    """Return `value` for a message, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def parse_tokens(cell: object) -> int | None:
-    """Return the length in `cell`, or None if it is no whole number from 1 to `MAX_TOKENS`."""
-    if isinstance(cell, str):
-        text = cell.strip()
-        # int() also takes "1_000" and other scripts' digits, and refuses thousands of digits.
-        cell = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
-    return cell if type(cell) is int and 1 <= cell <= MAX_TOKENS else None
-
-
-def parse_seconds(cell: object, *, unit_s: float = 1.0) -> float | None:
-    """Return the seconds in `cell`, a number of units of `unit_s` seconds, or None if it is not a finite number."""
-    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)) or (isinstance(cell, str) and "_" in cell):
-        return None
-    try:
-        time_s = float(cell) * unit_s
-    except (ValueError, OverflowError):
-        return None
-    return time_s if -MAX_TIME_S <= time_s <= MAX_TIME_S else None
+def read_noted_lengths(path: Path, *, format: str | None = None) -> TraceLengths:
+    """Return what `read_lengths` does, with what there is to say of it; raises the same."""
+    rows = _read_rows(path, format)[1]
+    prompt_tokens, output_tokens = _lengths(path, rows)
+    return TraceLengths(prompt_tokens=prompt_tokens, output_tokens=output_tokens, notes=rows.notes)
 
 
 def _read_rows(path: Path, format: str | None) -> tuple[str, Rows]:
     """Return the format's name and the rows of `path`, at least one."""
     text = _read_text(path)
-    first_line = text.lstrip().partition("\n")[0]
+    head = Head.of(text)
     if format is None:
         known = {name: TRACE_FORMATS.load(name) for name in TRACE_FORMATS.names()}
-        format = next((name for name, candidate in known.items() if candidate.matches(first_line)), None)
-        if format is None and first_line:
+        format = next((name for name, candidate in known.items() if candidate.matches(head)), None)
+        if format is None and head.first_line:
             described = "".join(f"\n  {name}: {candidate.first_line}" for name, candidate in known.items())
-            first = shown(first_line)
-            raise TraceFormatError(f"{path}: unknown format, the first line is {first}; known are{described}")
-    rows = TRACE_FORMATS.load(format).rows(path, text) if format is not None and first_line else None
+            raise TraceFormatError(f"{path}: unknown format, the first line is {shown(head.first_line)}; known are{described}")
+    rows = TRACE_FORMATS.load(format).rows(path, text) if format is not None and head.first_line else None
     if format is None or rows is None or not rows.line_numbers:
-        raise TraceFormatError(f"{path}: no requests in it")
+        notes = f" ({'; '.join(rows.notes)})" if rows and rows.notes else ""
+        raise TraceFormatError(f"{path}: no requests in it{notes}")
     return format, rows
 
 
@@ -250,10 +208,10 @@ def _lengths(path: Path, rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray
 def _values(path: Path, line_numbers: Sequence[int], column: Column, *, hint: str = "") -> list[float]:
     """Return the value of every cell; raises TraceFormatError, which ends with `hint`, for the first that has none."""
     values: list[float] = []
-    for line, cell in zip(line_numbers, column.cells, strict=True):
+    for row, (line, cell) in enumerate(zip(line_numbers, column.cells, strict=True)):
         value = column.parse(cell)
         if value is None:
-            where = f"{path}, line {line}, column {column.name}"
-            raise TraceFormatError(f"{where}: {shown(cell)} is not {column.needed}{hint}")
+            where = column.place(row) if column.place else f"line {line}, column {column.name}"
+            raise TraceFormatError(f"{path}, {where}: {shown(cell)} is not {column.needed}{hint}")
         values.append(value)
     return values

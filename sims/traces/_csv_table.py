@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pagedkv.errors import TraceFormatError
-from pagedkv.sims.traces import NEEDED_TOKENS, Column, Parser, parse_tokens, shown
+from pagedkv.sims.traces._rows import NEEDED_TOKENS, Column, Parser, parse_tokens, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

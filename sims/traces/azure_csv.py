@@ -7,8 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-from pagedkv.sims.traces import TRACE_FORMATS, Rows
+from pagedkv.sims.traces import TRACE_FORMATS
 from pagedkv.sims.traces._csv_table import CsvTable
+from pagedkv.sims.traces._head import Head
+from pagedkv.sims.traces._rows import Rows
 
 # Near the traces, so that a float64 of seconds resolves 0.1 us, the resolution of the files.
 _ORIGIN = datetime(2020, 1, 1, tzinfo=UTC)
@@ -21,9 +23,9 @@ class AzureCsv:
     first_line: ClassVar[str] = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
     @staticmethod
-    def matches(first_line: str) -> bool:
+    def matches(head: Head) -> bool:
         """Return whether all three columns are in the header."""
-        return {"timestamp", "contexttokens", "generatedtokens"} <= {n.strip().lower() for n in first_line.split(",")}
+        return {"timestamp", "contexttokens", "generatedtokens"} <= head.csv_names
 
     @staticmethod
     def rows(path: Path, text: str) -> Rows:

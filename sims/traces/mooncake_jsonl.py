@@ -1,19 +1,22 @@
-"""The Mooncake traces: one JSON object per line, times in milliseconds.
+"""The Mooncake traces: one JSON object per line, times in milliseconds. AIPerf takes such files as its input, too.
 
-Source: https://github.com/kvcache-ai/Mooncake (FAST 2025 release).
+Source: https://github.com/kvcache-ai/Mooncake (FAST 2025 release); AIPerf, docs/benchmark-modes/trace-replay.md.
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from pagedkv.errors import TraceFormatError
 from pagedkv.sims.prompt_content import PromptContent
-from pagedkv.sims.traces import CONTENT_LINE, NEEDED_TOKENS, TRACE_FORMATS, Column, Rows, parse_seconds, parse_tokens, shown
+from pagedkv.sims.traces import CONTENT_LINE, TRACE_FORMATS
+from pagedkv.sims.traces._head import Head
+from pagedkv.sims.traces._json_text import json_lines
+from pagedkv.sims.traces._names import ARRIVAL_MS, ARRIVAL_S
+from pagedkv.sims.traces._rows import Rows, parse_tokens, shown, time_column, token_column
 
 TOKENS_PER_ID = 512
 """Tokens behind one of hash_ids; the last one of a prompt stands for what is left. Source: the traces' README."""
@@ -27,44 +30,34 @@ class MooncakeJsonl:
     first_line: ClassVar[str] = '{"timestamp": 0, "input_length": 6755, "output_length": 500, "hash_ids": [0, 1, 2]} (milliseconds)'
 
     @staticmethod
-    def matches(first_line: str) -> bool:
-        """Return whether the line begins an object that names one of the lengths."""
-        return first_line.startswith("{") and ('"input_length"' in first_line or '"output_length"' in first_line)
+    def matches(head: Head) -> bool:
+        """Return whether lines are objects that name one of the lengths, and no other arrival than a timestamp."""
+        return head.is_object and not head.keys.isdisjoint(_LENGTHS) and head.keys.isdisjoint((*ARRIVAL_S, *ARRIVAL_MS))
 
     @staticmethod
     def rows(path: Path, text: str) -> Rows:
         """Split the file; see `TraceFormat.rows`."""
         line_numbers: list[int] = []
         cells: list[tuple[object, ...]] = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                cells.append(_cells(path, number, line))
-                line_numbers.append(number)
+        for number, line, row in json_lines(path, text):
+            cells.append(_cells(path, number, line, row))
+            line_numbers.append(number)
         times, hash_ids, prompts, outputs = zip(*cells, strict=True)
         return Rows(
             line_numbers=line_numbers,
-            prompt=Column(name="input_length", cells=prompts, parse=parse_tokens, needed=NEEDED_TOKENS),
-            output=Column(name="output_length", cells=outputs, parse=parse_tokens, needed=NEEDED_TOKENS),
-            arrival=Column(
-                name="timestamp",
-                cells=times,
-                parse=partial(parse_seconds, unit_s=1e-3),
-                needed="a finite number of milliseconds",
-            ),
+            prompt=token_column("input_length", prompts),
+            output=token_column("output_length", outputs),
+            arrival=time_column("timestamp", times, unit_s=1e-3),
             content=partial(_content, path, line_numbers, prompts, hash_ids),
             says_content=any(hash_ids),
         )
 
 
-def _cells(path: Path, number: int, line: str) -> tuple[object, ...]:
+def _cells(path: Path, number: int, line: str, row: Any) -> tuple[object, ...]:
     """Return timestamp (None if absent, as in a file of lengths), hash_ids (None if absent) and `_LENGTHS` of one line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
-        raise TraceFormatError(f"{path}, line {number}: not JSON ({error})") from error
     missing = [key for key in _LENGTHS if not isinstance(row, dict) or key not in row]
     if missing:
-        raise TraceFormatError(f"{path}, line {number}: no key {' and '.join(missing)} in {shown(line.strip())}")
+        raise TraceFormatError(f"{path}, line {number}: no key {' and '.join(missing)} in {shown(line)}")
     return (row.get("timestamp"), row.get("hash_ids"), *(row[key] for key in _LENGTHS))
 
 
