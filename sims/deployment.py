@@ -57,7 +57,7 @@ class Deployment:
     @property
     def why_no_prefix_caching(self) -> str | None:
         """Why prefix caching is off, whatever was asked for; None if it is on, or off only because that was asked for."""
-        if self.pool.enable_prefix_caching or self.config.enable_prefix_caching is False:
+        if self.pool.enable_prefix_caching or self.config.enable_prefix_caching is False or not self.engine.caching_allocators:
             return None
         return (
             "Prefix caching is off: this model's layers with a state are not cached. vLLM caches them only if asked, in an "
@@ -125,7 +125,7 @@ def deploy(serving: ServingConfig) -> Deployment:
             watermark=serving.watermark,
             reserve_full_isl=reserve_full_isl,
             freed_to_front=freed_to_front,
-            enable_prefix_caching=serving.enable_prefix_caching is not False and not has_state,
+            enable_prefix_caching=bool(engine.caching_allocators) and serving.enable_prefix_caching is not False and not has_state,
             state_slots=-(-kv_spec.state_bytes_per_sequence // kv_spec.bytes_per_token),
         ),
         step_time=RooflineStepTime(

@@ -7,6 +7,7 @@ from pagedkv.heaps import HEAPS
 from pagedkv.ledgers.llama_cpp import DEFAULT_SLOTS, LlamaCppLedger
 from pagedkv.ledgers.sglang import SGLangLedger, default_chunked_prefill_size
 from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
+from pagedkv.ledgers.transformers import TransformersLedger
 from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import Ledger, MemoryRequest
@@ -102,6 +103,7 @@ def under_other_rules(deployment: Deployment) -> tuple[EngineFit, ...]:
         "sglang": (SGLangLedger(), chunk),
         "tensorrt-llm": (TensorRTLLMLedger(), deployment.scheduler.max_num_batched_tokens),
         "llama-cpp": (LlamaCppLedger(ctx_size=DEFAULT_SLOTS * longest), 512),
+        "transformers": (TransformersLedger(), longest),
     }
     return tuple(_under(deployment, name, ledger, tokens) for name, (ledger, tokens) in rules.items())
 

@@ -18,6 +18,7 @@ from pagedkv.ledgers.sglang import (
     reserved_bytes,
 )
 from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
+from pagedkv.ledgers.transformers import TransformersLedger
 from pagedkv.ledgers.vllm import VLLMLedger, plan_memory
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.memory_plan import plan
@@ -61,7 +62,7 @@ def suggestions(error: ConfigError) -> list[dict[str, Any]]:
 
 
 def test_ledgers_are_what_the_files_register() -> None:
-    assert LEDGERS.names() == ("llama-cpp", "sglang", "tensorrt-llm", "vllm")
+    assert LEDGERS.names() == ("llama-cpp", "sglang", "tensorrt-llm", "transformers", "vllm")
     for name in LEDGERS.names():
         LEDGERS.load(name)
     assert sorted(LEDGERS._registered) == list(LEDGERS.names())
@@ -101,6 +102,7 @@ OWN = {
             "max_tokens": st.integers(1, 100_000),
         },
     ),
+    "transformers": st.fixed_dictionaries({}, optional={"kv_cache_dtype": st.sampled_from(["auto", "float16"])}),
     "llama-cpp": st.fixed_dictionaries(
         {},
         optional={
@@ -377,6 +379,7 @@ def test_a_slot_must_hold_the_longest_request(own: dict[str, Any], enough: int |
         ("llama-cpp", {"parallel": 0}, r"--parallel 0 must be"),
         ("llama-cpp", {"ubatch_size": 0}, r"--ubatch-size 0 must be"),
         ("llama-cpp", {"kv_cache_dtype": "fp8"}, r"--kv-cache-dtype fp8 is not for this engine: use auto, .*q8_0"),
+        ("transformers", {"kv_cache_dtype": "fp8"}, r"--kv-cache-dtype fp8 is not for this engine: use auto, .*float16"),
     ],
 )
 def test_values_that_cannot_work_are_named(engine: str, own: dict[str, Any], message: str) -> None:
@@ -386,5 +389,5 @@ def test_values_that_cannot_work_are_named(engine: str, own: dict[str, Any], mes
 
 def test_a_request_can_be_asked_of_every_engine() -> None:
     request = ask("vllm")
-    ledgers = (request.ledger, SGLangLedger(), TensorRTLLMLedger(), LlamaCppLedger(ctx_size=4096))
-    assert len({plan(replace(request, ledger=ledger)).kv_cache for ledger in ledgers}) == 4
+    ledgers = (request.ledger, SGLangLedger(), TensorRTLLMLedger(), LlamaCppLedger(ctx_size=4096), TransformersLedger())
+    assert len({plan(replace(request, ledger=ledger)).kv_cache for ledger in ledgers}) == 5

@@ -1,4 +1,4 @@
-"""Serving with `generate` of Hugging Face's transformers and no engine: one padded batch after another, and nobody joins in between."""
+"""Serving with `generate` of Hugging Face's transformers and no engine: one padded batch after another; nobody joins in between."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
