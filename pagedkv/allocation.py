@@ -209,6 +209,8 @@ class KVPoolSettings:
     """Share of the blocks that an admission must leave free while something runs."""
     reserve_full_isl: bool = True
     """Admit a request only if all its known tokens fit now (vLLM's scheduler_reserve_full_isl)."""
+    lookahead_slots: int = 0
+    """Slots for drafted tokens that a running request may take beyond its known ones (speculative decoding)."""
     freed_to_front: bool = True
     """Blocks freed without a key are handed out next; False: last, as in vLLM 0.19."""
     state_slots: int = 0

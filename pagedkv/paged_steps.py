@@ -141,6 +141,7 @@ class PagedStepAllocator:
         self.state_tables: Int32Array = np.zeros((settings.max_num_seqs, self.state_units), np.int32)
         """By row: the blocks that hold a running request's state."""
         self.max_model_len = settings.max_model_len
+        self.lookahead_slots = settings.lookahead_slots
         self.usable_slots = (settings.num_blocks - 1) * settings.block_size
         self.units_held = self.tables.num_blocks
         self.rounding_slots = 0
@@ -164,13 +165,15 @@ class PagedStepAllocator:
         )
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
-        """Return 0, or None if even the empty pool is too small (the last output token never needs a slot)."""
-        blocks = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) + self.state_units
+        """Return 0, or None if even the empty pool is too small (the last output token never needs a slot, drafts do)."""
+        most = min(prompt_tokens + output_tokens - 1 + self.lookahead_slots, self.max_model_len)
+        blocks = -(-most // self.unit_slots) + self.state_units
         return 0 if blocks * self.unit_slots <= self.usable_slots else None
 
     def can_ever_fit(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
         """Return for many requests at once whether the empty pool is large enough."""
-        blocks = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) + self.state_units
+        most = np.minimum(prompt_tokens + output_tokens - 1 + self.lookahead_slots, self.max_model_len)
+        blocks = -(-most // self.unit_slots) + self.state_units
         fits: BoolArray = blocks * self.unit_slots <= self.usable_slots
         return fits
 

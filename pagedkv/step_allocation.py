@@ -92,7 +92,7 @@ class RequestByRequest:
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant slots in order until one entry does not fit; return its index. What was reserved at admission needs no call."""
         entries = batch[first:last].tolist()
-        for i, (index, num_new, num_slots, num_known, admission_slots, row) in enumerate(entries, first):
+        for i, (index, num_new, num_slots, num_known, admission_slots, _, row) in enumerate(entries, first):
             request = self._requests[row]
             if request is None:
                 request = KVRequest(request_id=index, num_tokens=num_known, admission_slots=admission_slots)

@@ -201,7 +201,7 @@ class Recorder:
     def tokens(self, now_s: float) -> None:
         """Note the tokens of the step that has just been completed."""
         sampled = self._scheduler.sampled
-        record_tokens(self.arrays, sampled, sampled.size, self._scheduler.finished.size, now_s)
+        record_tokens(self.arrays, sampled, sampled.size, self._scheduler.num_output_tokens, self._scheduler.finished.size, now_s)
 
     def close(self, end_s: float) -> None:
         """End the run: for measured requests that still generate, the time since their last token is a lower bound of a gap."""

@@ -109,7 +109,9 @@ def set_gauges(
     num_running = state.counts[NUM_RUNNING]
     for i in range(num_running):
         request = state.running[i]
-        own = slots[i] if i < num_entries else requests["num_computed_tokens"][request]
+        own = requests["num_computed_tokens"][request]
+        if i < num_entries:
+            own = min(slots[i], requests["num_known_tokens"][request])  # slots of drafts await tokens
         held = np.int64(units_held[rows[request]]) * unit_slots
         final = requests["prompt_tokens"][request] + requests["output_tokens"][request] - 1  # the last output token needs no slot
         tokens += own
@@ -191,8 +193,13 @@ def gap_bin(gap_s: float) -> int:
 
 
 @lean_jit
-def record_tokens(r: RecorderArrays, sampled: Int64Array, num_sampled: int, num_finished: int, now_s: float) -> None:
-    """Stamp an output token for each of `sampled`, and count the gap before it if the request is measured. O(sampled)."""
+def record_tokens(
+    r: RecorderArrays, sampled: Int64Array, num_sampled: int, num_tokens: int, num_finished: int, now_s: float
+) -> None:
+    """Stamp the output of each of `sampled`, and count the gap before it if the request is measured. O(sampled).
+
+    Several tokens of a request that come at once, drafts accepted, are one gap, as a client sees it.
+    """
     times, warmup_s = r.times, r.window_s[0]
     gap_s, place = np.nan, 0
     for i in range(num_sampled):
@@ -207,5 +214,5 @@ def record_tokens(r: RecorderArrays, sampled: Int64Array, num_sampled: int, num_
             r.sums[ITL_SUM_S] += gap_s
         times["last_token_s"][request] = now_s
     if now_s >= warmup_s:
-        r.counters[NUM_OUTPUT_TOKENS] += num_sampled
+        r.counters[NUM_OUTPUT_TOKENS] += num_tokens
         r.counters[NUM_COMPLETED] += num_finished

@@ -64,8 +64,8 @@ def _complete(
     now_s: float,
 ) -> int:
     """Apply the step that ends at `now_s`; return how many requests it finished."""
-    num_sampled, num_finished = complete_paged_step(state, requests, pool, rules, batch, num_entries, sampled, finished)
-    record_tokens(recorder, sampled, num_sampled, num_finished, now_s)
+    num_sampled, num_tokens, num_finished = complete_paged_step(state, requests, pool, rules, batch, num_entries, sampled, finished)
+    record_tokens(recorder, sampled, num_sampled, num_tokens, num_finished, now_s)
     return num_finished
 
 

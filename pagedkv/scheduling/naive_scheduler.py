@@ -126,6 +126,7 @@ class NaiveScheduler(RequestScheduler):
         sampled = batch if returns else batch[requests["num_known_tokens"][batch] < final - 1]
         requests["num_known_tokens"][sampled] += 1
         self._num_sampled, self._num_finished = sampled.size, batch.size if returns else 0
+        self.num_output_tokens = sampled.size
         self._sampled[: sampled.size] = sampled
         self._finished[: self._num_finished] = sampled[: self._num_finished]
         if returns:

@@ -51,7 +51,7 @@ class RequestScheduler:
         self._preempted: list[int] = []
         self._failed: list[int] = []
         self._sampled, self._finished = np.zeros((2, max_num_seqs), np.int64)
-        self._num_sampled = self._num_finished = 0
+        self._num_sampled = self._num_finished = self.num_output_tokens = 0
 
     @property
     def num_running(self) -> int:
@@ -135,7 +135,7 @@ class RequestScheduler:
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
         requests, step = self.requests.arrays, self._step
-        self._num_sampled, self._num_finished = complete_step(
+        self._num_sampled, self.num_output_tokens, self._num_finished = complete_step(
             self.arrays, requests, step.batch, step.num_entries, self._sampled, self._finished
         )
         entries = step.batch[: step.num_entries]
@@ -255,6 +255,7 @@ class RequestScheduler:
             record[_COMPUTED] + num_tokens,
             record[_KNOWN],
             record[_ADMISSION],
+            0,
             record[_ROW],
         )
         step.num_entries += 1

@@ -57,6 +57,8 @@ class SchedulerSettings:
     """Let a prompt be computed in several steps."""
     long_prefill_token_threshold: int = 0
     """Most tokens of one request in a step while others are there; 0 means no limit."""
+    num_speculative_tokens: int = 0
+    """Tokens that are drafted for each request that decodes, and verified in its next step (paged memory only); 0: none."""
     adaptive_long_prefill_threshold: bool = False
     """Let that limit be max-num-batched-tokens / (running + waiting) where this is more."""
     policy: str = "fcfs"
@@ -73,6 +75,8 @@ class SchedulerSettings:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
         if self.policy not in POLICIES:
             raise unknown_name("scheduling-policy", self.policy, POLICIES)
+        if self.num_speculative_tokens < 0:
+            raise ConfigError(f"num-speculative-tokens is {self.num_speculative_tokens}: needs 0 or more")
         if self.long_prefill_token_threshold < 0:
             raise ConfigError(
                 f"long-prefill-token-threshold is {self.long_prefill_token_threshold}: needs 0 or more, and 0 is no limit"
@@ -132,11 +136,19 @@ class Scheduler:
             bool(settings.adaptive_long_prefill_threshold),
             bool(settings.enable_chunked_prefill),
             settings.policy == "priority",
+            int(settings.num_speculative_tokens),
+            int(settings.max_model_len),
         )
         self._paged = allocator if isinstance(allocator, PagedStepAllocator) else None
         if self._paged is None and (settings.policy != "fcfs" or settings.adaptive_long_prefill_threshold):
             raise ConfigError(
                 f"policy {settings.policy} and the adaptive threshold are for paged memory: {allocator.name} runs with fcfs"
+            )
+        if settings.num_speculative_tokens and (
+            self._paged is None or self._paged.lookahead_slots < settings.num_speculative_tokens
+        ):
+            raise ConfigError(
+                f"num-speculative-tokens is {settings.num_speculative_tokens}: drafts need as many lookahead_slots of paged memory"
             )
         self._caches = self._paged is not None and self._paged.pool.enable_caching
         self._preempted = np.zeros(settings.max_num_seqs, np.int64)
@@ -145,7 +157,7 @@ class Scheduler:
         self.step_arrays = StepArrays(
             self._step.batch, self._preempted, self._decision, *(np.zeros(settings.max_num_seqs, np.int64) for _ in range(2))
         )
-        self._num_sampled = self._num_finished = 0
+        self._num_sampled = self._num_finished = self.num_output_tokens = 0
         self._nobody: Int64Array = np.zeros(0, np.int64)
 
     @property
@@ -316,11 +328,11 @@ class Scheduler:
         requests, (batch, _, _, sampled, finished) = self.requests.arrays, self.step_arrays
         if self._paged is not None:
             pool, rules = self._paged.arrays, self._paged.rules
-            self._num_sampled, self._num_finished = _complete_paged_step(
+            self._num_sampled, self.num_output_tokens, self._num_finished = _complete_paged_step(
                 self.arrays, requests, pool, rules, batch, self._step.num_entries, sampled, finished
             )
             return
-        self._num_sampled, self._num_finished = _complete_step(
+        self._num_sampled, self.num_output_tokens, self._num_finished = _complete_step(
             self.arrays, requests, batch, self._step.num_entries, sampled, finished
         )
         for request in self.finished:

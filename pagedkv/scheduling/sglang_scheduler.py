@@ -62,6 +62,7 @@ class SGLangScheduler:
         self._step = Step(empty_batch(settings.max_running_requests))
         self._sampled: Int64Array = np.zeros(0, np.int64)
         self._finished = self._sampled
+        self.num_output_tokens = 0
 
     @property
     def requests(self) -> RequestTable:
@@ -213,6 +214,7 @@ class SGLangScheduler:
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
         self._sampled, self._finished = self._batch.complete()
+        self.num_output_tokens = self._sampled.size
         self._count(self._sampled[:0])
 
     def drop_head(self) -> int:

@@ -46,6 +46,8 @@ class Step:
 class StepScheduler(Protocol):
     """Decides step by step which requests compute how many tokens. It has no clock."""
 
+    num_output_tokens: int
+    """Output tokens of the step completed last: one for each of `sampled`, more where drafts were accepted."""
     arrays: SchedulerArrays
     """Who runs, the entries of a step first and in its order, and how many wait."""
 

@@ -40,6 +40,9 @@ class SchedulerLimits(NamedTuple):
     adaptive_threshold: bool
     enable_chunked_prefill: bool
     by_priority: bool
+    num_speculative_tokens: int
+    """Drafts of a request that decodes."""
+    max_model_len: int
 
 
 @lean_jit
@@ -153,6 +156,7 @@ def add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, r
     batch["num_slots_needed"][i] = requests["num_computed_tokens"][request] + num_tokens
     batch["num_known_tokens"][i] = requests["num_known_tokens"][request]
     batch["admission_slots"][i] = requests["admission_slots"][request]
+    batch["num_accepted_tokens"][i] = 0
 
 
 @lean_jit
@@ -171,7 +175,10 @@ def _schedule_running(
     budget, entries, num_preempted = limits.max_num_batched_tokens, 0, 0  # entry i of the batch is running request i
     while entries < state.counts[NUM_RUNNING] and budget > 0:
         request = state.running[entries]
-        tokens = requests["num_known_tokens"][request] - requests["num_computed_tokens"][request]
+        known = requests["num_known_tokens"][request]
+        tokens = known - requests["num_computed_tokens"][request]
+        if tokens == 1 and known > requests["prompt_tokens"][request]:  # who decodes has drafts to verify
+            tokens += min(limits.num_speculative_tokens, limits.max_model_len - known)
         if threshold > 0:
             tokens = min(tokens, threshold)
         tokens = min(tokens, budget)

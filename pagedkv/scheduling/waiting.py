@@ -8,7 +8,8 @@ from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
 
-NUM_RUNNING, WAITING_HEAD, NUM_WAITING = 0, 1, 2
+NUM_RUNNING, WAITING_HEAD, NUM_WAITING, NUM_DRAFTED, NUM_ACCEPTED = range(5)
+"""In `SchedulerArrays.counts`. The last two since the start: tokens that were drafted and verified, and those of them accepted."""
 
 
 class SchedulerArrays(NamedTuple):
@@ -26,7 +27,7 @@ class SchedulerArrays(NamedTuple):
     def empty(cls, max_num_seqs: int, waiting_capacity: int) -> "SchedulerArrays":
         """Return the state with nobody in it."""
         running, waiting = np.zeros(max_num_seqs, np.int64), np.zeros(waiting_capacity, np.int64)
-        return cls(running, np.arange(max_num_seqs, dtype=np.int32), waiting, np.zeros(3, np.int64))
+        return cls(running, np.arange(max_num_seqs, dtype=np.int32), waiting, np.zeros(5, np.int64))
 
 
 @lean_jit

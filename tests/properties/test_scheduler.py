@@ -1,6 +1,7 @@
 """Random workloads: over the paged allocator the scheduler does what a plain-Python one does, over any it serves all in turn."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from random import Random
 from typing import NamedTuple
 
 import pytest
@@ -116,7 +117,10 @@ class OracleScheduler:
         i = 0
         while i < len(self.running) and budget > 0:
             request = self.running[i]
-            tokens = self.cut(request.known - request.computed, budget)
+            tokens = request.known - request.computed
+            if tokens == 1 and request.known > request.prompt:
+                tokens += min(self.limits.num_speculative_tokens, self.limits.max_model_len - request.known)
+            tokens = self.cut(tokens, budget)
             while not self.allocate(request, tokens, 0, whole=False):
                 victim = self.running.pop()
                 self.free(victim)
@@ -144,25 +148,30 @@ class OracleScheduler:
             budget -= tokens
         return scheduled, preempted, num_running
 
-    def complete(self, scheduled: list[tuple[Request, int]]) -> tuple[list[int], list[int]]:
-        """Return who got a token, and who is done."""
-        sampled, finished = [], []
-        for request, tokens in scheduled:
+    def complete(self, scheduled: list[tuple[Request, int]], accepted: list[int]) -> tuple[list[int], list[int], int]:
+        """Return who got tokens, who is done, and how many tokens there were."""
+        sampled, finished, num_tokens = [], [], 0
+        for (request, tokens), good in zip(scheduled, accepted, strict=True):
             request.computed += tokens
-            if request.computed == request.known:
-                request.known += 1
+            if request.computed >= request.known:
+                outputs = [*range(min(good, request.computed - request.known)), "one more"]
+                outputs = outputs[: request.prompt + request.output - request.known]
+                request.known += len(outputs)
+                request.computed = request.known - 1
+                num_tokens += len(outputs)
                 sampled.append(request.id)
                 if request.known == request.prompt + request.output:
                     finished.append(request.id)
                     self.free(request)
                     self.running.remove(request)
-        return sampled, finished
+        return sampled, finished, num_tokens
 
 
-@given(workloads())
-@settings(max_examples=300)
-def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
-    limits, pool = workload.limits, workload.pool
+@given(workloads(), st.sampled_from([0, 0, 1, 2, 5]), st.randoms(use_true_random=False))
+@settings(max_examples=400)
+def test_paged_scheduling_is_what_the_oracle_does(workload: Workload, drafts: int, chance: Random) -> None:
+    limits = replace(workload.limits, num_speculative_tokens=drafts)
+    pool = replace(workload.pool, lookahead_slots=drafts)
     allocator = PagedStepAllocator(pool)
     scheduler, oracle = Scheduler(limits, allocator), OracleScheduler(limits, pool)
     pending = list(workload.arrivals)
@@ -170,7 +179,8 @@ def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
     while pending or oracle.running or oracle.waiting:
         while pending and pending[0].step <= steps:
             _, prompt, output = pending.pop(0)
-            fits = prompt + output <= limits.max_model_len and oracle.blocks(prompt + output - 1) < pool.num_blocks
+            most = min(prompt + output - 1 + drafts, limits.max_model_len)
+            fits = prompt + output <= limits.max_model_len and oracle.blocks(most) < pool.num_blocks
             index = scheduler.add(prompt_tokens=prompt, output_tokens=output)
             assert (index is not None) == fits
             if index is not None:
@@ -187,8 +197,11 @@ def test_paged_scheduling_is_what_the_oracle_does(workload: Workload) -> None:
             assert allocator.tables.of(int(step.batch["row"][e])).tolist() == request.table
         assert allocator.pool.free_queue().tolist() == oracle.queue
         scheduler.check_integrity()
-        sampled, finished = oracle.complete(scheduled)
+        accepted = [chance.randint(0, drafts) for _ in scheduled]
+        sampled, finished, num_tokens = oracle.complete(scheduled, accepted)
+        step.batch["num_accepted_tokens"][: step.num_entries] = accepted
         scheduler.complete()
+        assert scheduler.num_output_tokens == num_tokens
         assert (scheduler.sampled.tolist(), scheduler.finished.tolist()) == (sampled, finished)
         assert scheduler.num_running == len(oracle.running)
         assert allocator.pool.free_queue().tolist() == oracle.queue
