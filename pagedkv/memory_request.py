@@ -1,11 +1,12 @@
 """What a memory budget is asked for, and what an engine's ledger must be able to answer."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.model_spec import ModelSpec
 from pagedkv.units import GIB, MIB, gib
@@ -48,6 +49,16 @@ class Ledger(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftMemory:
+    """What speculative decoding holds beside the model."""
+
+    weight_bytes: int
+    """Weights of the draft model, layer or heads."""
+    kv_groups: tuple[LayerGroup, ...]
+    """What it caches of every token, in the model's blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRequest:
     """A model, a machine and an engine's ledger, and what they have in common for every engine."""
 
@@ -71,6 +82,8 @@ class MemoryRequest:
     """No CUDA graphs."""
     tensor_parallel_size: int = 1
     """Devices that share a model's weights."""
+    draft: DraftMemory | None = None
+    """What drafts, if something does."""
     free_memory_bytes: int | None = None
     """Memory free when the engine starts, if known; otherwise what the operating system and other programs leave."""
     os_reserve_bytes: int | None = None
@@ -109,13 +122,28 @@ class MemoryRequest:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers, in `kv_cache_dtype`."""
-        return self.model.kv_spec(self.kv_cache_dtype).block_bytes(self.ledger.block_size)
+        """Bytes of one block in all layers, those that draft included, in `kv_cache_dtype`."""
+        return self._kv_spec.block_bytes(self.ledger.block_size)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token in all layers, those that draft included."""
+        return self._kv_spec.bytes_per_token
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, those that draft included."""
+        return self.model.weight_bytes(self.weight_format) + (0 if self.draft is None else self.draft.weight_bytes)
+
+    @property
+    def _kv_spec(self) -> KVCacheSpec:
+        spec = self.model.kv_spec(self.kv_cache_dtype)
+        return spec if self.draft is None else replace(spec, groups=(*spec.groups, *self.draft.kv_groups))
 
     @property
     def blocks_for_one_request(self) -> int:
         """Blocks without which a request of `max_model_len` tokens cannot finish, its state and null blocks included."""
-        spec, size = self.model.kv_spec(self.kv_cache_dtype), self.ledger.block_size
+        spec, size = self._kv_spec, self.ledger.block_size
         state_slots = -(-spec.state_bytes_per_sequence // spec.bytes_per_token)
         return -(-self.max_model_len // size) + -(-state_slots // size) + self.ledger.null_blocks
 

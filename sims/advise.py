@@ -12,6 +12,7 @@ from pagedkv.sims.config import ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.probe import Probe, probe
 from pagedkv.sims.serve_command import checkpoint_note, serve_command
+from pagedkv.sims.speculation_gain import speculation_gain
 from pagedkv.sims.statistics import ci95
 
 SCHEMA_VERSION = 1
@@ -80,6 +81,8 @@ class Advice:
     """Share of the requests that meet the goals: with the defaults, and with what is kept."""
     output_tokens_per_s: tuple[float | None, float | None]
     """With the defaults, and with what is kept."""
+    speculation: str | None
+    """Where drafts stop paying; None if nothing drafts."""
     verdict: str
     """Of what is kept."""
     meets: bool
@@ -144,9 +147,20 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
         trials=tuple(trials),
         attained=(first.attained, best.attained),
         output_tokens_per_s=(first.figures["output_tokens_per_s"], best.figures["output_tokens_per_s"]),
+        speculation=_speculation(config.serving, best),
         verdict=best.verdict.text,
         meets=best.fits,
     )
+
+
+def _speculation(serving: ServingConfig, best: Probe) -> str | None:
+    """Return where drafts stop paying, for contexts as long as those of the requests that ran."""
+    kv, running = best.figures["kv"], best.figures["running_mean"]
+    context = 1
+    if kv and running:
+        context = max(1, round(kv["tokens"] * deploy(serving).budget.usable_blocks * serving.block_size / running))
+    gain = speculation_gain(serving, context)
+    return None if gain is None else gain.in_words(running)
 
 
 def _candidates(serving: ServingConfig, start: Deployment) -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.clock import Clock
+from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.run_steps import (
     IDLE,
@@ -40,10 +41,17 @@ class CompiledEngine:
     steps_at_once = 200_000
     """Steps without a word of how far things are."""
 
-    def __init__(self, env: Clock, scheduler: Scheduler, step_time: RooflineStepTime, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        env: Clock,
+        scheduler: Scheduler,
+        step_time: RooflineStepTime,
+        recorder: Recorder,
+        acceptance: Acceptance = NOTHING_ACCEPTED,
+    ) -> None:
         assert isinstance(scheduler.allocator, PagedStepAllocator)
         self._env, self._scheduler, self._recorder = env, scheduler, recorder
-        self._allocator, self._coefficients = scheduler.allocator, step_time.coefficients
+        self._allocator, self._coefficients, self._acceptance = scheduler.allocator, step_time.coefficients, acceptance
         self._done: dict[int, simpy.Event] = {}
         self._arrival = env.event()
         self._idle_since_s: float | None = None
@@ -104,6 +112,7 @@ class CompiledEngine:
             scheduler.requests.segments,
             *scheduler.step_arrays,
             self._failed,
+            self._acceptance,
             self._recorder.arrays,
             self._progress,
             self._clock,

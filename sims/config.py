@@ -180,6 +180,16 @@ class ServingConfig:
     """llama.cpp: let all slots share the cells [default: yes, unless parallel is given]."""
     ubatch_size: int | None = None
     """llama.cpp and Ollama: most tokens that are computed together [default: 512]."""
+    speculative_method: str | None = None
+    """vLLM: what drafts tokens: draft-model, mtp, medusa or ngram [default: nothing; draft-model with speculative-model]."""
+    speculative_model: str | None = None
+    """vLLM: the draft model, with weights and KV of its own in the same memory."""
+    num_speculative_tokens: int | None = None
+    """vLLM: tokens drafted for each request that decodes, and verified in its next step."""
+    acceptance_rate: float | None = None
+    """Chance that a draft is accepted if those before it are [default: 0.7, assumed]."""
+    acceptance_spread: float | None = None
+    """Standard deviation of each request's own acceptance rate [default: 0]."""
     max_queue: int | None = None
     """Ollama: most requests that may wait; more get status 503 [default: 512]."""
 

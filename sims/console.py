@@ -58,6 +58,7 @@ def _setting(results: Results) -> RenderableType:
         f"block-size {scenario.deployment.pool.block_size} · {_share(scenario.deployment)}"
         f"max-num-seqs {config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
         f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
+        + ("" if scenario.deployment.drafting is None else f" · {scenario.deployment.drafting.title}")
     )
     return Group(title, Text(facts, "dim"))
 

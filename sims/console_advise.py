@@ -26,6 +26,8 @@ def show_advice(advice: Advice, console: Console) -> None:
     rates = advice.output_tokens_per_s
     if rates[0] and rates[1]:
         console.print(f"In all: {rates[0]:,.1f} → {rates[1]:,.1f} output tokens/s.", markup=False)
+    if advice.speculation is not None:
+        console.print(f"Speculative decoding, {advice.speculation}.", markup=False)
     console.print(Text(advice.verdict, "green" if advice.meets else "yellow"))
     vain = [trial for trial in advice.trials if not trial.kept]
     if vain:

@@ -15,6 +15,7 @@ from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.drafting import Drafting, drafting_of
 from pagedkv.sims.engine_flags import refuse_flags_of_others
 from pagedkv.sims.engines import EnginePreset, load_engine
 from pagedkv.sims.step_time import RooflineStepTime
@@ -31,6 +32,8 @@ class Deployment:
     config: ServingConfig
     """As asked for; a setting that says what would be so anyway is left out."""
     engine: EnginePreset
+    drafting: Drafting | None
+    """How tokens are drafted; None: they are not."""
     model: ModelSpec
     hardware: HardwareSpec
     weight_format: WeightFormat
@@ -85,6 +88,7 @@ def deploy(serving: ServingConfig) -> Deployment:
     reserve_full_isl, freed_to_front = engine.admission(serving)
     has_state = model.kv_spec(serving.kv_cache_dtype).state_bytes_per_sequence > 0
     weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
+    drafting = drafting_of(serving, model, weight_format)
     scheduler = engine.scheduler_settings(serving, model, hardware)
     budget = engine.memory_budget(serving, model, weight_format, hardware, scheduler)
     usual = engine.scheduler_settings(
@@ -108,6 +112,7 @@ def deploy(serving: ServingConfig) -> Deployment:
             enable_prefix_caching=None if has_state or serving.enable_prefix_caching else serving.enable_prefix_caching,
         ),
         engine=engine,
+        drafting=drafting,
         model=model,
         hardware=hardware,
         weight_format=weight_format,
@@ -125,8 +130,9 @@ def deploy(serving: ServingConfig) -> Deployment:
             watermark=serving.watermark,
             reserve_full_isl=reserve_full_isl,
             freed_to_front=freed_to_front,
+            lookahead_slots=scheduler.num_speculative_tokens,
             enable_prefix_caching=bool(engine.caching_allocators) and serving.enable_prefix_caching is not False and not has_state,
-            state_slots=-(-kv_spec.state_bytes_per_sequence // kv_spec.bytes_per_token),
+            state_slots=-(-kv_spec.state_bytes_per_sequence // budget.kv_bytes_per_token),
         ),
         step_time=RooflineStepTime(
             model,
@@ -134,6 +140,7 @@ def deploy(serving: ServingConfig) -> Deployment:
             weight_format=weight_format,
             kv_spec=kv_spec,
             enforce_eager=engine.runs_eagerly(serving),
+            drafting=drafting,
         ),
     )
 

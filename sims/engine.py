@@ -11,6 +11,7 @@ import simpy
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance, accept_drafts
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.step_time import StepTimeModel, total_cost
 
@@ -33,10 +34,18 @@ class ServingEngine(Protocol):
 class Engine:
     """Takes requests, runs the scheduler step after step, and lets each step last as long as the step-time model says."""
 
-    def __init__(self, env: simpy.Environment, scheduler: StepScheduler, step_time: StepTimeModel, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        env: simpy.Environment,
+        scheduler: StepScheduler,
+        step_time: StepTimeModel,
+        recorder: Recorder,
+        acceptance: Acceptance = NOTHING_ACCEPTED,
+    ) -> None:
         self._env = env
         self._scheduler = scheduler
         self._step_time = step_time
+        self._acceptance = acceptance
         self._recorder = recorder
         self._done: dict[int, simpy.Event] = {}
         self._arrival = env.event()
@@ -96,6 +105,7 @@ class Engine:
             cost = total_cost(self._step_time.cost(batch, batch.size) for batch in scheduler.forward_passes())
             recorder.step(step, env.now, cost)
             yield env.timeout(cost.total_s)
+            accept_drafts(self._acceptance, step.batch, step.num_entries)
             scheduler.complete()
             recorder.tokens(env.now)
             for request in scheduler.finished:

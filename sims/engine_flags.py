@@ -35,6 +35,11 @@ ENGINE_FLAGS: dict[str, tuple[str, ...]] = {
     "kv_unified": ("llama-cpp",),
     "ubatch_size": _LLAMA_CPP,
     "max_queue": ("ollama",),
+    "speculative_method": ("vllm",),
+    "speculative_model": ("vllm",),
+    "num_speculative_tokens": ("vllm",),
+    "acceptance_rate": ("vllm",),
+    "acceptance_spread": ("vllm",),
 }
 """By field of `ServingConfig`: the engines that have it."""
 

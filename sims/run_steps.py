@@ -16,8 +16,9 @@ from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays, drop_head, push_waiting
+from pagedkv.sims.drafting import Acceptance, accept_drafts
 from pagedkv.sims.recording import RecorderArrays, record_idle, record_step, record_tokens, set_gauges
-from pagedkv.sims.step_time import RooflineCoefficients, step_cost
+from pagedkv.sims.step_time import StepCoefficients, whole_step_cost
 from pagedkv.step_batch import StepBatch
 
 IDLE, IN_FLIGHT, ENDED, PAUSED = 0, 1, 2, 3
@@ -45,6 +46,8 @@ class LoopArrays(NamedTuple):
     finished: Int64Array
     failed: Int64Array
     """Length 1: a request that was given up."""
+    acceptance: Acceptance
+    """Which drafts are accepted."""
     recorder: RecorderArrays
     progress: Int64Array
     clock: Float64Array
@@ -74,7 +77,7 @@ def run_steps(
     loop: LoopArrays,
     limits: SchedulerLimits,
     rules: PagedRules,
-    coefficients: RooflineCoefficients,
+    coefficients: StepCoefficients,
     horizon_s: float,
     return_at_end: bool,  # noqa: FBT001
     steps_at_once: int,
@@ -101,6 +104,8 @@ def run_steps(
         now_s = clock[NOW]
         if progress[STEP_RUNS]:
             progress[STEP_RUNS] = 0
+            if limits.num_speculative_tokens > 0:
+                accept_drafts(loop.acceptance, batch, decision[ENTRIES])
             num_finished = _complete(
                 state, requests, pool, rules, recorder, batch, decision[ENTRIES], loop.sampled, loop.finished, now_s
             )
@@ -125,7 +130,7 @@ def run_steps(
             loop.failed[0] = drop_head(state, requests, limits.by_priority)
             progress[NUM_FINISHED], progress[NUM_FAILED] = 0, 1
             return ENDED
-        cost = step_cost(coefficients, batch, entries)
+        cost = whole_step_cost(coefficients, batch, entries)
         free, cached, shared = queue[NUM_FREE] * size, queue[NUM_KEYED] * size, queue[NUM_SHARES] * size
         set_gauges(recorder.gauges, state, requests, batch, entries, pool.num_blocks, size, state_blocks, free, cached, shared)
         record_step(recorder, batch, decision[RAN_BEFORE], entries, decision[PREEMPTED], decision[BLOCKER], now_s, cost)

@@ -1,11 +1,13 @@
 """A deployment as a `vllm serve` command that its version of vLLM takes: the way back from `from_vllm`."""
 
+import json
 import shlex
 from collections.abc import Iterator
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import Deployment, deploy
+from pagedkv.sims.drafting import Drafting
 from pagedkv.sims.vllm_versions import VLLMVersion, vllm_version
 from pagedkv.units import parse_bytes
 
@@ -32,6 +34,8 @@ def serve_command(serving: ServingConfig) -> str:
     model, flags = _weights(deployment, serving)
     flags += [word for flag, value in _values(deployment, serving, vllm_version(serving.engine)) for word in (f"--{flag}", value)]
     flags += _switches(deployment, serving)
+    if deployment.drafting is not None:
+        flags += ["--speculative-config", _speculative_config(deployment.drafting)]
     return shlex.join(["vllm", "serve", model, *flags])
 
 
@@ -83,6 +87,14 @@ def _values(deployment: Deployment, serving: ServingConfig, version: VLLMVersion
         yield "watermark", str(serving.watermark)
     if serving.tensor_parallel_size != 1:
         yield "tensor-parallel-size", str(serving.tensor_parallel_size)
+
+
+def _speculative_config(drafting: Drafting) -> str:
+    """Return vLLM's JSON of how tokens are drafted; of heads the repository is the user's to name."""
+    settings: dict[str, object] = {"method": drafting.method.replace("-", "_")}
+    if drafting.method == "draft-model" and drafting.model is not None:
+        settings["model"] = drafting.model.hf_id or drafting.model.name
+    return json.dumps(settings | {"num_speculative_tokens": drafting.num_tokens})
 
 
 def _switches(deployment: Deployment, serving: ServingConfig) -> list[str]:

@@ -11,6 +11,7 @@ from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.compiled_engine import CompiledEngine
+from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import RequestLog
@@ -64,7 +65,9 @@ def run(
     scheduler = scenario.deployment.scheduler_over(allocator_name)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
     recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)
-    engine = _engine(env, scheduler, scenario.deployment.step_time, recorder, step_by_step=step_by_step)
+    drafting = scenario.deployment.drafting
+    acceptance = NOTHING_ACCEPTED if drafting is None else Acceptance.of(drafting, seed)
+    engine = _engine(env, scheduler, scenario.deployment.step_time, recorder, acceptance, step_by_step=step_by_step)
     scenario.load.start(env, engine, seed=seed)
     if scenario.duration_s is None:
         _drain(env, recorder, scenario.load.num_requests or 1, progress)
@@ -86,12 +89,18 @@ def run(
 
 
 def _engine(
-    env: Clock, scheduler: StepScheduler, step_time: StepTimeModel, recorder: Recorder, *, step_by_step: bool
+    env: Clock,
+    scheduler: StepScheduler,
+    step_time: StepTimeModel,
+    recorder: Recorder,
+    acceptance: Acceptance,
+    *,
+    step_by_step: bool,
 ) -> Engine | CompiledEngine:
     compiled = isinstance(scheduler, Scheduler) and isinstance(scheduler.allocator, PagedStepAllocator) and not step_by_step
     if isinstance(scheduler, Scheduler) and compiled and isinstance(step_time, RooflineStepTime):
-        return CompiledEngine(env, scheduler, step_time, recorder)
-    return Engine(env, scheduler, step_time, recorder)
+        return CompiledEngine(env, scheduler, step_time, recorder, acceptance)
+    return Engine(env, scheduler, step_time, recorder, acceptance)
 
 
 def _drain(env: simpy.Environment, recorder: Recorder, num_requests: int, progress: Callable[[float], None] | None) -> None:

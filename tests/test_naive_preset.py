@@ -48,7 +48,7 @@ def test_one_request_at_a_time_up_to_the_length_that_the_model_allows() -> None:
 
 def test_kernels_are_launched_one_by_one() -> None:
     naive, vllm = deploy(ServingConfig(engine="naive")), deploy(ServingConfig(enforce_eager=True))
-    assert naive.step_time.coefficients.step_overhead_s == vllm.step_time.coefficients.step_overhead_s
+    assert naive.step_time.coefficients.model.step_overhead_s == vllm.step_time.coefficients.model.step_overhead_s
     assert naive.budget.cuda_graphs == 0
 
 

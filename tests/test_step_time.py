@@ -1,6 +1,7 @@
 """The step-time model: its laws, its parts against brute force, and measured steps."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,10 @@ def roofline(
         kv_spec=model.kv_spec("auto"),
         enforce_eager=eager,
     )
+
+
+def set_coefficients(step_time: RooflineStepTime, **changes: Any) -> None:
+    step_time.coefficients = step_time.coefficients._replace(model=step_time.coefficients.model._replace(**changes))
 
 
 def cost(step_time: RooflineStepTime, entries: list[Entry]) -> StepCost:
@@ -74,7 +79,8 @@ def test_a_long_context_costs_less_through_windows() -> None:
 @given(new=st.integers(1, 300), before=st.integers(0, 300), window=st.integers(1, 400))
 def test_query_key_pairs_by_counting(new: int, before: int, window: int) -> None:
     step_time = roofline(LLAMA)
-    step_time.coefficients = step_time.coefficients._replace(
+    set_coefficients(
+        step_time,
         dense_weight_s=0.0,
         linear_s_per_token=0.0,
         head_s_per_sequence=0.0,
@@ -111,9 +117,9 @@ def test_a_mixture_reads_few_experts_for_one_token_and_all_for_many() -> None:
 
     def weights_s(tokens: int) -> float:
         step_time = roofline(MOE)
-        groups = step_time.coefficients.windows.size
+        groups = step_time.coefficients.model.windows.size
         nothing = dict.fromkeys(("kv_s_per_token", "attention_s_per_pair"), np.zeros(groups))
-        step_time.coefficients = step_time.coefficients._replace(linear_s_per_token=0.0, head_s_per_sequence=0.0, **nothing)
+        set_coefficients(step_time, linear_s_per_token=0.0, head_s_per_sequence=0.0, **nothing)
         return cost(step_time, [(tokens, tokens)]).memory_s
 
     def expected_s(share: float) -> float:

@@ -39,7 +39,7 @@ class EngineParts:
             request.model, max_num_batched_tokens=request.max_num_batched_tokens, max_num_seqs=request.max_num_seqs
         )
         return cls(
-            weights=request.model.weight_bytes(request.weight_format),
+            weights=request.weight_bytes,
             engine_overhead=int(request.hardware.engine_overhead.value),
             activations=peak,
             cuda_graphs=0 if request.enforce_eager else int(request.hardware.cuda_graphs.value),
@@ -93,7 +93,7 @@ def settle(
         free_at_start=free,
         block_size=request.ledger.block_size,
         block_bytes=block_bytes,
-        kv_bytes_per_token=request.model.kv_spec(request.kv_cache_dtype).bytes_per_token,
+        kv_bytes_per_token=request.kv_bytes_per_token,
         num_blocks=num_blocks,
         null_blocks=request.ledger.null_blocks,
         equation=f"KV cache = {equation} = {gib(kv_cache)}",

@@ -11,6 +11,7 @@ from pagedkv.memory_request import Ledger, MemoryRequest
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.drafting import drafting_of
 from pagedkv.units import parse_bytes
 from pagedkv.weight_format import WeightFormat
 
@@ -68,6 +69,7 @@ def plan_with(
     Raises:
         ConfigError: If the engine would not start, with settings under which it would.
     """
+    drafting = drafting_of(serving, model, weight_format)
     return plan(
         MemoryRequest(
             model=model,
@@ -80,6 +82,7 @@ def plan_with(
             max_num_batched_tokens=limits.max_num_batched_tokens,
             enforce_eager=serving.enforce_eager,
             tensor_parallel_size=serving.tensor_parallel_size,
+            draft=None if drafting is None else drafting.memory,
             free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
             os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
             other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),

@@ -111,6 +111,7 @@ class VLLM:
             max_model_len=longest,
             enable_chunked_prefill=chunked,
             long_prefill_token_threshold=serving.long_prefill_token_threshold,
+            num_speculative_tokens=serving.num_speculative_tokens or 0,
         )
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
