@@ -34,7 +34,7 @@ def max_users(
     config: Config = None,
     json: Json = None,
 ) -> None:
-    """Find the largest number of users within the goals; without goals, the largest that is stable. Allocator: paged, unless given.
+    """Find the largest number of users within the goals; without goals, the largest that is stable. Allocator: the engine's own.
 
     Args:
         attain: Share of the requests that must meet the goals.
@@ -67,7 +67,7 @@ def max_context(
     """Find the longest context at which --users N fit: within the goals; without goals, stable and without preemptions.
 
     Every request has the context; --random-output-len tokens of it are its output (256 unless given). max-model-len is the context
-    itself unless given. Allocator: paged, unless given.
+    itself unless given. Allocator: the engine's, unless given.
 
     Args:
         attain: Share of the requests that must meet the goals.
@@ -191,6 +191,8 @@ def advise(
     names = asked_allocators(measurement, usual=("paged",))
     if names != ("paged",):
         raise ConfigError(f"--allocator is {','.join(names)}: advise is about vLLM, whose allocator is paged")
+    if not serving.engine.startswith("vllm") or "," in serving.engine:
+        raise ConfigError(f"--engine {serving.engine}: advise writes a vllm serve command, so it is about vllm, or a version of it")
     asked = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
     with ProgressOnStderr(["advise"], repeats=1) as progress:
         advice = search(asked, attain=attain, progress=_telling(progress, "advise"))
@@ -210,11 +212,14 @@ def _answers(
     json: str | None,
 ) -> tuple[SimulationConfig, list[T]]:
     """Ask `search` once per allocator, with progress on stderr."""
+    from pagedkv.sims.engines import load_engine
     from pagedkv.sims.progress import ProgressOnStderr
     from pagedkv.sims.scenario import asked_allocators
 
     check_json(json)
-    names = asked_allocators(measurement, usual=("paged",))
+    if "," in serving.engine:
+        raise ConfigError(f"--engine {serving.engine}: this question is about one engine at a time")
+    names = asked_allocators(measurement, usual=load_engine(serving.engine).columns(serving)[:1])
     config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
     with ProgressOnStderr(names, repeats=1) as progress:
         return config, [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]

@@ -7,7 +7,7 @@ The syntax, for any flag of `simulate`:
   `--think-time 5s..20s:5s`. The three have the same unit. Without a step it is 1, which only whole numbers may leave out;
 * both may be mixed: `--users 10,20,50..100:10`;
 * a value of --goodput is words, as ever: `--goodput ttft:2000 tpot:100,ttft:500 tpot:50` are two sets of two goals;
-* every run has one allocator, paged unless said: `--allocator paged,contiguous-max` sweeps over two;
+* every run has one allocator, paged unless said, or what the engine runs on: `--allocator paged,contiguous-max` sweeps over two;
 * a switch is swept as `--enforce-eager true,false`, and set as ever.
 """
 
@@ -25,6 +25,7 @@ from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.command import changed, flat
 from pagedkv.sims.config import SimulationConfig, parse_seconds
 from pagedkv.sims.config_words import FIELD_TYPES, converted, parse_config
+from pagedkv.sims.engines import load_engine
 from pagedkv.units import parse_bytes
 
 MOST_RUNS = 100_000
@@ -81,7 +82,14 @@ class Grid:
         names = [axis.name for axis in self.axes]
         for values in itertools.product(*(axis.values for axis in self.axes)):
             point = dict(zip(names, values, strict=True))
-            yield Point(values=point, config=changed(self.base, **point))
+            yield Point(values=point, config=_with_one_allocator(changed(self.base, **point)))
+
+
+def _with_one_allocator(config: SimulationConfig) -> SimulationConfig:
+    """Return `config` with what its engine runs on, if it names no allocator."""
+    if config.measurement.allocator is not None:
+        return config
+    return changed(config, allocator=load_engine(config.serving.engine).columns(config.serving)[:1])
 
 
 def parse_grid(words: Sequence[str]) -> Grid:
@@ -92,7 +100,7 @@ def parse_grid(words: Sequence[str]) -> Grid:
         CycloptsError: If a value is none of its flag's kind.
     """
     flags = _flags(words)
-    if "allocator" not in flags:
+    if "allocator" not in flags and "engine" not in flags:
         flags["allocator"] = ["paged"]
     axes, fixed = [], {}
     for name, values in flags.items():
