@@ -33,6 +33,8 @@ def comparison(document: dict[str, Any]) -> list[Row]:
         row("output tokens/s", *(_interval(c, "output_tokens_per_s", ".0f") for c in columns)),
         row("requests/s", *(_interval(c, "request_throughput_per_s", ".2f") for c in columns)),
     ]
+    if any(c.get("num_replicas", 1) > 1 for c in columns):
+        rows.insert(1, row("replicas", *(f"{c['num_replicas']:,}" for c in columns)))
     if document["config"]["goodput"]:
         rows += [
             row("goodput, requests/s", *(_number(c["goodput_per_s"], ".2f") for c in columns)),
