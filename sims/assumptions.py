@@ -11,6 +11,7 @@ from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_n
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.deployment import PAGE_BYTES
+from pagedkv.sims.routing.prefix_affine import BALANCE_ABS_THRESHOLD, BALANCE_REL_THRESHOLD
 from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
 from pagedkv.sims.step_time import EAGER_S_PER_LAYER
 from pagedkv.sims.verdict import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
@@ -81,6 +82,18 @@ def code_rows() -> tuple[Row, ...]:
             "2,048 tokens and 256 sequences; 8,192 and 1,024 from 70 GiB on, but for A100 and GB10",
             "spec",
             "vLLM 0.33 EngineArgs",
+        ),
+        (
+            "router and network",
+            "no time, and loads as they are at that moment",
+            "estimated",
+            "milliseconds next to answers of seconds",
+        ),
+        (
+            "prefix-affine routing leaves a home",
+            f"with over {BALANCE_ABS_THRESHOLD} requests and over {BALANCE_REL_THRESHOLD:g} times as many as the idlest replica",
+            "spec",
+            "defaults of the vLLM router 0.1.15 and the SGLang gateway 0.3.1",
         ),
         ("think time", f"{DEFAULT_THINK_TIME_S:g} s, exponential", "estimated", "a person reads and types"),
         (

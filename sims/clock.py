@@ -8,6 +8,11 @@ from pagedkv.errors import IntegrityError
 class Clock(simpy.Environment):
     """A simpy environment whose time can be moved on to a moment before its next event, without an event for that."""
 
+    @property
+    def num_events(self) -> int:
+        """How many events are to come. O(1)."""
+        return len(self._queue)
+
     def advance(self, to_s: float) -> None:
         """Let it be `to_s` now. O(1).
 

@@ -33,6 +33,8 @@ def comparison(document: dict[str, Any]) -> list[Row]:
         row("output tokens/s", *(_interval(c, "output_tokens_per_s", ".0f") for c in columns)),
         row("requests/s", *(_interval(c, "request_throughput_per_s", ".2f") for c in columns)),
     ]
+    if any(c.get("num_replicas", 1) > 1 for c in columns):
+        rows.insert(1, row("replicas", *(f"{c['num_replicas']:,}" for c in columns)))
     if document["config"]["goodput"]:
         rows += [
             row("goodput, requests/s", *(_number(c["goodput_per_s"], ".2f") for c in columns)),
@@ -42,7 +44,11 @@ def comparison(document: dict[str, Any]) -> list[Row]:
     for outcome in ("finished", "unfinished", "rejected", "failed"):
         rows.append(row(outcome, *(f"{c[f'num_{outcome}']:,}" for c in columns), depth=1))
     rows.append(row("preemptions", *(f"{c['num_preemptions']:,}" for c in columns)))
-    for key, title in (("prefix_hit_rate", "prefix hit rate"), ("resumed_hit_rate", "found on resumption")):
+    for key, title in (
+        ("prefix_hit_rate", "prefix hit rate"),
+        ("resumed_hit_rate", "found on resumption"),
+        ("draft_acceptance_rate", "drafts accepted"),
+    ):
         if any(c[key] is not None for c in columns):
             rows.append(row(title, *(_percent(c[key]) for c in columns)))
     for key, title in (("kv", "share of KV memory"), ("kv_when_waiting", "while requests wait")):

@@ -1,6 +1,7 @@
 """The serving engine over paged memory, compiled: simpy carries users and arrivals, a compiled loop the steps between two events.
 
-It decides, records and times exactly as `pagedkv.sims.engine.Engine` does: a law in the tests.
+It decides, records and times exactly as `pagedkv.sims.engine.Engine` does: a law in the tests. Several on one clock do, too: a step
+in flight is an event, so that none of them runs beyond the end of another's step, or beyond an arrival that reads their loads.
 """
 
 from collections.abc import Generator
@@ -18,6 +19,7 @@ from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance
 from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.records import Outcome
 from pagedkv.sims.run_steps import (
     IDLE,
     IN_FLIGHT,
@@ -55,6 +57,7 @@ class CompiledEngine:
         self._done: dict[int, simpy.Event] = {}
         self._arrival = env.event()
         self._idle_since_s: float | None = None
+        self._stopped = False
         self._progress = np.zeros(NUM_PROGRESS, np.int64)
         self._clock = np.zeros(2)
         self._failed = np.zeros(1, np.int64)
@@ -99,6 +102,13 @@ class CompiledEngine:
         known = self._recorder.arrays.times["arrival_s"][: self._progress[NUM_KNOWN]]
         self._recorder.arrived(int(np.searchsorted(known, self._env.now, side="right")))
 
+    def stop(self) -> None:
+        """End now, as a process does that is killed: what runs comes to nothing, and whoever waits is told `Outcome.FAILED`."""
+        self.close()
+        self._stopped = True
+        for done in self._done.values():
+            done.succeed(Outcome.FAILED)
+
     def _wake(self) -> None:
         if not self._arrival.triggered:
             self._arrival.succeed()
@@ -120,8 +130,9 @@ class CompiledEngine:
 
     def _serve(self) -> Generator[simpy.Event, Any, None]:
         env, scheduler, progress, clock = self._env, self._scheduler, self._progress, self._clock
-        while True:
+        while not self._stopped:
             clock[NOW] = env.now
+            self._recorder.look_elsewhere()
             reason = self._run_steps(
                 self._loop(),
                 scheduler.limits,
@@ -136,6 +147,8 @@ class CompiledEngine:
                 self._idle_since_s, self._arrival = env.now, env.event()
                 following = self._recorder.arrays.times["arrival_s"][progress[NEXT_ARRIVAL] : progress[NUM_KNOWN]]
                 yield self._arrival if not following.size else self._arrival | env.timeout(float(following[0]) - env.now)
+                if self._stopped:
+                    return
                 self._recorder.idle(self._idle_since_s, env.now)
                 self._idle_since_s = None
             elif reason == PAUSED:

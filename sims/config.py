@@ -154,6 +154,13 @@ class ServingConfig:
     """Memory of other programs on the machine, e.g. 8GiB."""
     contiguous_heap: str = "buddy"
     """Heap under the contiguous allocators: buddy or first-fit."""
+    replicas: int = 1
+    """So many deployments alike, each on a machine of its own, behind one router."""
+    routing: str | None = None
+    """How the router spreads requests over replicas: round-robin, least-loaded or prefix-affine [default: round-robin]."""
+    fault: tuple[str, ...] = ()
+    """When a replica's process dies, for how long, and which one, e.g. 300s:120s for the first or 300s:120s:1 for the second: its
+    requests fail, and it comes back with an empty cache. Several, or a comma list."""
     mem_fraction_static: float | None = None
     """SGLang: share of the memory free before loading for weights and KV pool [default: by SGLang's formula]."""
     page_size: int | None = None

@@ -53,8 +53,10 @@ def fit(deployment: Deployment, *, users: int | None = None, context: int | None
     """Return what `deployment` holds; for `users`, their longest context; for `context`, its number of requests.
 
     Raises:
-        ConfigError: If users or context are below 1, or the context is longer than max-model-len.
+        ConfigError: If users or context are below 1, or the context is longer than max-model-len; or with replicas or faults.
     """
+    if deployment.config.replicas != 1 or deployment.config.fault:
+        raise ConfigError("fit is about one machine that runs: leave --replicas and --fault to a simulation, simulate --users 100")
     longest = deployment.scheduler.max_model_len
     if users is not None and users < 1:
         raise ConfigError(f"--users is {users}: needs 1 or more")

@@ -74,7 +74,12 @@ _ENTRIES = (
     _entry(
         "num_rejected", "rejected", "refused at arrival", "They could never run here: too long for max-model-len or for the pool."
     ),
-    _entry("num_failed", "failed", "accepted, then given up", "What the engine could not keep its promise to."),
+    _entry(
+        "num_failed",
+        "failed",
+        "accepted, then given up; lost with a replica; or sent while none was up",
+        "What the service could not keep its promise to.",
+    ),
     _entry(
         "num_preemptions",
         "preemptions",
@@ -99,6 +104,16 @@ _ENTRIES = (
         "found on resumption",
         "tokens found / tokens known, over preempted requests that came back",
         "What of their own work they need not do again.",
+    ),
+    _entry(
+        "num_draft_tokens", "drafted tokens", "drafts that steps have verified, in all of the run", "None where nothing drafts."
+    ),
+    _entry("num_accepted_tokens", "accepted tokens", "those of them that became output", "Each is a step less for its request."),
+    _entry(
+        "draft_acceptance_rate",
+        "drafts accepted",
+        "accepted tokens / drafted tokens",
+        "As vLLM reports it: less than the chance of one draft, since those behind a refused one are lost.",
     ),
     _entry("running_mean", "running, mean", "∫ running dt / (E − W)", "Requests in the running batch, weighted by time."),
     _entry("running_max", "running, max", "max of running", "The fullest batch."),
@@ -128,6 +143,15 @@ _ENTRIES = (
     _entry("iterations", "steps", "scheduler steps in the whole run", "One forward pass each."),
     _entry("request_steps", "request-steps", "Σ over steps of the requests in it", "The size of the simulation."),
     _entry("simulated_s", "simulated time", "E", "The virtual clock at the end, warm-up included."),
+    _entry(
+        "replicas",
+        "replicas",
+        "one row per replica, with --replicas from 2 on or --fault",
+        "Deployments alike behind one router; every other figure is about all of them together.",
+    ),
+    _entry("num_replicas", "number of replicas", "--replicas", "Each has a machine of its own."),
+    _entry("replica", "replica", "0 to number of replicas − 1", "Which one; --fault AT:FOR:REPLICA names it so."),
+    _entry("up_s", "time up", "seconds of the window in which its process ran", "E − W without a fault."),
     _entry("verdict", "verdict", "status, fits, binding", "Whether the load fits, and which limit binds."),
     _entry("status", "status", "failed > rejecting > saturated > stable", "The first of them that holds."),
     _entry(

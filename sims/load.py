@@ -13,11 +13,12 @@ from pagedkv.scheduling.content import Contents, Segments, shared_segments
 from pagedkv.sims.config import time_text
 from pagedkv.sims.engine import ServingEngine
 from pagedkv.sims.lengths import LengthDistribution, draws
+from pagedkv.sims.records import Outcome
 from pagedkv.sims.traces import Trace
 
 Process: TypeAlias = Generator[simpy.Event, Any, None]
 
-_PAUSE_AFTER_REJECTION_S = 1.0
+_PAUSE_AFTER_ERROR_S = 1.0
 _PREFIX_SEED = 0x70726566
 _DRAWS_AT_ONCE = 64
 
@@ -81,7 +82,7 @@ NO_PREFIX = SharedPrefixes(length=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedLoop:
-    """People who think, ask, wait for the whole answer, and think again. Whoever is rejected waits a second before that."""
+    """People who think, ask, wait for the whole answer, and think again. Whoever gets an error waits a second before that."""
 
     users: int
     """How many."""
@@ -124,7 +125,8 @@ class ClosedLoop:
             if next(numbers, None) is None:
                 return
             answered = engine.submit(self.prefixes.length + prompt, output, content=prefix)
-            yield env.timeout(_PAUSE_AFTER_REJECTION_S) if answered is None else answered
+            if answered is None or (yield answered) is Outcome.FAILED:
+                yield env.timeout(_PAUSE_AFTER_ERROR_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,8 +211,8 @@ class TraceReplay:
 
     @property
     def lengths_name(self) -> str:
-        """The trace itself."""
-        return "of the trace"
+        """The trace itself, and what is to be known of it."""
+        return "of the trace" + (f" ({'; '.join(self.trace.notes)})" if self.trace.notes else "")
 
     def settings(self) -> dict[str, Any]:
         """Return the format that was found."""

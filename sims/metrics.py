@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from pagedkv.arrays import Float64Array
+from pagedkv.sims.fleet_record import fleet_record
 from pagedkv.sims.goodput import GOAL_METRICS, Goal
 from pagedkv.sims.lower_bounds import raisable
-from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import ITL_BIN_RATIO, ITL_SMALLEST_S, KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome, RequestLog
+from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.statistics import summarize, summarize_bins
 
@@ -55,7 +56,7 @@ def kv_shares(gauge_integral: Float64Array, observed_s: float, usable_slots: int
     return {kind: float(share) for kind, share in zip(KV_KINDS, shares, strict=True)}
 
 
-def _prefix_figures(recorder: Recorder) -> dict[str, Any]:
+def _prefix_figures(recorder: RunRecord) -> dict[str, Any]:
     """Return what the prefix cache did; vLLM keeps resumed requests apart in the same way."""
     if not recorder.caches_prefixes:
         return dict.fromkeys(("num_queried_tokens", "num_hit_tokens", "prefix_hit_rate", "resumed_hit_rate"))
@@ -65,6 +66,33 @@ def _prefix_figures(recorder: Recorder) -> dict[str, Any]:
         "num_hit_tokens": hits,
         "prefix_hit_rate": hits / queried if queried else None,
         "resumed_hit_rate": found_again / resumed if resumed else None,
+    }
+
+
+def _draft_figures(recorder: RunRecord) -> dict[str, Any]:
+    """Return what became of the drafts; None where there were none."""
+    drafted, accepted = recorder.draft_tokens
+    return {
+        "num_draft_tokens": drafted or None,
+        "num_accepted_tokens": accepted if drafted else None,
+        "draft_acceptance_rate": accepted / drafted if drafted else None,
+    }
+
+
+def _replica_row(run: Run, index: int) -> dict[str, Any]:
+    """Return what one replica did: measured requests that were sent there, and its processes while they were up."""
+    replica = run.replicas[index]
+    log, record = replica.log(), fleet_record(replica.recorders, warmup_s=run.warmup_s, end_s=run.end_s)
+    log, window_s = log.where(log.arrival_s >= run.warmup_s), max(run.end_s - run.warmup_s, 0.0)
+    sums = record.integrals
+    return {
+        "replica": index,
+        "num_finished": len(log.of(Outcome.FINISHED)),
+        "num_failed": len(log.of(Outcome.FAILED)),
+        "output_tokens_per_s": record.num_output_tokens / window_s if window_s else None,
+        "kv": kv_shares(sums.gauges, float(sums.observed_s[0]), run.allocator.usable_slots),
+        "prefix_hit_rate": _prefix_figures(record)["prefix_hit_rate"],
+        "up_s": float(sum(recorder.integrals.observed_s[0] for recorder in replica.recorders)),
     }
 
 
@@ -87,6 +115,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "num_unfinished": int((~finished).sum()),
         "num_preemptions": recorder.num_preemptions,
         **_prefix_figures(recorder),
+        **_draft_figures(recorder),
         "running_mean": sums.gauges[RUNNING] / observed_s if observed_s else None,
         "running_max": recorder.running_max,
         "waiting_mean": sums.gauges[WAITING] / observed_s if observed_s else None,
@@ -109,4 +138,6 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "request_steps": recorder.request_steps,
         "simulated_s": run.end_s,
     }
+    if run.replicas:
+        figures |= {"num_replicas": len(run.replicas), "replicas": [_replica_row(run, i) for i in range(len(run.replicas))]}
     return {name: float(value) if isinstance(value, np.floating) else value for name, value in figures.items()}

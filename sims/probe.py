@@ -37,8 +37,9 @@ class Probe:
 
     @property
     def refused(self) -> int:
-        """Requests that were rejected or failed."""
-        return int(self.figures["num_rejected"] + self.figures["num_failed"])
+        """Requests that were rejected or failed; with goals, those that failed by a fault that was asked for are misses instead."""
+        by_fault = bool(self.config.serving.fault and self.terms)
+        return int(self.figures["num_rejected"] + (0 if by_fault else self.figures["num_failed"]))
 
     @property
     def fits(self) -> bool:

@@ -1,33 +1,28 @@
 """Watches a run: the memory's state integrated over time, where time goes, when tokens come. It decides nothing."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.heaps import HEAPS
 from pagedkv.scheduling.step import Blocker, Step, StepScheduler
+from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED
 from pagedkv.sims.recording import (
+    ACCEPTED_TOKENS,
     BLOCKERS,
+    DRAFT_TOKENS,
     EXTERNAL,
     FREE,
-    HIT_TOKENS,
     INTERNAL,
-    ITERATIONS,
     ITL_BINS,
     ITL_SUM_S,
-    NUM_COMPLETED,
     NUM_COUNTERS,
     NUM_GAUGES,
-    NUM_OUTPUT_TOKENS,
-    NUM_PREEMPTIONS,
     NUM_SUMS,
-    QUERIED_TOKENS,
-    REQUEST_STEPS,
     RESERVED,
-    RESUMED_HIT_TOKENS,
-    RESUMED_TOKENS,
-    RUNNING_MAX,
+    RUNNING_ELSEWHERE,
     TOKENS,
-    Integrals,
     RecorderArrays,
     gap_bin,
     record_idle,
@@ -36,18 +31,19 @@ from pagedkv.sims.recording import (
     set_gauges,
 )
 from pagedkv.sims.records import Outcome, RequestLog, no_times
+from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.step_time import StepCost
 from pagedkv.sims.timeline import TimelineArrays
 from pagedkv.step_allocation import RequestByRequest, allocator_of_groups
 
 
-class Recorder:
-    """Follows one scheduler from time 0 to `end_s`. Statistics are over the window [`warmup_s`, `end_s`]."""
+class Recorder(RunRecord):
+    """Follows one scheduler to `end_s`. Statistics are over the window [`warmup_s`, `end_s`]."""
 
     def __init__(self, scheduler: StepScheduler, *, warmup_s: float, end_s: float) -> None:
         self.warmup_s = warmup_s
         self.end_s = end_s
-        self.arrays = RecorderArrays(
+        arrays = RecorderArrays(
             np.zeros(NUM_SUMS),
             np.zeros(ITL_BINS, np.int64),
             TimelineArrays.empty(NUM_GAUGES),
@@ -56,6 +52,9 @@ class Recorder:
             np.zeros(NUM_COUNTERS, np.int64),
             np.array([warmup_s, end_s]),
         )
+        super().__init__(arrays, caches_prefixes=scheduler.caches_prefixes)
+        self.running_elsewhere: Callable[[], int] | None = None
+        """Tells how many requests run on other replicas; None if there are none."""
         self._scheduler = scheduler
         # Whoever waits for memory finds every free extent of a heap too small: that is external fragmentation.
         self._needs_extent = scheduler.allocator.placement in (*HEAPS.names(), "growing")
@@ -64,61 +63,6 @@ class Recorder:
         self._failed: list[int] = []
         self._num_arrived = 0
         self._closed_s = np.inf
-
-    @property
-    def integrals(self) -> Integrals:
-        """Sums over the measured window."""
-        return Integrals.of(self.arrays.sums, self.arrays.itl_bins)
-
-    @property
-    def timeline(self) -> TimelineArrays:
-        """The gauges over time."""
-        return self.arrays.timeline
-
-    @property
-    def iterations(self) -> int:
-        """Steps of the run."""
-        return int(self.arrays.counters[ITERATIONS])
-
-    @property
-    def request_steps(self) -> int:
-        """Requests in a step, summed over all steps of the run."""
-        return int(self.arrays.counters[REQUEST_STEPS])
-
-    @property
-    def running_max(self) -> int:
-        """Most requests that ran at once within the window."""
-        return int(self.arrays.counters[RUNNING_MAX])
-
-    @property
-    def num_preemptions(self) -> int:
-        """Within the window."""
-        return int(self.arrays.counters[NUM_PREEMPTIONS])
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Within the window."""
-        return int(self.arrays.counters[NUM_OUTPUT_TOKENS])
-
-    @property
-    def num_completed(self) -> int:
-        """Requests that finished within the window, whenever they arrived."""
-        return int(self.arrays.counters[NUM_COMPLETED])
-
-    @property
-    def prefix_tokens(self) -> tuple[int, int]:
-        """Tokens of requests admitted for the first time, and those of them found in the prefix cache, within the window."""
-        return int(self.arrays.counters[QUERIED_TOKENS]), int(self.arrays.counters[HIT_TOKENS])
-
-    @property
-    def resumed_tokens(self) -> tuple[int, int]:
-        """Tokens of preempted requests that came back, and those of them found, within the window."""
-        return int(self.arrays.counters[RESUMED_TOKENS]), int(self.arrays.counters[RESUMED_HIT_TOKENS])
-
-    @property
-    def caches_prefixes(self) -> bool:
-        """Whether there is a prefix cache."""
-        return self._scheduler.caches_prefixes
 
     def expect(self, first: int, arrival_s: Float64Array) -> None:
         """Note when the requests from `first` on will arrive; they count once `arrived` says so."""
@@ -147,6 +91,11 @@ class Recorder:
     def failure(self, request: int) -> None:
         """Note that the engine gave `request` up."""
         self._failed.append(request)
+
+    def look_elsewhere(self) -> None:
+        """Note how many requests run on the other replicas: before a step, or several while nothing happens there."""
+        if self.running_elsewhere is not None:
+            self.arrays.counters[RUNNING_ELSEWHERE] = self.running_elsewhere()
 
     def step(self, step: Step, start_s: float, cost: StepCost) -> None:
         """Note a step that was launched at `start_s`."""
@@ -203,9 +152,22 @@ class Recorder:
         sampled = self._scheduler.sampled
         record_tokens(self.arrays, sampled, sampled.size, self._scheduler.num_output_tokens, self._scheduler.finished.size, now_s)
 
+    def crash(self, now_s: float) -> None:
+        """End at `now_s`, when the process dies: whoever has not got all tokens has failed, and waits for no more of them."""
+        self._closed_s = now_s
+        self._count_drafts()
+        requests = self._scheduler.requests.arrays[: self._num_arrived]
+        unfinished = requests["num_known_tokens"] < requests["prompt_tokens"] + requests["output_tokens"]
+        self._failed = np.flatnonzero(unfinished).tolist()
+
+    def _count_drafts(self) -> None:
+        counts = self._scheduler.arrays.counts
+        self.arrays.counters[DRAFT_TOKENS], self.arrays.counters[ACCEPTED_TOKENS] = counts[NUM_DRAFTED], counts[NUM_ACCEPTED]
+
     def close(self, end_s: float) -> None:
         """End the run: for measured requests that still generate, the time since their last token is a lower bound of a gap."""
         self._closed_s = end_s
+        self._count_drafts()
         size, requests = self._num_arrived, self._scheduler.requests.arrays
         generating = np.arange(size)[
             (requests["num_known_tokens"] > requests["prompt_tokens"])[:size]
@@ -238,4 +200,7 @@ class Recorder:
             outcome=outcome,
         )
         rejected = np.array([entry for entry in self._rejected if entry[0] <= self._closed_s]).reshape(-1, 3)
-        return served.merged(rejected[:, 0], rejected[:, 1:].astype(np.int64)) if rejected.size else served
+        if not rejected.size:
+            return served
+        refused = RequestLog.refused(rejected[:, 0], rejected[:, 1:].astype(np.int64), Outcome.REJECTED)
+        return RequestLog.joined((served, refused))

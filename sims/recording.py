@@ -25,7 +25,10 @@ ITL_BIN_RATIO = 1.001
 ITL_BINS = 28_000
 
 ITERATIONS, REQUEST_STEPS, RUNNING_MAX, NUM_PREEMPTIONS, NUM_OUTPUT_TOKENS, NUM_COMPLETED = range(6)
-QUERIED_TOKENS, HIT_TOKENS, RESUMED_TOKENS, RESUMED_HIT_TOKENS, NUM_COUNTERS = range(6, 11)
+QUERIED_TOKENS, HIT_TOKENS, RESUMED_TOKENS, RESUMED_HIT_TOKENS, RUNNING_ELSEWHERE, DRAFT_TOKENS, ACCEPTED_TOKENS, NUM_COUNTERS = (
+    range(6, 14)
+)
+"""RUNNING_ELSEWHERE is told, not counted: how many run on the other replicas, so that RUNNING_MAX is the fleet's."""
 
 
 class Integrals(NamedTuple):
@@ -170,7 +173,7 @@ def record_step(
     r.counters[ITERATIONS] += 1
     r.counters[REQUEST_STEPS] += num_entries
     if end_s > r.window_s[0]:
-        r.counters[RUNNING_MAX] = max(r.counters[RUNNING_MAX], r.gauges[RUNNING])
+        r.counters[RUNNING_MAX] = max(r.counters[RUNNING_MAX], r.gauges[RUNNING] + r.counters[RUNNING_ELSEWHERE])
         r.counters[NUM_PREEMPTIONS] += num_preempted
 
 

@@ -1,5 +1,6 @@
 """What happened to each request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import TypeAlias
@@ -18,7 +19,7 @@ class Outcome(IntEnum):
     REJECTED = 2
     """Refused at arrival: it could never run here."""
     FAILED = 3
-    """Accepted, then given up by the engine."""
+    """Accepted, then given up by the engine or lost with its replica; or sent while no replica was up."""
 
 
 TOKEN_TIMES = np.dtype([("arrival_s", "<f8"), ("scheduled_s", "<f8"), ("first_token_s", "<f8"), ("last_token_s", "<f8")])
@@ -64,11 +65,17 @@ class RequestLog:
         """Return the entries that `mask` selects: this log itself if all are."""
         return self if mask.all() else RequestLog(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
 
-    def merged(self, arrival_s: Float64Array, lengths: Int64Array) -> "RequestLog":
-        """Return the same, by arrival, with requests of [prompt, output] tokens that were rejected at `arrival_s`."""
-        order = np.argsort(np.concatenate((self.arrival_s, arrival_s)), kind="stable")
+    @classmethod
+    def joined(cls, logs: Sequence["RequestLog"]) -> "RequestLog":
+        """Return the entries of `logs`, one or more, by arrival; those that arrive together in the order of `logs`."""
+        order = np.argsort(np.concatenate([log.arrival_s for log in logs]), kind="stable")
+        return cls(**{f.name: np.concatenate([getattr(log, f.name) for log in logs])[order] for f in fields(cls)})
+
+    @classmethod
+    def refused(cls, arrival_s: Float64Array, lengths: Int64Array, outcome: Outcome) -> "RequestLog":
+        """Return requests of [prompt, output] tokens that nobody took at `arrival_s`."""
         never, nothing = np.full(arrival_s.size, np.nan), np.zeros(arrival_s.size, np.int64)
-        rejected = RequestLog(
+        return cls(
             arrival_s=arrival_s,
             scheduled_s=never,
             first_token_s=never,
@@ -78,8 +85,5 @@ class RequestLog:
             num_output_tokens=nothing,
             num_cached_tokens=nothing,
             num_preemptions=nothing,
-            outcome=np.full(arrival_s.size, Outcome.REJECTED, np.int8),
-        )
-        return RequestLog(
-            **{f.name: np.concatenate((getattr(self, f.name), getattr(rejected, f.name)))[order] for f in fields(self)}
+            outcome=np.full(arrival_s.size, outcome, np.int8),
         )

@@ -15,7 +15,9 @@ from pagedkv.sims.verdict import Verdict, judge
 
 SCHEMA_VERSION = 1
 
-_SUMMED = ("num_", "iterations", "request_steps", "simulated_s")
+_SUMMED = ("num_", "iterations", "request_steps", "simulated_s", "up_s")
+_LARGEST = ("running_max", "num_replicas", "replica")
+"""Of these the largest is taken; the last two are the same in every repeat."""
 _LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
 
 
@@ -91,6 +93,8 @@ def _telling(progress: Progress, name: str, repeat: int) -> Any:
 def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures over all repeats: counts and steps summed, everything else the mean over the repeats that have it.
 
+    Replicas are combined one by one.
+
     Latencies get `ci95`, the 95 % confidence interval of their mean; the top-level `ci95` has the intervals of the other rates
     and of the percentiles ("ttft_s.p99"). Both are None for a single run.
     """
@@ -103,13 +107,16 @@ def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
             return None
         if isinstance(present[0], dict):
             return {key: merge(f"{name}.{key}", [value[key] for value in present]) for key in present[0]}
+        if name == "replicas":
+            return [merge(f"{name}.{i}", list(rows)) for i, rows in enumerate(zip(*present, strict=True))]
         if isinstance(present[0], list):
             return sorted(set().union(*present))
-        if name.startswith(_SUMMED):
-            return sum(present)
-        if name == "running_max":
+        last = name.rpartition(".")[2]
+        if last in _LARGEST:
             return max(present)
-        if (interval := ci95(present)) is not None:
+        if last.startswith(_SUMMED):
+            return sum(present)
+        if not name.startswith("replicas.") and (interval := ci95(present)) is not None:
             intervals[name] = list(interval)
         return sum(present) / len(present)
 
@@ -138,6 +145,8 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
         "gpu_memory_utilization": scenario.deployment.budget.utilization,
         "scheduler_reserve_full_isl": scenario.deployment.pool.reserve_full_isl,
         "enable_prefix_caching": scenario.deployment.pool.enable_prefix_caching,
+        "routing": scenario.replication.routing if scenario.replication.num_replicas > 1 else None,
+        "fault": list(scenario.config.serving.fault),
         "warmup": time_text(scenario.warmup_s),
         "duration": None if scenario.duration_s is None else time_text(scenario.duration_s),
     }

@@ -18,6 +18,8 @@ from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.goodput import Goal, parse_goals
 from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, SharedPrefixes, TraceReplay
+from pagedkv.sims.replication import Replication, replication
+from pagedkv.sims.routing import DEFAULT_ROUTING
 from pagedkv.sims.traces import read_trace
 
 DEFAULT_DURATION_S = 600.0
@@ -50,6 +52,8 @@ class Scenario:
     warmup_s: float
     duration_s: float | None
     """Measured time after the warm-up; None: until all requests of the load are answered."""
+    replication: Replication
+    """How many replicas of the deployment there are, and their faults."""
 
 
 def resolve(config: SimulationConfig) -> Scenario:
@@ -66,10 +70,11 @@ def resolve(config: SimulationConfig) -> Scenario:
     load = _load(config.load, deployment)
     warmup_s, duration_s = _window(config.measurement, load)
     usual = _usual_window(load)
+    replicas = replication(config.serving, end_s=None if duration_s is None else warmup_s + duration_s)
     return Scenario(
         config=SimulationConfig(
             load=_without_defaults(config.load, load),
-            serving=deployment.config,
+            serving=replace(deployment.config, routing=None if replicas.routing == DEFAULT_ROUTING else replicas.routing),
             measurement=replace(
                 config.measurement,
                 allocator=None if allocators == usual_allocators else allocators,
@@ -83,6 +88,7 @@ def resolve(config: SimulationConfig) -> Scenario:
         goals=goals,
         warmup_s=warmup_s,
         duration_s=duration_s,
+        replication=replicas,
     )
 
 
@@ -234,8 +240,8 @@ def _trace(load: LoadConfig, max_model_len: int, *, with_content: bool) -> Trace
     fits = total <= max_model_len
     if not fits.any():
         raise ConfigError(
-            f"every request of {trace.path} is longer than max-model-len {max_model_len}; the first, on line "
-            f"{trace.line_numbers[0]}, has {trace.prompt_tokens[0]} + {trace.output_tokens[0]} tokens: "
+            f"every request of {trace.path} is longer than max-model-len {max_model_len}; the first, line {trace.line_numbers[0]} "
+            f"(or entry, in a JSON document), has {trace.prompt_tokens[0]} + {trace.output_tokens[0]} tokens: "
             f"--max-model-len {total.max()} would hold all, {total.min()} the shortest"
         )
     if load.over_length == "drop":

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import simpy
-
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import StepScheduler
@@ -13,8 +11,12 @@ from pagedkv.sims.clock import Clock
 from pagedkv.sims.compiled_engine import CompiledEngine
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance
 from pagedkv.sims.engine import Engine
+from pagedkv.sims.fleet import Fleet, Replica, ServingProcess, StartProcess
+from pagedkv.sims.fleet_record import fleet_record
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import RequestLog
+from pagedkv.sims.routing import ROUTING
+from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.step_time import RooflineStepTime, StepTimeModel
 from pagedkv.step_allocation import RowMemory
@@ -31,9 +33,9 @@ class Run:
     """One allocator's run with one seed."""
 
     allocator: RowMemory
-    """In its final state."""
-    recorder: Recorder
-    """What was measured."""
+    """In its final state; of several replicas, the first one's."""
+    recorder: RunRecord
+    """What was measured, over all replicas."""
     log: RequestLog
     """What happened to each request, the warm-up's included."""
     end_s: float
@@ -42,6 +44,8 @@ class Run:
     """When measuring began."""
     drained: bool
     """Whether it ended because every request was answered, and not at a given time."""
+    replicas: tuple[Replica, ...] = ()
+    """Each replica by itself, if there are several, or faults."""
 
     @property
     def measured(self) -> RequestLog:
@@ -62,29 +66,50 @@ def run(
     Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same.
     """
     env = Clock(initial_time=0.0)
-    scheduler = scenario.deployment.scheduler_over(allocator_name)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
-    recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)
     drafting = scenario.deployment.drafting
     acceptance = NOTHING_ACCEPTED if drafting is None else Acceptance.of(drafting, seed)
-    engine = _engine(env, scheduler, scenario.deployment.step_time, recorder, acceptance, step_by_step=step_by_step)
-    scenario.load.start(env, engine, seed=seed)
-    if scenario.duration_s is None:
-        _drain(env, recorder, scenario.load.num_requests or 1, progress)
-    else:
-        for i in range(1, _SLICES + 1):
-            env.run(until=end_s * i / _SLICES)
-            if progress is not None:
-                progress(i / _SLICES)
-    engine.close()
-    recorder.close(env.now)
+
+    def start(until_s: float) -> ServingProcess:
+        scheduler = scenario.deployment.scheduler_over(allocator_name)
+        recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=until_s)
+        engine = _engine(env, scheduler, scenario.deployment.step_time, recorder, acceptance, step_by_step=step_by_step)
+        return ServingProcess(scheduler=scheduler, recorder=recorder, engine=engine)
+
+    if scenario.replication.is_fleet:
+        return _run_fleet(scenario, env, start, end_s, seed, progress)
+    process = start(end_s)
+    scenario.load.start(env, process.engine, seed=seed)
+    _let_time_pass(scenario, env, process.recorder, end_s, progress)
+    process.engine.close()
+    process.recorder.close(env.now)
     return Run(
-        allocator=scheduler.allocator,
-        recorder=recorder,
-        log=recorder.log(),
+        allocator=process.scheduler.allocator,
+        recorder=process.recorder,
+        log=process.recorder.log(),
         end_s=env.now,
         warmup_s=scenario.warmup_s,
         drained=math.isinf(end_s),
+    )
+
+
+def _run_fleet(
+    scenario: Scenario, env: Clock, start: StartProcess, end_s: float, seed: int, progress: Callable[[float], None] | None
+) -> Run:
+    asked = scenario.replication
+    routing = ROUTING.load(asked.routing)(asked.num_replicas)
+    fleet = Fleet(env, start, routing, asked.faults, num_replicas=asked.num_replicas, end_s=end_s)
+    scenario.load.start(env, fleet, seed=seed)
+    _let_time_pass(scenario, env, fleet, end_s, progress)
+    fleet.close()
+    return Run(
+        allocator=fleet.replicas[0].now.scheduler.allocator,
+        recorder=fleet_record(fleet.recorders, warmup_s=scenario.warmup_s, end_s=env.now),
+        log=fleet.log(),
+        end_s=env.now,
+        warmup_s=scenario.warmup_s,
+        drained=math.isinf(end_s),
+        replicas=tuple(fleet.replicas),
     )
 
 
@@ -103,13 +128,26 @@ def _engine(
     return Engine(env, scheduler, step_time, recorder, acceptance)
 
 
-def _drain(env: simpy.Environment, recorder: Recorder, num_requests: int, progress: Callable[[float], None] | None) -> None:
-    """Run until the last request is answered: then no event is left."""
+def _let_time_pass(
+    scenario: Scenario, env: Clock, served: Recorder | Fleet, end_s: float, progress: Callable[[float], None] | None
+) -> None:
+    """Run until `end_s`, or until every request is answered."""
+    if scenario.duration_s is None:
+        _drain(env, served, scenario.load.num_requests or 1, progress)
+        return
+    for i in range(1, _SLICES + 1):
+        env.run(until=end_s * i / _SLICES)
+        if progress is not None:
+            progress(i / _SLICES)
+
+
+def _drain(env: Clock, served: Recorder | Fleet, num_requests: int, progress: Callable[[float], None] | None) -> None:
+    """Run until the last request is answered: then no event is left but faults that are to come."""
     events = 0
-    while env.peek() < math.inf:
+    while env.num_events > (served.num_timers if isinstance(served, Fleet) else 0):
         env.step()
         events += 1
         if progress is not None and events % _EVENTS_BETWEEN_REPORTS == 0:
-            progress(min(recorder.num_completed / num_requests, 1.0))
+            progress(min(served.num_completed / num_requests, 1.0))
     if progress is not None:
         progress(1.0)

@@ -6,7 +6,7 @@ The syntax, for any flag of `simulate`:
 * `a..b` or `a..b:step` is a range of a number, a time or a size, b included if a step falls on it: `--users 50..100:10`,
   `--think-time 5s..20s:5s`. The three have the same unit. Without a step it is 1, which only whole numbers may leave out;
 * both may be mixed: `--users 10,20,50..100:10`;
-* a value of --goodput is words, as ever: `--goodput ttft:2000 tpot:100,ttft:500 tpot:50` are two sets of two goals;
+* a value of --goodput or --fault is words, as ever: `--goodput ttft:2000 tpot:100,ttft:500 tpot:50` are two sets of two goals;
 * every run has one allocator, paged unless said, or what the engine runs on: `--allocator paged,contiguous-max` sweeps over two;
 * a switch is swept as `--enforce-eager true,false`, and set as ever.
 """
@@ -32,6 +32,8 @@ MOST_RUNS = 100_000
 """A larger sweep is a mistake."""
 _TIMES = ("think_time", "duration", "warmup")
 _SIZES = ("kv_cache_memory_bytes", "free_memory", "os_reserve", "other_programs")
+_WORDS = ("goodput", "fault")
+"""Settings of several words."""
 _MEASURE = r"(-?[0-9]*\.?[0-9]+)\s*([A-Za-z]*)"
 _RANGE = re.compile(rf"{_MEASURE}\s*\.\.\s*{_MEASURE}(?:\s*:\s*{_MEASURE})?")
 _COMMA = re.compile(r"(?<!\\),")
@@ -151,7 +153,7 @@ def _parsed(name: str, words: list[str]) -> tuple[Any, ...]:
         words = ["true"]
     if not words:
         raise ConfigError(f"{flag} has no value")
-    if name not in ("goodput", "allocator") and len(words) > 1 and not words[0].endswith(","):
+    if name not in (*_WORDS, "allocator") and len(words) > 1 and not words[0].endswith(","):
         raise ConfigError(f"{flag} has {len(words)} words: separate values by commas, {flag} {','.join(words)}")
     texts = [text.strip().replace("\\,", ",") for text in _COMMA.split(" ".join(words))]
     if "" in texts:
@@ -185,7 +187,7 @@ def _value(name: str, flag: str, text: str, number: type | None) -> Any:
         if text not in switches:
             raise ConfigError(f"{flag} {text!r} is a switch: true or false, or both as true,false")
         return switches[text]
-    words = text.split() if name == "goodput" else [text]
+    words = text.split() if name in _WORDS else [text]
     return flat(parse_config([f"{flag}={word}" for word in words]))[name]
 
 

@@ -75,7 +75,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
     missed = share is not None and share < attain
     why = missed_goal(scenario, runs) if missed and status != "rejecting" else None
     binding = why.binding if why else _binding(scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing)
-    served = status == "stable" if share is None else status in ("stable", "saturated") and not missed and not rising
+    tolerated = status in ("stable", "saturated") or (status == "failed" and bool(scenario.replication.faults))  # those are misses
+    served = status == "stable" if share is None else tolerated and not missed and not rising
     fits = served and figures["num_injected"] > 0
     reasons = []
     if figures["num_injected"] == 0:
@@ -83,7 +84,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
     if status == "rejecting":
         reasons.append(f"{figures['num_rejected']:,} of {figures['num_injected']:,} requests can never run here")
     if status == "failed":
-        reasons.append(f"{figures['num_failed']:,} of {figures['num_injected']:,} requests were given up")
+        how = "failed when a replica was down" if scenario.replication.faults else "were given up"
+        reasons.append(f"{figures['num_failed']:,} of {figures['num_injected']:,} requests {how}")
     if queueing:
         reasons.append(f"requests wait {waiting_share:.0%} of the time" if closed else "more and more requests are there")
     if slow:
@@ -206,7 +208,8 @@ def _binding(
     slots_only = queue_blocker(runs) == "max_num_seqs"  # memory that is reserved for every slot is always full
     if figures["kv"] and figures["kv"]["free"] + figures["kv"]["cached"] < NEARLY_FULL and not slots_only:
         return "kv_memory"
-    if figures["running_max"] > (1 - NEARLY_FULL) * scenario.deployment.scheduler.max_num_seqs:
+    max_num_seqs = scenario.deployment.scheduler.max_num_seqs * scenario.replication.num_replicas
+    if figures["running_max"] > (1 - NEARLY_FULL) * max_num_seqs:
         return "max_num_seqs"
     memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
     return step_limit(memory_s, compute_s)

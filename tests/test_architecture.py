@@ -13,6 +13,7 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.heaps import HEAPS
 from pagedkv.registry import Registry
 from pagedkv.sims.engines import ENGINES
+from pagedkv.sims.routing import ROUTING
 from pagedkv.sims.traces import TRACE_FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +142,9 @@ def test_folders_cannot_be_imported_under_their_bare_names(name: str) -> None:
     assert f"ImportError: import this package as 'pagedkv.{name}'" in done.stderr
 
 
-@pytest.mark.parametrize("registry", [ALLOCATORS, HEAPS, ENGINES, TRACE_FORMATS], ids=["allocators", "heaps", "engines", "traces"])
+@pytest.mark.parametrize(
+    "registry", [ALLOCATORS, HEAPS, ENGINES, ROUTING, TRACE_FORMATS], ids=["allocators", "heaps", "engines", "routing", "traces"]
+)
 def test_choices_are_what_the_files_register(registry: Registry[Any]) -> None:
     for name in registry.names():
         registry.load(name)
