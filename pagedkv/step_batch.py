@@ -24,8 +24,8 @@ STEP_ENTRY = np.dtype(
 * num_slots_needed: slots it must hold for the step: tokens computed before plus those scheduled now;
 * num_known_tokens: prompt and outputs so far: what vLLM's full-prompt gate wants to fit at admission;
 * admission_slots: what `Allocator.admission_slots` set for it at arrival;
-* num_accepted_tokens: of the drafts that it verifies, those that the model would have generated too: known when the step is computed,
-  so whoever owns the clock writes it before the step is completed (speculative decoding; else 0);
+* num_accepted_tokens: of the drafts that it verifies, those that the model would have generated too: known when the step is
+  computed, so whoever owns the clock writes it before the step is completed (speculative decoding; else 0);
 * row: the row of the running batch that holds its block table.
 """
 
