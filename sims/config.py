@@ -188,11 +188,11 @@ class ServingConfig:
     ubatch_size: int | None = None
     """llama.cpp and Ollama: most tokens that are computed together [default: 512]."""
     speculative_method: str | None = None
-    """vLLM: what drafts tokens: draft-model, mtp, medusa or ngram [default: nothing; draft-model with speculative-model]."""
+    """vLLM, SGLang: what drafts: draft-model, mtp, medusa or ngram [default: nothing; draft-model with speculative-model]."""
     speculative_model: str | None = None
-    """vLLM: the draft model, with weights and KV of its own in the same memory."""
+    """vLLM and SGLang: the draft model, with weights and KV of its own in the same memory."""
     num_speculative_tokens: int | None = None
-    """vLLM: tokens drafted for each request that decodes, and verified in its next step."""
+    """vLLM and SGLang: tokens drafted for each request that decodes, and verified in its next step."""
     acceptance_rate: float | None = None
     """Chance that a draft is accepted if those before it are [default: 0.7, assumed]."""
     acceptance_spread: float | None = None

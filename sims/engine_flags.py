@@ -35,11 +35,11 @@ ENGINE_FLAGS: dict[str, tuple[str, ...]] = {
     "kv_unified": ("llama-cpp",),
     "ubatch_size": _LLAMA_CPP,
     "max_queue": ("ollama",),
-    "speculative_method": ("vllm",),
-    "speculative_model": ("vllm",),
-    "num_speculative_tokens": ("vllm",),
-    "acceptance_rate": ("vllm",),
-    "acceptance_spread": ("vllm",),
+    "speculative_method": ("vllm", "sglang"),
+    "speculative_model": ("vllm", "sglang"),
+    "num_speculative_tokens": ("vllm", "sglang"),
+    "acceptance_rate": ("vllm", "sglang"),
+    "acceptance_spread": ("vllm", "sglang"),
 }
 """By field of `ServingConfig`: the engines that have it."""
 

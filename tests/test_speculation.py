@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -116,6 +118,51 @@ def test_compiled_or_step_by_step_is_the_same_and_everybody_is_served(
     assert one.allocator.free_slots == one.allocator.usable_slots
 
 
+@given(rate=st.floats(0, 1), number=st.integers(1, 6), page=st.sampled_from([1, 4, 16]), slots=st.integers(500, 3000))
+@settings(max_examples=25)
+def test_sglang_gives_the_slots_of_refused_drafts_back(rate: float, number: int, page: int, slots: int) -> None:
+    deployment = deploy(ServingConfig(engine="sglang", page_size=page, max_model_len=400, **drafts(rate, number)))
+    pool = replace(deployment.pool, num_blocks=slots // page)
+    one = deployment.engine.scheduler(deployment.config, deployment.scheduler, pool, "radix")
+    acceptance, chance = Acceptance(np.array([rate]), 1), Random(number)
+    asked = {}
+    for _ in range(12):
+        prompt, output = chance.randint(1, 150), chance.randint(1, 80)
+        if (request := one.add(prompt_tokens=prompt, output_tokens=output)) is not None:
+            asked[request] = prompt, output
+    got: dict[int, int] = {}
+    for _ in range(3000):
+        if not one.num_running + one.num_waiting:
+            break
+        step = one.schedule()
+        assert step.num_entries > 0
+        accept_drafts(acceptance, step.batch, step.num_entries)
+        before = one.requests.arrays["num_known_tokens"].copy()
+        one.complete()
+        one.check_integrity()
+        made = one.requests.arrays["num_known_tokens"][: before.size] - before
+        assert made.sum() == one.num_output_tokens
+        for request in one.sampled.tolist():
+            got[request] = got.get(request, 0) + int(made[request])
+        requests = one.requests.arrays[one.arrays.running[: one.num_running]]
+        held = one.allocator.units_held[requests["row"]]
+        assert (held <= -(-requests["num_known_tokens"] // page)).all()  # nothing is kept for drafts
+    assert got == {request: output for request, (_, output) in asked.items()}
+    assert one.allocator.free_slots == one.allocator.usable_slots
+
+
+def test_drafts_make_sglang_as_much_faster_as_vllm() -> None:
+    gains = []
+    for engine in ("vllm", "sglang"):
+        setups = [{"engine": engine}, {"engine": engine, **drafts(0.8, 3)}]
+        columns = [
+            simulate(resolve(SimulationConfig(load=ONE, serving=ServingConfig(**each)))).document()["results"][0]
+            for each in setups  # type: ignore[arg-type]
+        ]
+        gains.append(columns[0]["e2e_s"]["mean"] / columns[1]["e2e_s"]["mean"])
+    assert gains[0] == pytest.approx(gains[1], rel=0.02)
+
+
 def test_drafts_are_counted() -> None:
     setup = scenario(MANY, **drafts(0.5, 3))
     scheduler = setup.deployment.scheduler_over("paged")
@@ -202,7 +249,7 @@ def test_advice_says_where_speculation_stops_paying() -> None:
         (drafts(0.5, 2, acceptance_spread=0.5), "needs 0 to below 0.5"),
         ({"speculative_model": "qwen3-0.6b", "num_speculative_tokens": 2}, "needs the vocabulary of its target"),
         ({"speculative_model": "llama-3.1-70b", "num_speculative_tokens": 2}, "GiB of weights"),
-        ({"engine": "sglang", **drafts(0.5, 2)}, "it is for --engine vllm"),
+        ({"engine": "tensorrt-llm", **drafts(0.5, 2)}, "it is for --engine vllm or sglang"),
     ],
 )
 def test_a_draft_that_cannot_be_is_refused(serving: dict[str, Any], says: str) -> None:

@@ -39,6 +39,7 @@ class RadixRows:
         self.enable_caching = settings.enable_prefix_caching
         self.usable_slots = settings.num_slots - self.unit_slots
         self.max_model_len = settings.max_model_len
+        self.lookahead_slots = settings.lookahead_slots
         self.state_units = -(-settings.state_slots // self.unit_slots)
         rows = settings.max_num_seqs
         self.units_held: Int32Array = np.zeros(rows, np.int32)
@@ -51,8 +52,9 @@ class RadixRows:
         self._states: list[Int32Array] = [NOTHING] * rows
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
-        """Return 0, or None if even the empty pool is too small. The last output token needs no slot."""
-        blocks = -(-(prompt_tokens + output_tokens - 1) // self.unit_slots) + self.state_units
+        """Return 0, or None if even the empty pool is too small. The last output token needs no slot, drafts do."""
+        most = min(prompt_tokens + output_tokens - 1 + self.lookahead_slots, self.max_model_len)
+        blocks = -(-most // self.unit_slots) + self.state_units
         return 0 if blocks * self.unit_slots <= self.usable_slots else None
 
     def admit(self, row: int, hit: PrefixMatch) -> None:
@@ -87,6 +89,13 @@ class RadixRows:
             self.tables[np.repeat(rows, new), np.repeat(held, new) + nth] = self._blocks(taken)
             self.units_held[rows] += new.astype(np.int32)
         return True
+
+    def shrink(self, row: int, num_tokens: int) -> None:
+        """Give back the blocks of `row` behind its first `num_tokens`: they were for drafts that were not accepted."""
+        kept, held = -(-num_tokens // self.unit_slots), int(self.units_held[row])
+        if kept < held:
+            self.cache.slots.free_segment(self._slots(row, kept * self.unit_slots, held * self.unit_slots))
+            self.units_held[row] = kept
 
     def store(self, row: int, tokens: Int32Array, *, namespace: Hashable = None, priority: int = 0) -> None:
         """Put what `row` has computed, `tokens`, into the tree in whole blocks; where another was first, hold the tree's blocks."""

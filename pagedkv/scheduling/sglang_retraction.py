@@ -67,9 +67,9 @@ def fits_after_eviction(cache: RadixCache, num_slots: int) -> bool:
     return cache.slots.num_free_slots >= num_slots
 
 
-def slots_for_decode(num_stored: Int64Array, block_size: int) -> int:
-    """Return the slots, whole blocks, that one more token takes for each request; `num_stored` is what each has stored."""
-    return block_size * int(np.count_nonzero(num_stored % block_size == 0))
+def slots_for_decode(num_stored: Int64Array, block_size: int, num_new: int = 1) -> int:
+    """Return the slots, whole blocks, that `num_new` more tokens take for each request; `num_stored` is what each has stored."""
+    return block_size * int((-(-(num_stored + num_new) // block_size) + (-num_stored // block_size)).sum())
 
 
 def retract(
@@ -79,6 +79,7 @@ def retract(
     num_output: Int64Array,
     max_new: Int64Array,
     release: Callable[[int], None],
+    tokens_per_step: int = 1,
 ) -> Retraction:
     """Take requests out of a batch that is short of slots until the others fit.
 
@@ -91,13 +92,14 @@ def retract(
         num_output: Tokens generated so far.
         max_new: Tokens that each may generate.
         release: Gives back all that the request at a place holds, but for what the tree has.
+        tokens_per_step: Tokens that a step computes for each: a new one, and drafts.
     """
     kept: list[int] = np.lexsort((num_prompt, -num_output)).tolist()
     retracted, aborted = list[int](), list[int]()
 
     def short() -> bool:
         stored = (num_prompt + num_output - 1)[kept]
-        return not fits_after_eviction(cache, slots_for_decode(stored, cache.block_size))
+        return not fits_after_eviction(cache, slots_for_decode(stored, cache.block_size, tokens_per_step))
 
     while (len(kept) > 1 and not retracted) or short():
         if len(kept) == 1:

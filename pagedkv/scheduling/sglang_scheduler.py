@@ -19,7 +19,7 @@ from pagedkv.scheduling.sglang_request import SGLangRequest
 from pagedkv.scheduling.sglang_settings import SGLangSettings
 from pagedkv.scheduling.sglang_step import SGLangStep
 from pagedkv.scheduling.step import Step
-from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
+from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED, NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.step_batch import StepBatch, empty_batch
 
 
@@ -195,8 +195,10 @@ class SGLangScheduler:
         num_resumed, num_before = len(batch.resumed), len(batch.resumed) + decoding.size
         n = num_before + len(batch.admitted)
         out["request"][num_resumed:num_before] = decoding
-        out["num_scheduled_tokens"][num_resumed:num_before] = 1
-        out["num_slots_needed"][num_resumed:num_before] = requests["num_computed_tokens"][decoding] + 1
+        drafts = batch.num_drafts if self.settings.num_speculative_tokens and decoding.size else 0
+        out["num_scheduled_tokens"][num_resumed:num_before] = 1 + drafts
+        out["num_slots_needed"][num_resumed:num_before] = requests["num_computed_tokens"][decoding] + 1 + drafts
+        out["num_accepted_tokens"][:n] = 0
         for i, prefill in (*enumerate(batch.resumed), *enumerate(batch.admitted, num_before)):
             out["request"][i], out["num_slots_needed"][i] = prefill.request.index, prefill.end
             out["num_scheduled_tokens"][i] = prefill.end - prefill.start
@@ -213,8 +215,13 @@ class SGLangScheduler:
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
-        self._sampled, self._finished = self._batch.complete()
-        self.num_output_tokens = self._sampled.size
+        batch, step = self._batch, self._step
+        first = len(batch.resumed)
+        entries = step.batch[first : first + batch.decoding.size]
+        num_drafts = int(batch.num_drafts.sum()) if self.settings.num_speculative_tokens and batch.decoding.size else 0
+        self._sampled, self._finished, self.num_output_tokens = batch.complete(entries["num_accepted_tokens"])
+        self.arrays.counts[NUM_DRAFTED] += num_drafts
+        self.arrays.counts[NUM_ACCEPTED] += self.num_output_tokens - self._sampled.size
         self._count(self._sampled[:0])
 
     def drop_head(self) -> int:

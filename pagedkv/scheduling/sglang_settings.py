@@ -25,6 +25,8 @@ class SGLangSettings:
     """Most prompts in a step; None: no limit."""
     enable_mixed_chunk: bool = False
     """Let running requests decode in steps that prefill; else they wait meanwhile."""
+    num_speculative_tokens: int = 0
+    """Tokens that are drafted for each request that decodes, and verified in its next step; 0: none."""
     schedule_conservativeness: float = 1.0
     """How much of their possible output running requests are expected to make at first, of 70 %."""
 
@@ -39,6 +41,10 @@ class SGLangSettings:
             if value is not None and value < 1:
                 limit = ", and None is no limit" if name in ("prefill_max_requests", "chunked_prefill_size") else ""
                 raise ConfigError(f"{name.replace('_', '-')} is {value}: needs 1 or more{limit}")
+        if self.num_speculative_tokens < 0:
+            raise ConfigError(f"num-speculative-tokens is {self.num_speculative_tokens}: needs 0 or more")
+        if self.num_speculative_tokens and self.enable_mixed_chunk:
+            raise ConfigError("enable-mixed-chunk and speculative decoding do not go together in SGLang: leave one of them out")
         if self.schedule_policy not in QUEUE_POLICIES:
             raise unknown_name("schedule-policy", self.schedule_policy, QUEUE_POLICIES)
         if not 0 < self.schedule_conservativeness < float("inf"):

@@ -33,6 +33,8 @@ class SGLangStep:
         self.admitted: list[Prefill] = []
         self.decoding: Int64Array = NOBODY
         """Indices of the requests that make a token."""
+        self.num_drafts: Int64Array = NOBODY
+        """Drafts that a decode step verifies, by place in `decoding`."""
         self.retracted: list[SGLangRequest] = []
         self.failed: list[SGLangRequest] = []
         """Those who were alone and still did not fit: they hold nothing and never come back."""
@@ -155,11 +157,14 @@ class SGLangStep:
         running = self._drop_finished()
         if running.size:
             memory, computed = self._memory, self.requests.arrays["num_computed_tokens"]
-            if fits_after_eviction(memory.cache, slots_for_decode(computed[running], memory.unit_slots)):
+            per_step = 1 + self._settings.num_speculative_tokens
+            if fits_after_eviction(memory.cache, slots_for_decode(computed[running], memory.unit_slots, per_step)):
                 self.ratio.decay()
             else:
                 running = self._running = self._retract(running)
-            self._grow(running, computed[running] + 1, wanted_slots=running.size * memory.unit_slots)
+            self.num_drafts = np.minimum(per_step - 1, self._settings.max_model_len - computed[running] - 1)
+            ends = computed[running] + 1 + self.num_drafts
+            self._grow(running, ends, wanted_slots=running.size * memory.unit_slots * per_step)
         if running.size < num_before:
             self._full = None
         self.decoding = running
@@ -180,6 +185,7 @@ class SGLangStep:
             num_output=np.array([request.num_output_tokens for request in live], np.int64),
             max_new=np.array([request.max_new_tokens for request in live], np.int64),
             release=release,
+            tokens_per_step=1 + self._settings.num_speculative_tokens,
         )
         self.ratio.current = done.new_token_ratio
         # SGLang aborts the last one if it is short. Where a prompt in pieces holds the rest, it can come again instead.
@@ -190,12 +196,21 @@ class SGLangStep:
         self.failed = [self.requests.forget(live[place].index) for place in failed]
         return running[done.kept]
 
-    def complete(self) -> tuple[Int64Array, Int64Array]:
-        """Count the step's tokens as computed; return who got an output token, and who of them is done. Their memory is freed."""
+    def complete(self, num_accepted: Int64Array) -> tuple[Int64Array, Int64Array, int]:
+        """Count the step's tokens as computed. Who is done gives its memory back; so do drafts that are not accepted.
+
+        Args:
+            num_accepted: Of the drafts of each who decodes.
+
+        Returns:
+            Who got output tokens, who of them is done, and how many tokens there were.
+        """
         arrays, prefills, decoding = self.requests.arrays, [*self.resumed, *self.admitted], self.decoding
         for prefill in prefills:
             arrays["num_computed_tokens"][prefill.request.index] = prefill.end
-        arrays["num_computed_tokens"][decoding] += 1
+        extra = self._accepted(num_accepted)
+        arrays["num_computed_tokens"][decoding] += 1 + extra
+        arrays["num_known_tokens"][decoding] += extra
         resumed, admitted = (_whole(part) for part in (self.resumed, self.admitted))
         sampled = np.concatenate((resumed, decoding, admitted))
         arrays["num_known_tokens"][sampled] += 1
@@ -207,13 +222,26 @@ class SGLangStep:
                 self._store(prefill)
         for index in finished.tolist():
             self._finish(index)
+        if self._settings.num_speculative_tokens:
+            for index in decoding.tolist():
+                if index not in done:
+                    self._memory.shrink(int(arrays["row"][index]), int(arrays["num_computed_tokens"][index]))
         if prefills:
             self._merge(np.concatenate((resumed, admitted)), len(prefills))
         self.resumed, self.admitted, self.decoding = [], [], NOBODY
         if not self.requests.waiting and not self.holders().size:  # SGLang's loop turns idly from now on
             self._running, self._full = NOBODY, None
             self.ratio.reset()
-        return sampled, finished
+        return sampled, finished, sampled.size + int(extra.sum())
+
+    def _accepted(self, num_accepted: Int64Array) -> Int64Array:
+        """Return how many tokens more than one each who decodes gets: no more than it has drafts, or still wants."""
+        if not self._settings.num_speculative_tokens or not self.decoding.size:
+            return np.zeros(self.decoding.size, np.int64)
+        records = self.requests.arrays[self.decoding]
+        wanted = records["prompt_tokens"] + records["output_tokens"] - records["num_known_tokens"] - 1
+        extra: Int64Array = np.minimum(np.minimum(num_accepted, self.num_drafts), wanted)
+        return extra
 
     def _merge(self, whole: Int64Array, num_prefills: int) -> None:
         """Let those whose prompts are computed, `whole` of `num_prefills`, run with the others."""

@@ -58,6 +58,7 @@ class SGLang(OneVersion):
             max_num_seqs=MAX_RUNNING_REQUESTS if serving.max_num_seqs is None else serving.max_num_seqs,
             max_num_batched_tokens=default_chunked_prefill_size(hardware.visible_bytes) if chunk is None else chunk,
             max_model_len=longest_request(serving, model),
+            num_speculative_tokens=serving.num_speculative_tokens or 0,
         )
 
     def memory_budget(
@@ -84,6 +85,7 @@ class SGLang(OneVersion):
             schedule_policy=serving.schedule_policy or "fcfs",
             chunked_prefill_size=None if serving.enable_chunked_prefill is False else limits.max_num_batched_tokens,
             enable_mixed_chunk=bool(serving.enable_mixed_chunk),
+            num_speculative_tokens=limits.num_speculative_tokens,
             schedule_conservativeness=1.0 if conservativeness is None else conservativeness,
         )
         memory = RadixRows(replace(pool, eviction=serving.radix_eviction_policy or pool.eviction))

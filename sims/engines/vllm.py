@@ -40,9 +40,8 @@ class VLLM:
         return ("paged",)
 
     def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
-        """Return paged memory, and what it is compared with."""
-        del serving
-        return DEFAULT_ALLOCATORS
+        """Return paged memory, and what it is compared with; drafts are for paged memory only."""
+        return ("paged",) if serving.num_speculative_tokens else DEFAULT_ALLOCATORS
 
     def runs_eagerly(self, serving: ServingConfig) -> bool:
         """Return what the user says."""
