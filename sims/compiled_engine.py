@@ -64,18 +64,20 @@ class CompiledEngine:
         self._run_steps = fixed_types(run_steps)  # in one engine they are
         env.process(self._serve())
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
+    def submit(
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+    ) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
 
-        `content` is what it shares with others: see `Scheduler.add`.
+        `content` is what it shares with others: see `Scheduler.add`. `user_class` is only recorded.
         """
         if self._progress[NEXT_ARRIVAL] < self._progress[NUM_KNOWN]:
             raise ConfigError("requests of the future are known already: submit them all at once, or each when it arrives")
         request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, content=content)
         if request is None:
-            self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
+            self._recorder.rejection(prompt_tokens, output_tokens, self._env.now, user_class)
             return None
-        self._recorder.arrival(request, self._env.now)
+        self._recorder.arrival(request, self._env.now, user_class)
         self._progress[NEXT_ARRIVAL] = self._progress[NUM_KNOWN] = request + 1
         done = self._done[request] = self._env.event()
         self._wake()

@@ -25,6 +25,7 @@ GOES_WITH = {
     "random_range_ratio": ("users", "request_rate"),
     "prefix_len": ("users", "request_rate"),
     "num_prefixes": ("users", "request_rate"),
+    "workload": ("users",),
 }
 """By setting of a load: the kinds that it goes with."""
 
@@ -62,7 +63,7 @@ def time_text(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
-    """Who asks, and for how much. Exactly one of users, request_rate and trace."""
+    """Who asks, and for how much. Exactly one of users, request_rate and trace; a workload may say how many users itself."""
 
     users: int | None = None
     """Closed loop: this many people, each sending a request, reading the answer, and pausing before the next."""
@@ -97,6 +98,9 @@ class LoadConfig:
     num_prefixes: int | None = None
     """How many different ones (vllm bench: --prefix-repetition-num-prefixes); each user, or open-loop request, has one of them at
     random [default: 1]."""
+    workload: str | None = None
+    """Classes of users with conversations that grow, think or tool times and lengths of their own: chat, agents, reasoning, batch,
+    mixed-office, or a .toml file (docs/workloads.md); --users N is shared among them."""
     over_length: Literal["reject", "drop"] = "reject"
     """Requests longer than max_model_len: reject them at arrival, as an engine does, or drop them from the load."""
 

@@ -14,11 +14,11 @@ from pagedkv.sims.command import to_toml
 from pagedkv.sims.config import DEFAULT_ALLOCATORS, GOES_WITH, LOAD_KINDS, ServingConfig, SimulationConfig
 from pagedkv.sims.config_words import FIELD_TYPES, parse_config
 
-PATHS = ("trace", "lengths", "model", "hardware")
+PATHS = ("trace", "lengths", "workload", "model", "hardware")
 """Settings that may name a file."""
 ASKED_FOR: dict[str, tuple[str, ...]] = {
     "max-users": ("users",),
-    "max-context": ("lengths", "random_input_len", "random_range_ratio"),
+    "max-context": ("lengths", "workload", "random_input_len", "random_range_ratio"),
     "sweep": (),
     "advise": (),
 }

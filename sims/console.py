@@ -11,6 +11,7 @@ from pagedkv.heaps import HEAPS
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import AT_LEAST, Row, advantages, comparison, prefix_note
+from pagedkv.sims.console_classes import class_tables
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.results import Results
@@ -27,6 +28,7 @@ def show(results: Results, console: Console) -> None:
         waterfall(results.scenario.deployment),
         *_contiguous_max_holds(results),
         _comparison(results, console.width),
+        *class_tables(results.document()),
         _verdict(results),
     ):
         console.print(part)
@@ -43,7 +45,9 @@ def _setting(results: Results) -> RenderableType:
         f"{scenario.load.title} on {scenario.deployment.hardware.title}, {scenario.deployment.model.title}, {config['engine']}",
         "bold",
     )
-    if config["users"] is not None:
+    if config["workload"] is not None:
+        load = f"workload {config['workload']}"
+    elif config["users"] is not None:
         load = f"think time {config['think_time']}"
     elif config["request_rate"] is not None:
         load = f"burstiness {config['burstiness']:g}"

@@ -20,11 +20,13 @@ from pagedkv.sims.step_time import StepTimeModel, total_cost
 class ServingEngine(Protocol):
     """What a load sends its requests to."""
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
+    def submit(
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+    ) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is turned away: it could never run here, or nobody is up.
 
         The event's value is `Outcome.FAILED` if the process that served it has died. `content` is what it shares with others: see
-        `Scheduler.add`.
+        `Scheduler.add`. `user_class` is only recorded: which class of a workload it comes from.
         """
 
     def submit_all(
@@ -71,16 +73,18 @@ class Engine:
         self._stopped = False
         env.process(self._serve())
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
+    def submit(
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+    ) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
 
-        `content` is what it shares with others: see `Scheduler.add`.
+        `content` is what it shares with others: see `Scheduler.add`. `user_class` is only recorded.
         """
         request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, content=content)
         if request is None:
-            self._recorder.rejection(prompt_tokens, output_tokens, self._env.now)
+            self._recorder.rejection(prompt_tokens, output_tokens, self._env.now, user_class)
             return None
-        self._recorder.arrival(request, self._env.now)
+        self._recorder.arrival(request, self._env.now, user_class)
         done = self._done[request] = self._env.event()
         if not self._arrival.triggered:
             self._arrival.succeed()

@@ -19,7 +19,7 @@ from pagedkv.sims.results import Results
 
 REQUEST_COLUMNS = [
     *("allocator", "repeat", "request", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens"),
-    *("output_tokens", "num_output_tokens", "num_cached_tokens", "num_preemptions", "outcome", "measured"),
+    *("output_tokens", "num_output_tokens", "num_cached_tokens", "num_preemptions", "outcome", "measured", "class"),
 ]
 TIMELINE_COLUMNS = ["allocator", "repeat", "start_s", "observed_s", "running", "waiting", *(f"kv_{kind}" for kind in KV_KINDS)]
 
@@ -132,6 +132,7 @@ def _request_rows(results: Results) -> Iterator[list[Any]]:
                 log.num_preemptions.tolist(),
                 [Outcome(outcome).name.lower() for outcome in log.outcome],
                 (log.arrival_s >= run.warmup_s).astype(int).tolist(),
+                [run.class_names[i] for i in log.user_class.tolist()] if run.class_names else [""] * len(log),
             )
             for request, row in enumerate(zip(*columns, strict=True)):
                 yield [name, repeat, request, *row]

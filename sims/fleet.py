@@ -88,7 +88,7 @@ class Fleet:
     ) -> None:
         """Start the replicas on `env`, and the clocks of their faults; the run ends at `end_s` at the latest."""
         self._env, self._start, self._routing, self._faults, self._end_s = env, start, routing, faults, end_s
-        self._refused: list[tuple[float, int, int]] = []
+        self._refused: list[tuple[float, int, int, int]] = []
         self.replicas = [Replica() for _ in range(num_replicas)]
         self.num_timers = len(faults)
         """Events to come that are faults, or ends of faults: they keep no run going."""
@@ -97,14 +97,16 @@ class Fleet:
         for i in range(num_replicas):
             self._bring_up(i)
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
+    def submit(
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+    ) -> simpy.Event | None:
         """Queue a request at a replica; return the event of its end, or None if it could never run there, or no replica is up."""
         states = [replica.state for replica in self.replicas]
         if not any(state.up for state in states):
-            self._refused.append((self._env.now, prompt_tokens, output_tokens))
+            self._refused.append((self._env.now, prompt_tokens, output_tokens, user_class))
             return None
         chosen = self._routing.choose(states, NO_SEGMENTS if content is None else content)
-        return self.replicas[chosen].now.engine.submit(prompt_tokens, output_tokens, content=content)
+        return self.replicas[chosen].now.engine.submit(prompt_tokens, output_tokens, content=content, user_class=user_class)
 
     def submit_all(
         self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
@@ -142,7 +144,7 @@ class Fleet:
 
     def log(self) -> RequestLog:
         """Return what happened to every request, once the run is over: those that found no replica up have failed."""
-        refused = np.array(self._refused).reshape(-1, 3)
+        refused = np.array(self._refused).reshape(-1, 4)
         turned_away = RequestLog.refused(refused[:, 0], refused[:, 1:].astype(np.int64), Outcome.FAILED)
         return RequestLog.joined([*(replica.log() for replica in self.replicas), turned_away])
 

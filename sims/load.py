@@ -18,7 +18,7 @@ from pagedkv.sims.traces import Trace
 
 Process: TypeAlias = Generator[simpy.Event, Any, None]
 
-_PAUSE_AFTER_ERROR_S = 1.0
+PAUSE_AFTER_ERROR_S = 1.0
 _PREFIX_SEED = 0x70726566
 _DRAWS_AT_ONCE = 64
 
@@ -126,7 +126,7 @@ class ClosedLoop:
                 return
             answered = engine.submit(self.prefixes.length + prompt, output, content=prefix)
             if answered is None or (yield answered) is Outcome.FAILED:
-                yield env.timeout(_PAUSE_AFTER_ERROR_S)
+                yield env.timeout(PAUSE_AFTER_ERROR_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

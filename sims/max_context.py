@@ -45,7 +45,7 @@ def max_context(
     load = config.load
     if load.users is None:
         raise ConfigError("max-context needs a number of users: give --users N")
-    for name in ("request_rate", "trace", "lengths", "random_input_len", "random_range_ratio"):
+    for name in ("request_rate", "trace", "workload", "lengths", "random_input_len", "random_range_ratio"):
         if getattr(load, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} contradicts max-context, which looks for the length of the requests of --users N: "

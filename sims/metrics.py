@@ -96,6 +96,26 @@ def _replica_row(run: Run, index: int) -> dict[str, Any]:
     }
 
 
+def _class_row(run: Run, index: int, goals: tuple[Goal, ...]) -> dict[str, Any]:
+    """Return how the measured requests of one class of users fared."""
+    log = run.measured.where(run.measured.user_class == index)
+    served = log.where((log.outcome != Outcome.REJECTED) & (log.outcome != Outcome.FAILED))
+    latencies = Latencies.of(served, run.end_s)
+    finished = served.outcome == Outcome.FINISHED
+    looked_up = log.where(~np.isnan(log.scheduled_s))
+    queried = int(looked_up.prompt_tokens.sum()) if run.recorder.caches_prefixes else 0
+    return {
+        "name": run.class_names[index],
+        "num_injected": len(log),
+        **{f"num_{outcome.name.lower()}": len(log.of(outcome)) for outcome in Outcome},
+        "ttft_s": summarize(latencies.ttft_s),
+        "tpot_s": summarize(latencies.tpot_s[~np.isnan(latencies.tpot_s)]),
+        "e2e_s": summarize(latencies.e2e_s),
+        "goodput_share": int((latencies.meet(goals) & finished).sum()) / len(log) if goals and len(log) else None,
+        "prefix_hit_rate": int(looked_up.num_cached_tokens.sum()) / queried if queried else None,
+    }
+
+
 def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
     """Return the figures of one run, by the names of the result schema."""
     recorder, sums, log = run.recorder, run.recorder.integrals, run.measured
@@ -140,4 +160,6 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
     }
     if run.replicas:
         figures |= {"num_replicas": len(run.replicas), "replicas": [_replica_row(run, i) for i in range(len(run.replicas))]}
+    if len(run.class_names) > 1:
+        figures["classes"] = [_class_row(run, i, goals) for i in range(len(run.class_names))]
     return {name: float(value) if isinstance(value, np.floating) else value for name, value in figures.items()}

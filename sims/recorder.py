@@ -59,7 +59,9 @@ class Recorder(RunRecord):
         # Whoever waits for memory finds every free extent of a heap too small: that is external fragmentation.
         self._needs_extent = scheduler.allocator.placement in (*HEAPS.names(), "growing")
         self._grouped = allocator_of_groups(scheduler.allocator)
-        self._rejected: list[tuple[float, int, int]] = []
+        self._rejected: list[tuple[float, int, int, int]] = []
+        self._user_class: dict[int, int] = {}
+        """By request, where it is not 0."""
         self._failed: list[int] = []
         self._num_arrived = 0
         self._closed_s = np.inf
@@ -77,16 +79,18 @@ class Recorder(RunRecord):
         """Note that the first `number` requests have joined the queue."""
         self._num_arrived = number
 
-    def arrival(self, request: int, now_s: float) -> None:
+    def arrival(self, request: int, now_s: float, user_class: int = 0) -> None:
         """Note that `request` joined the queue."""
+        if user_class:
+            self._user_class[request] = user_class
         if request == self.arrays.times.size:
             self.arrays = self.arrays._replace(times=np.concatenate((self.arrays.times, no_times(request))))
         self.arrays.times["arrival_s"][request] = now_s
         self._num_arrived = request + 1
 
-    def rejection(self, prompt_tokens: int, output_tokens: int, now_s: float) -> None:
+    def rejection(self, prompt_tokens: int, output_tokens: int, now_s: float, user_class: int = 0) -> None:
         """Note that a request is refused at its arrival, now or later."""
-        self._rejected.append((now_s, prompt_tokens, output_tokens))
+        self._rejected.append((now_s, prompt_tokens, output_tokens, user_class))
 
     def failure(self, request: int) -> None:
         """Note that the engine gave `request` up."""
@@ -187,6 +191,8 @@ class Recorder(RunRecord):
         num_output = requests["num_known_tokens"] - requests["prompt_tokens"]
         outcome[num_output == requests["output_tokens"]] = Outcome.FINISHED
         outcome[self._failed] = Outcome.FAILED
+        user_class = np.zeros(size, np.int64)
+        user_class[list(self._user_class)] = list(self._user_class.values())
         served = RequestLog(
             arrival_s=times["arrival_s"],
             scheduled_s=times["scheduled_s"],
@@ -198,8 +204,9 @@ class Recorder(RunRecord):
             num_cached_tokens=requests["num_cached_tokens"],
             num_preemptions=requests["num_preemptions"],
             outcome=outcome,
+            user_class=user_class,
         )
-        rejected = np.array([entry for entry in self._rejected if entry[0] <= self._closed_s]).reshape(-1, 3)
+        rejected = np.array([entry for entry in self._rejected if entry[0] <= self._closed_s]).reshape(-1, 4)
         if not rejected.size:
             return served
         refused = RequestLog.refused(rejected[:, 0], rejected[:, 1:].astype(np.int64), Outcome.REJECTED)

@@ -52,6 +52,8 @@ class RequestLog:
     """Those of its prompt that the prefix cache had when it was first scheduled."""
     num_preemptions: Int64Array
     outcome: Int8Array
+    user_class: Int64Array
+    """Which class of a workload it comes from; 0 without one."""
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -72,18 +74,19 @@ class RequestLog:
         return cls(**{f.name: np.concatenate([getattr(log, f.name) for log in logs])[order] for f in fields(cls)})
 
     @classmethod
-    def refused(cls, arrival_s: Float64Array, lengths: Int64Array, outcome: Outcome) -> "RequestLog":
-        """Return requests of [prompt, output] tokens that nobody took at `arrival_s`."""
+    def refused(cls, arrival_s: Float64Array, rows: Int64Array, outcome: Outcome) -> "RequestLog":
+        """Return requests, [prompt tokens, output tokens, user class] each, that nobody took at `arrival_s`."""
         never, nothing = np.full(arrival_s.size, np.nan), np.zeros(arrival_s.size, np.int64)
         return cls(
             arrival_s=arrival_s,
             scheduled_s=never,
             first_token_s=never,
             last_token_s=never,
-            prompt_tokens=lengths[:, 0],
-            output_tokens=lengths[:, 1],
+            prompt_tokens=rows[:, 0],
+            output_tokens=rows[:, 1],
             num_output_tokens=nothing,
             num_cached_tokens=nothing,
             num_preemptions=nothing,
             outcome=np.full(arrival_s.size, outcome, np.int8),
+            user_class=rows[:, 2],
         )

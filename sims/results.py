@@ -19,6 +19,8 @@ _SUMMED = ("num_", "iterations", "request_steps", "simulated_s", "up_s")
 _LARGEST = ("running_max", "num_replicas", "replica")
 """Of these the largest is taken; the last two are the same in every repeat."""
 _LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+_ONE_BY_ONE = ("replicas", "classes")
+"""Lists of rows: the same ones in every repeat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ def _telling(progress: Progress, name: str, repeat: int) -> Any:
 def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures over all repeats: counts and steps summed, everything else the mean over the repeats that have it.
 
-    Replicas are combined one by one.
+    Replicas, and classes of users, are combined one by one.
 
     Latencies get `ci95`, the 95 % confidence interval of their mean; the top-level `ci95` has the intervals of the other rates
     and of the percentiles ("ttft_s.p99"). Both are None for a single run.
@@ -107,8 +109,10 @@ def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
             return None
         if isinstance(present[0], dict):
             return {key: merge(f"{name}.{key}", [value[key] for value in present]) for key in present[0]}
-        if name == "replicas":
+        if name in _ONE_BY_ONE:
             return [merge(f"{name}.{i}", list(rows)) for i, rows in enumerate(zip(*present, strict=True))]
+        if isinstance(present[0], str):
+            return present[0]
         if isinstance(present[0], list):
             return sorted(set().union(*present))
         last = name.rpartition(".")[2]
@@ -116,7 +120,7 @@ def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
             return max(present)
         if last.startswith(_SUMMED):
             return sum(present)
-        if not name.startswith("replicas.") and (interval := ci95(present)) is not None:
+        if name.partition(".")[0] not in _ONE_BY_ONE and (interval := ci95(present)) is not None:
             intervals[name] = list(interval)
         return sum(present) / len(present)
 

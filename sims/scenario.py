@@ -21,6 +21,7 @@ from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, SharedPrefixes, TraceR
 from pagedkv.sims.replication import Replication, replication
 from pagedkv.sims.routing import DEFAULT_ROUTING
 from pagedkv.sims.traces import read_trace
+from pagedkv.sims.workload_config import check_workload_flags, resolve_workload
 
 DEFAULT_DURATION_S = 600.0
 DEFAULT_WARMUP_S = 60.0
@@ -151,18 +152,21 @@ def _window(measurement: MeasurementConfig, load: Load) -> tuple[float, float | 
 def _check_load_flags(load: LoadConfig) -> None:
     """Refuse contradictions: there is one kind of load, and every flag that it does not use is unset."""
     kinds = [name for name in LOAD_KINDS if getattr(load, name) is not None]
+    if load.workload is not None and not kinds:
+        kinds = ["users"]  # the workload says how many
     if len(kinds) != 1:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in kinds)
         verb = f"{given} were given" if kinds else "none of them was given"
         raise ConfigError(f"the load is one of --users N, --request-rate R and --trace FILE; {verb}. Try --users 100")
     kind = kinds[0]
-    for name in ("trace", "lengths"):
+    for name in ("trace", "lengths", "workload"):
         if any("\ud800" <= letter <= "\udfff" for letter in getattr(load, name) or ""):
             raise ConfigError(f"--{name} {getattr(load, name)!a}: the name of the file is not UTF-8; rename it, or link to it")
     for name, loads in GOES_WITH.items():
         if getattr(load, name) not in (None, False) and kind not in loads:
             goes_with = " or ".join(f"--{each.replace('_', '-')}" for each in loads)
             raise ConfigError(f"--{name.replace('_', '-')} goes with {goes_with}, not with --{kind.replace('_', '-')}")
+    check_workload_flags(load)
     for name, largest in _LARGEST.items():
         value, smallest = getattr(load, name), _SMALLEST.get(name, 1)
         if value is not None and not smallest <= value <= largest:
@@ -172,6 +176,8 @@ def _check_load_flags(load: LoadConfig) -> None:
 def _load(load: LoadConfig, deployment: Deployment) -> Load:
     """Return who asks."""
     max_model_len = deployment.scheduler.max_model_len
+    if load.workload is not None:
+        return resolve_workload(load, load.workload, max_model_len)
     if load.trace is not None:
         return _trace(load, max_model_len, with_content=deployment.pool.enable_prefix_caching)
     prefixes = _prefixes(load, max_model_len)

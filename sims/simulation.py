@@ -19,6 +19,7 @@ from pagedkv.sims.routing import ROUTING
 from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.step_time import RooflineStepTime, StepTimeModel
+from pagedkv.sims.workload import class_names
 from pagedkv.step_allocation import RowMemory
 
 Progress = Callable[[str, int, float], None]
@@ -46,6 +47,8 @@ class Run:
     """Whether it ended because every request was answered, and not at a given time."""
     replicas: tuple[Replica, ...] = ()
     """Each replica by itself, if there are several, or faults."""
+    class_names: tuple[str, ...] = ()
+    """What the log's `user_class` counts, if the load is a workload."""
 
     @property
     def measured(self) -> RequestLog:
@@ -90,6 +93,7 @@ def run(
         end_s=env.now,
         warmup_s=scenario.warmup_s,
         drained=math.isinf(end_s),
+        class_names=class_names(scenario.load),
     )
 
 
@@ -110,6 +114,7 @@ def _run_fleet(
         warmup_s=scenario.warmup_s,
         drained=math.isinf(end_s),
         replicas=tuple(fleet.replicas),
+        class_names=class_names(scenario.load),
     )
 
 

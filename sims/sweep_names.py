@@ -15,6 +15,7 @@ from pagedkv.sims.lengths import load_lengths
 from pagedkv.sims.scenario import asked_allocators
 from pagedkv.sims.sweep_grid import Grid
 from pagedkv.sims.traces import read_trace
+from pagedkv.sims.workload_file import load_workload
 from pagedkv.weight_format import load_weight_format
 
 
@@ -43,6 +44,7 @@ _LOOK_UP: dict[str, Callable[[Any], object]] = {
     "kv_cache_dtype": kv_element_pair_bytes,
     "contiguous_heap": _heap,
     "lengths": load_lengths,
+    "workload": load_workload,
     "trace": lambda name: read_trace(Path(name), format=None),
     "goodput": parse_goals,
     "allocator": lambda names: asked_allocators(MeasurementConfig(allocator=names), usual=()),

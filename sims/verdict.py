@@ -9,10 +9,10 @@ import numpy as np
 from pagedkv.arrays import Float64Array
 from pagedkv.errors import ConfigError
 from pagedkv.sims.attainment import attained, terms
+from pagedkv.sims.closed_loop import is_batch, people
 from pagedkv.sims.command import changed, command_line
 from pagedkv.sims.config import ATTAIN, SimulationConfig
 from pagedkv.sims.limits import LIMIT_NAMES, Binding, queue_blocker, step_limit
-from pagedkv.sims.load import ClosedLoop
 from pagedkv.sims.metrics import Latencies
 from pagedkv.sims.missed_goal import MissedGoal, missed_goal
 from pagedkv.sims.records import Outcome, RequestLog
@@ -52,16 +52,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
     """Judge one allocator from its figures, combined over repeats, and its runs; `attain` is the share that must meet the goals."""
     waits = MeanWaits.of(scenario, runs)
     waiting_share = figures["waiting_time_share"] or 0.0
-    ideal_share = None
-    closed = isinstance(scenario.load, ClosedLoop)
-    if isinstance(scenario.load, ClosedLoop):
-        queueing = waiting_share > WAITING_SHARE_LIMIT
-        ideal_share = waits.throughput_share(scenario.load.think_time_s)
-        if math.isinf(waits.e2e_s):  # no measured request has got a token: count what others got done
-            ideal_per_s = scenario.load.users / (scenario.load.think_time_s + waits.unloaded_s)
-            ideal_share = (figures["request_throughput_per_s"] or 0.0) / ideal_per_s
-    else:
-        queueing = any(_load_rises(run) for run in runs)
+    closed = people(scenario.load, runs) is not None
+    queueing, ideal_share = _saturation(scenario, figures, runs, waits)
     rising = queueing and not closed
     slow = ideal_share is not None and ideal_share < THROUGHPUT_SHARE_LIMIT
     status: Status = "stable"
@@ -94,7 +86,7 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         reasons.append(f"{share:.1%} of requests meet the goals")
     if why is not None:
         reasons.append(why.text)
-    fit, do_not_fit = ("fits", "does not fit") if scenario.load.title == "1 user" else ("fit", "do not fit")
+    fit, do_not_fit = ("fits", "does not fit") if scenario.load.title.startswith("1 user") else ("fit", "do not fit")
     text = f"{scenario.load.title} {fit if fits else do_not_fit}: {status}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
     text += f". {'Next limit' if fits else 'Limit'}: {LIMIT_NAMES[binding]}."
@@ -106,6 +98,20 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         text=text,
         next_command=_next_command(scenario, binding, runs, why, attain=attain, fits=fits),
     )
+
+
+def _saturation(scenario: Scenario, figures: dict[str, Any], runs: list[Run], waits: "MeanWaits") -> tuple[bool, float | None]:
+    """Return whether too many requests wait, and a closed loop's throughput as a share of what an unloaded machine would give."""
+    if is_batch(scenario.load):
+        return False, None
+    users = people(scenario.load, runs)
+    if users is None:
+        return any(_load_rises(run) for run in runs), None
+    ideal_share = waits.throughput_share(users.pause_s)
+    if math.isinf(waits.e2e_s):  # no measured request has got a token: count what others got done
+        ideal_per_s = users.users / (users.pause_s + waits.unloaded_s)
+        ideal_share = (figures["request_throughput_per_s"] or 0.0) / ideal_per_s
+    return (figures["waiting_time_share"] or 0.0) > WAITING_SHARE_LIMIT, ideal_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +246,9 @@ def _next_command(
         remedies.append({"goodput": _goals_within_reach(scenario, runs, attain)})
     elif load.users is not None:
         remedies.append({"users": max(1, round(load.users * more))})
+    elif load.workload is not None:
+        remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]
+        remedies.append({"repeats": config.measurement.repeats + 4})
     elif load.request_rate is not None:
         remedies.append({"request_rate": load.request_rate * more})
     else:

@@ -326,6 +326,7 @@ SENSIBLE: dict[str, list[str]] = {
     "goodput": ["ttft:200", "tpot:50", "e2el:9"],
     "engine": ["vllm"],
     "over_length": ["drop", "reject"],
+    "workload": ["mixed-office", "reasoning", "good.toml", "absent.toml"],
     "think_time": ["0", "10ms", "5s"],
     "random_input_len": ["1", "300", "40000"],
     "random_output_len": ["1", "30"],

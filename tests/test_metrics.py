@@ -144,8 +144,8 @@ class Witness(Recorder):
         self.arrived_s: list[float] = []
         self.token_times_s: dict[int, list[float]] = defaultdict(list)
 
-    def arrival(self, request: int, now_s: float) -> None:
-        super().arrival(request, now_s)
+    def arrival(self, request: int, now_s: float, user_class: int = 0) -> None:
+        super().arrival(request, now_s, user_class)
         self.arrived_s.append(now_s)
 
     def step(self, step: Step, start_s: float, cost: StepCost) -> None:
@@ -353,6 +353,7 @@ def test_lower_bounds_of_unfinished_requests() -> None:
         num_cached_tokens=np.zeros(4, np.int64),
         num_preemptions=np.zeros(4, np.int64),
         outcome=np.array([Outcome.FINISHED, Outcome.UNFINISHED, Outcome.UNFINISHED, Outcome.FINISHED], np.int8),
+        user_class=np.zeros(4, np.int64),
     )
     latencies = Latencies.of(log, end_s=10.0)
     assert latencies.ttft_s.tolist() == [1.0, 2.0, 7.0, 1.0]

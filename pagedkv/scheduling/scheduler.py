@@ -148,8 +148,8 @@ class Scheduler:
             self._paged is None or self._paged.lookahead_slots < settings.num_speculative_tokens
         ):
             raise ConfigError(
-                f"num-speculative-tokens is {settings.num_speculative_tokens}: drafts need paged memory with as many lookahead_slots, "
-                f"not {allocator.name}"
+                f"num-speculative-tokens is {settings.num_speculative_tokens}: drafts need paged memory with as many "
+                f"lookahead_slots, not {allocator.name}"
             )
         self._caches = self._paged is not None and self._paged.pool.enable_caching
         self._preempted = np.zeros(settings.max_num_seqs, np.int64)
