@@ -14,10 +14,12 @@ SUMMED = (*COUNTS, *_PREFIX_COUNTS, *_DRAFT_COUNTS, "iterations", "request_steps
 """Figures that are summed over repeats; the others are means."""
 FIGURES = (
     *COUNTS,
+    "error_rate",
     *(*_PREFIX_COUNTS, "prefix_hit_rate", "resumed_hit_rate"),
     *(*_DRAFT_COUNTS, "draft_acceptance_rate"),
     *("running_mean", "running_max", "waiting_mean", "waiting_time_share"),
     *(f"{shares}.{kind}" for shares in _SHARES for kind in KV_KINDS),
+    *("busy_share", "memory_bandwidth_share", "compute_share"),
     *(f"{latency}.{part}" for latency in _LATENCIES for part in ("mean", "p50", "p90", "p99")),
     *("output_tokens_per_s", "request_throughput_per_s", "goodput_per_s", "goodput_share"),
     *("iterations", "request_steps", "simulated_s"),
