@@ -157,11 +157,9 @@ def _traces(
     height = -(-len(cells) // width)
     colours = _colour_numbers(snapshot)
     category = np.full(height * width, np.nan)
-    states, owners = cells[:, 1], cells[:, 2]
     plain = {UnitState.FREE: 0, UnitState.CACHED: 1, UnitState.SET_ASIDE: 2, UnitState.HELD: 3}
-    category[: len(cells)] = [
-        3 + colours[owner] if owner != NOBODY else plain[UnitState(state)] for state, owner in zip(states, owners, strict=True)
-    ]
+    held = zip(cells[:, 1], cells[:, 2], strict=True)
+    category[: len(cells)] = [3 + colours[owner] if owner != NOBODY else plain[UnitState(state)] for state, owner in held]
     data = np.full((height * width, cells.shape[1]), -1, np.int32)
     data[: len(cells)] = cells
     shared = [f"×{count}" if count > 1 else "" for count in cells[:, 3]] + [""] * (height * width - len(cells))
