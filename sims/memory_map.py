@@ -113,8 +113,8 @@ def memory_map(
 def legend_text() -> str:
     """Return what the colours mean, for a caption."""
     return (
-        "Each cell is a block. Coloured: held by a request, one colour each; ×2 and more: shared by so many; hatched: some of its slots "
-        "are not filled; pale grey: cached, free for anyone who needs it; almost white: empty; dark: set aside."
+        "Each cell is a block. Coloured: held by a request, one colour each; ×2 and more: shared by so many; hatched: some of its "
+        "slots are not filled; pale grey: cached, free for anyone who needs it; almost white: empty; dark: set aside."
     )
 
 
