@@ -100,7 +100,7 @@ def memory_map(
     figure.update_layout(
         template="plotly_dark" if dark else "plotly_white",
         height=620 if tables else 440,
-        margin={"l": 10, "r": 10, "t": 40, "b": 10},
+        margin={"l": 10, "r": 10, "t": 60, "b": 10},
         font={"family": "system-ui, sans-serif", "size": 13, "color": ink},
         showlegend=False,
         **_controls(labels),
@@ -140,7 +140,7 @@ def _every(snapshot: MemorySnapshot, most_cells: int) -> int:
 def _title(name: str, snapshot: MemorySnapshot, most_cells: int) -> str:
     every, units = _every(snapshot, most_cells), snapshot.states.size
     slots = f"{snapshot.unit_slots} token{'s' if snapshot.unit_slots > 1 else ''}"
-    return f"{name}: {units:,} blocks of {slots}" + (f", every {every}th shown" if every > 1 else "")
+    return f"{name}<br>{units:,} blocks of {slots}" + (f", every {every}th shown" if every > 1 else "")
 
 
 def _palette(*, dark: bool) -> list[str]:
@@ -156,19 +156,22 @@ def _traces(
     width = columns or max(int(np.ceil(np.sqrt(len(cells) * 1.6))), 1)
     height = -(-len(cells) // width)
     colours = _colour_numbers(snapshot)
-    category = np.full(height * width, np.nan)
+    category = np.full(height * width, np.nan, np.float32)
     plain = {UnitState.FREE: 0, UnitState.CACHED: 1, UnitState.SET_ASIDE: 2, UnitState.HELD: 3}
     held = zip(cells[:, 1], cells[:, 2], strict=True)
     category[: len(cells)] = [3 + colours[owner] if owner != NOBODY else plain[UnitState(state)] for state, owner in held]
-    data = np.full((height * width, cells.shape[1]), -1, np.int32)
+    data = np.full((height * width, cells.shape[1]), -1, np.int16 if cells.max(initial=0) < 1 << 15 else np.int32)  # a small page
     data[: len(cells)] = cells
-    shared = [f"×{count}" if count > 1 else "" for count in cells[:, 3]] + [""] * (height * width - len(cells))
+    text = None
+    if (cells[:, 3] > 1).any():
+        shared = [f"×{count}" if count > 1 else "" for count in cells[:, 3]] + [""] * (height * width - len(cells))
+        text = np.array(shared).reshape(height, width)
     number = len(palette)
     scale = [[edge, colour] for i, colour in enumerate(palette) for edge in (i / number, (i + 1) / number)]
     heatmap = go.Heatmap(
         z=category.reshape(height, width),
         customdata=data.reshape(height, width, -1),
-        text=np.array(shared).reshape(height, width),
+        text=text,
         texttemplate="%{text}",
         textfont={"size": 9, "color": "#ffffff"},
         hovertemplate=_HOVER,

@@ -26,7 +26,7 @@ QUIET = [
     "--enable-logging=stderr",
     "--virtual-time-budget=5000",
 ]
-SECTIONS = ("verdict", "memory", "kv", "occupancy", "latency", "comparison", "assumptions", "glossary")
+SECTIONS = ("verdict", "memory", "kv", "map", "occupancy", "latency", "comparison", "assumptions", "glossary")
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
@@ -85,6 +85,31 @@ def test_the_page_says_what_summary_json_says(folder: Path, page: tuple[str, str
         assert f"{document['budget'][part] / 2**30:,.2f} GiB" in page[0]
     for result in document["results"]:
         assert escape(result["verdict"]["text"], quote=False) in page[0]
+
+
+def test_slider_and_play_of_the_memory_map_work(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each step of the slider shows its own frame; the play button is there, and plays on to the last one."""
+    script = """<script>
+    const map = document.getElementById("figure-map"), steps = map.layout.sliders[0].steps, seen = [];
+    const cells = () => map.data.filter(t => t.type === "heatmap").map(t => JSON.stringify(t.customdata)).join(";");
+    (async () => {
+      for (const step of steps) { await Plotly.animate(map, ...step.args); seen.push(cells()); }
+      const play = map.layout.updatemenus[0].buttons[0];
+      await Plotly.animate(map, [steps[0].args[0][0]], steps[0].args[1]);
+      await Plotly.animate(map, play.args[0], {...play.args[1], frame: {duration: 1, redraw: true}});
+      document.body.dataset.map = [steps.length, new Set(seen).size, cells() === seen[seen.length - 1]].join(" ");
+    })();
+    </script>"""
+    moved = folder / "moved.html"
+    moved.write_text((folder / "report.html").read_text(encoding="utf-8").replace("</body>", script + "</body>"), encoding="utf-8")
+    dom, log, _ = browse(moved, tmp_path_factory.mktemp("moved"))
+    assert not [line for line in log.splitlines() if "CONSOLE" in line]
+    found = re.search(r'data-map="(\d+) (\d+) (\w+)"', dom)
+    assert found is not None
+    steps, different, ended = int(found[1]), int(found[2]), found[3]
+    assert steps == 12
+    assert different > steps // 2
+    assert ended == "true"
 
 
 def test_names_are_text_and_never_markup(page: tuple[str, str, list[str]]) -> None:
