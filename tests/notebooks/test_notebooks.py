@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import pagedkv
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_CELLS = 25
@@ -80,14 +82,15 @@ def test_a_notebook_uses_the_public_api_only(notebook: Path) -> None:
 
 
 def test_a_notebook_runs_its_checks_tell_wrong_from_right_and_its_figures_show_the_data(
-    notebook: Path, capsys: pytest.CaptureFixture[str]
+    notebook: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[test-notebooks]'")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     document = nbformat.read(notebook, as_version=4)
-    probe = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport figure_checks\nfigure_checks.check_figures(globals())"
-    document.cells.append(nbformat.v4.new_code_cell(probe))
+    probe = f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport figure_checks\nfigure_checks.check_figures(globals())"
+    document.cells.append(nbformat.v4.new_code_cell(f"import sys\n{probe}"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(pagedkv.__file__).parents[1]))  # the kernel has the pagedkv that this test has
     nbclient.NotebookClient(document, timeout=300, resources={"metadata": {"path": str(notebook.parent)}}).execute()
     outputs = {cell.id: cell.outputs for cell in document.cells if cell.cell_type == "code"}
     for tag, begins in (("check", "Not yet"), ("solution", "Right")):
