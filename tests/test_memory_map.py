@@ -15,7 +15,7 @@ from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.engines import ENGINES
 from pagedkv.sims.memory_frames import frames_of
-from pagedkv.sims.memory_map import Frame, cells_of, memory_map
+from pagedkv.sims.memory_map import MOST_NUMBERED, Frame, cells_of, memory_map
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Watch, run
@@ -133,6 +133,18 @@ def test_the_block_tables_stand_below() -> None:
     names, blocks = table.cells.values
     assert list(names) == ["r0", "r1", "r2", "r3"]
     assert list(blocks) == [" ".join(map(str, each[0].tolist())) for each in frames[-1].snapshot.tables]
+
+
+def test_the_cells_of_a_small_map_have_their_numbers_and_how_many_share_them() -> None:
+    allocator = ALLOCATORS.load("paged")(KVPoolSettings(num_blocks=6, block_size=4, max_model_len=32))
+    parent, child = (KVRequest(request_id=name, num_tokens=6) for name in "ab")
+    allocator.allocate_slots(parent, 6)
+    parent.num_computed_tokens = child.num_computed_tokens = 6
+    allocator.fork(parent, child)
+    shown = memory_map({"paged": [Frame(label="forked", snapshot=snapshot(allocator))]}, columns=3).data[0].text
+    assert [text.removesuffix("<br> ").strip() for text in np.asarray(shown).ravel()] == ["0", "1 ×2", "2 ×2", "3", "4", "5"]
+    assert memory_map({"paged": small(blocks=MOST_NUMBERED)}).data[0].text is not None
+    assert memory_map({"paged": small(blocks=MOST_NUMBERED + 1)}).data[0].text is None
 
 
 def test_a_large_memory_is_thinned_out_and_says_so() -> None:
