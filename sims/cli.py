@@ -46,6 +46,7 @@ def simulate(
     json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
     out: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     report: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    watch: Annotated[bool, Parameter(group=OUTPUT)] = False,
     config: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
 ) -> None:
     """Serve simulated users with paged and with contiguous KV allocation, and say where the memory goes.
@@ -55,6 +56,7 @@ def simulate(
         out: Write to this folder: config.toml, summary.json, requests.csv, timeline.csv, report.html, metrics.prom (vLLM's metrics
             for Prometheus) and trace.json (for Perfetto).
         report: Write report.html, one offline page with the pictures, to this file.
+        watch: Before the answer, show the first allocator's memory block by block while simulated time runs.
         config: Take settings from a config.toml, such as --out writes; flags override it, and its paths are relative to it.
     """
     from pagedkv.sims.export import prepare_file, prepare_folder, to_json, write, write_atomically
@@ -65,6 +67,8 @@ def simulate(
     del config  # read by cyclopts before the other flags: see main
     asked = SimulationConfig(load=load, serving=serving, measurement=measurement)
     if "," in serving.engine:
+        if watch:
+            raise ConfigError("--watch shows one engine: name one with --engine")
         compare_engines(asked, json=json, out=out, report=report)
         return
     scenario = resolve(asked)
@@ -75,6 +79,14 @@ def simulate(
     for flag, file in files.items():
         if file is not None:
             prepare_file(file, flag=flag)
+    if watch:
+        from rich.console import Console
+
+        from pagedkv.sims.live_view import check_watchable, watch_run
+
+        if json == "-":
+            raise ConfigError("--watch and --json - both write to stdout: leave one out, or give --json a file")
+        watch_run(scenario, check_watchable(scenario), Console(highlight=False))
     with ProgressOnStderr(scenario.allocators, repeats=measurement.repeats) as progress:
         results = run_all(scenario, progress=progress)
     if folder is not None:
