@@ -1,6 +1,7 @@
 """A model on a machine under an engine: everything about a simulation but its load. Built once."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pagedkv.allocation import KVPoolSettings
@@ -74,11 +75,7 @@ def deploy(serving: ServingConfig) -> Deployment:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
-    refuse_flags_of_others(serving)
-    model, hardware = load_model(serving.model), load_hardware(serving.hardware)
-    if serving.clock_derate is not None:
-        hardware = hardware.derated(serving.clock_derate)
-    engine = load_engine(serving.engine)
+    engine, model, weight_format, hardware = parts_of(serving)
     if serving.contiguous_heap not in HEAPS.names():
         raise unknown_name("contiguous-heap", serving.contiguous_heap, HEAPS.names())
     if not 0 <= serving.watermark < 1:
@@ -87,7 +84,6 @@ def deploy(serving: ServingConfig) -> Deployment:
         raise ConfigError(f"block-size {serving.block_size}: needs 1 to {1 << 16:,} tokens; vLLM's default is 16")
     reserve_full_isl, freed_to_front = engine.admission(serving)
     has_state = model.kv_spec(serving.kv_cache_dtype).state_bytes_per_sequence > 0
-    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
     drafting = drafting_of(serving, model, weight_format)
     scheduler = engine.scheduler_settings(serving, model, hardware)
     budget = engine.memory_budget(serving, model, weight_format, hardware, scheduler)
@@ -143,6 +139,24 @@ def deploy(serving: ServingConfig) -> Deployment:
             drafting=drafting,
         ),
     )
+
+
+def parts_of(serving: ServingConfig) -> tuple[EnginePreset, ModelSpec, WeightFormat, HardwareSpec]:
+    """Return engine, model, weight format and machine.
+
+    Raises:
+        ConfigError: If one of them is not known, several models are named, or a flag is for another engine.
+    """
+    refuse_flags_of_others(serving)
+    if "," in serving.model and not Path(serving.model).exists():
+        raise ConfigError(
+            f"--model {serving.model} names several models, and this needs one; simulate --engine ollama loads them on demand"
+        )
+    model, hardware = load_model(serving.model), load_hardware(serving.hardware)
+    if serving.clock_derate is not None:
+        hardware = hardware.derated(serving.clock_derate)
+    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
+    return load_engine(serving.engine), model, weight_format, hardware
 
 
 def _page_tokens(kv_spec: KVCacheSpec) -> int:

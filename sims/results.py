@@ -15,11 +15,11 @@ from pagedkv.sims.verdict import Verdict, judge
 
 SCHEMA_VERSION = 1
 
-_SUMMED = ("num_", "iterations", "request_steps", "simulated_s", "up_s")
-_LARGEST = ("running_max", "num_replicas", "replica")
-"""Of these the largest is taken; the last two are the same in every repeat."""
+_SUMMED = ("num_", "iterations", "request_steps", "simulated_s", "up_s", "load_s")
+_LARGEST = ("running_max", "num_replicas", "replica", "held_bytes", "context")
+"""Of these the largest is taken; replicas are the same in every repeat."""
 _LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
-_ONE_BY_ONE = ("replicas", "classes")
+_ONE_BY_ONE = ("replicas", "classes", "models")
 """Lists of rows: the same ones in every repeat."""
 
 
@@ -54,7 +54,7 @@ class Results:
                     "allocator": name,
                     "placement": result.runs[0].allocator.placement,
                     "engine": serving.engine,
-                    "model": scenario.deployment.model.name,
+                    "model": _model(scenario),
                     "hardware": scenario.deployment.hardware.name,
                     **result.figures,
                     "verdict": {
@@ -133,6 +133,12 @@ def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return combined
 
 
+def _model(scenario: Scenario) -> str:
+    """Return the name of the model, or of all as `--model` takes them."""
+    server = scenario.model_serving
+    return scenario.deployment.model.name if server is None else ",".join(model.name for model in server.models)
+
+
 def resolved_config(scenario: Scenario) -> dict[str, Any]:
     """Return every setting by field name, with the defaults that model, machine, engine and load decided filled in.
 
@@ -140,7 +146,7 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
     """
     settings = flat(scenario.config)
     settings |= {
-        "model": scenario.deployment.model.name,
+        "model": scenario.deployment.model.name if scenario.model_serving is None else scenario.config.serving.model,
         "allocator": list(scenario.allocators),
         "goodput": list(scenario.config.measurement.goodput),
         "max_model_len": scenario.deployment.scheduler.max_model_len,
@@ -154,6 +160,8 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
         "warmup": time_text(scenario.warmup_s),
         "duration": None if scenario.duration_s is None else time_text(scenario.duration_s),
     }
+    if scenario.model_serving is not None:
+        settings["max_model_len"] = scenario.config.serving.max_model_len  # each model has its own
     if settings["trace"] is None and settings["random_input_len"] is None:
         settings["lengths"] = settings["lengths"] or DEFAULT_LENGTHS
     return settings | scenario.load.settings()

@@ -69,24 +69,38 @@ def plan_with(
     Raises:
         ConfigError: If the engine would not start, with settings under which it would.
     """
+    return plan(request_with(ledger, serving, model, weight_format, hardware, limits))
+
+
+def request_with(
+    ledger: Ledger,
+    serving: ServingConfig,
+    model: ModelSpec,
+    weight_format: WeightFormat,
+    hardware: HardwareSpec,
+    limits: SchedulerSettings,
+) -> MemoryRequest:
+    """Return what `ledger` is asked, not checked yet.
+
+    Raises:
+        ConfigError: If a size is none.
+    """
     drafting = drafting_of(serving, model, weight_format)
-    return plan(
-        MemoryRequest(
-            model=model,
-            hardware=hardware,
-            ledger=ledger,
-            weight_format=weight_format,
-            kv_cache_dtype=serving.kv_cache_dtype,
-            max_model_len=limits.max_model_len,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            enforce_eager=serving.enforce_eager,
-            tensor_parallel_size=serving.tensor_parallel_size,
-            draft=None if drafting is None else drafting.memory,
-            free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
-            os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
-            other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
-        )
+    return MemoryRequest(
+        model=model,
+        hardware=hardware,
+        ledger=ledger,
+        weight_format=weight_format,
+        kv_cache_dtype=serving.kv_cache_dtype,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        enforce_eager=serving.enforce_eager,
+        tensor_parallel_size=serving.tensor_parallel_size,
+        draft=None if drafting is None else drafting.memory,
+        free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
+        os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
+        other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
     )
 
 

@@ -8,14 +8,14 @@ from pagedkv.allocators.llama_cpp_split import SplitStreams
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.llama_cpp import LlamaCppLedger, padded
-from pagedkv.memory_budget import MemoryBudget
+from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, plan_with
+from pagedkv.sims.engines._shared import OneVersion, plan_with, request_with
 from pagedkv.units import GIB
 from pagedkv.weight_format import WeightFormat
 
@@ -72,13 +72,24 @@ class Ollama(OneVersion):
         settings: SchedulerSettings,
     ) -> MemoryBudget:
         """Return llama.cpp's ledger for context × parallel cells, all reserved at load."""
-        ledger = LlamaCppLedger(
-            ctx_size=padded(settings.max_model_len) * settings.max_num_seqs,
-            parallel=settings.max_num_seqs,
-            kv_unified=False,
-            ubatch_size=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
-        )
-        return plan_with(ledger, serving, model, weight_format, hardware, settings)
+        return plan_with(_ledger(serving, settings), serving, model, weight_format, hardware, settings)
+
+    def attempt(
+        self,
+        serving: ServingConfig,
+        model: ModelSpec,
+        weight_format: WeightFormat,
+        hardware: HardwareSpec,
+        settings: SchedulerSettings,
+    ) -> MemoryBudget | Shortage:
+        """Return what loading comes to on a machine without other models.
+
+        Raises:
+            ConfigError: If a setting could not work on any machine.
+        """
+        request = request_with(_ledger(serving, settings), serving, model, weight_format, hardware, settings)
+        request.check()
+        return request.attempt()
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return the server's scheduler over one context per slot, with Ollama's limit of the queue."""
@@ -93,6 +104,20 @@ class Ollama(OneVersion):
         memory = ALLOCATORS.load(allocator)(pool)
         assert isinstance(memory, SplitStreams)
         return LlamaCppScheduler(settings, memory)
+
+
+def lower_context(context: int) -> int | None:
+    """Return the next lower of the contexts that Ollama chooses by itself; None below the lowest."""
+    return next((lower for _, lower in _CONTEXT_BY_MEMORY[1:] if lower < context), None)
+
+
+def _ledger(serving: ServingConfig, settings: SchedulerSettings) -> LlamaCppLedger:
+    return LlamaCppLedger(
+        ctx_size=padded(settings.max_model_len) * settings.max_num_seqs,
+        parallel=settings.max_num_seqs,
+        kv_unified=False,
+        ubatch_size=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
+    )
 
 
 def default_context(visible_bytes: int) -> int:
