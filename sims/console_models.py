@@ -40,8 +40,8 @@ def models_memory(serving: ModelServing) -> RenderableType:
         Text("Memory", "bold"),
         table,
         Text(
-            f"{gib(serving.memory_bytes)} are there for all of them, {serving.max_loaded_models} at once at most. One more is loaded "
-            f"beside others if what Ollama expects of it is at most {HEADROOM:.0%} of what they leave; else one of them is unloaded."
+            f"{gib(serving.memory_bytes)} are there for all of them, {serving.max_loaded_models} at once at most. One more is "
+            f"loaded beside others if what Ollama expects of it is at most {HEADROOM:.0%} of what they leave; else one is unloaded."
         ),
     )
 

@@ -15,7 +15,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.sims.config_file import file_text
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
-from pagedkv.sims.results import Results
+from pagedkv.sims.results import Results, rerun_settings
 
 REQUEST_COLUMNS = [
     *("allocator", "repeat", "request", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens"),
@@ -67,7 +67,7 @@ def write(results: Results, folder: Path) -> None:
 
     document = results.document()
     files = {
-        "config.toml": file_text(document["config"], folder),
+        "config.toml": file_text(rerun_settings(results.scenario), folder),
         "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(results)),
         "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(results)),
         "summary.json": to_json(document),

@@ -14,8 +14,8 @@ from pagedkv.model_spec import ModelSpec
 from pagedkv.quantity import parse_quantity
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA
 from pagedkv.sims.config import ServingConfig, parse_seconds
-from pagedkv.sims.deployment import Deployment, deploy, parts_of
-from pagedkv.sims.engines.ollama import Ollama, lower_context
+from pagedkv.sims.deployment import Deployment, deploy, memory_request
+from pagedkv.sims.engines.ollama import lower_context
 
 DEFAULT_KEEP_ALIVE_S = 300.0
 """Source: OLLAMA_KEEP_ALIVE; docs/faq: models stay in memory for 5 minutes."""
@@ -148,13 +148,12 @@ def _served(serving: ServingConfig, name: str, keep_alive_s: float) -> ServedMod
 
 
 def _variant(serving: ServingConfig) -> ModelVariant:
-    engine, model, weight_format, hardware = parts_of(serving)
-    assert isinstance(engine, Ollama)
-    limits = engine.scheduler_settings(serving, model, hardware)
-    outcome = engine.attempt(serving, model, weight_format, hardware, limits)
+    request = memory_request(serving)
+    request.check()
+    outcome, cells = request.attempt(), request.max_model_len * request.max_num_seqs
     return ModelVariant(
-        context=limits.max_model_len,
-        estimate_bytes=estimate_bytes(model, model.weight_bytes(weight_format), limits.max_model_len * limits.max_num_seqs),
+        context=request.max_model_len,
+        estimate_bytes=estimate_bytes(request.model, request.model.weight_bytes(request.weight_format), cells),
         weight_bytes=outcome.weights,
         deployment=None if isinstance(outcome, Shortage) else deploy(serving),
     )

@@ -7,6 +7,7 @@ from typing import Any
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import ATTAIN, time_text
+from pagedkv.sims.engine_flags import ENGINE_FLAGS
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
 from pagedkv.sims.simulation import Progress, Run, run
@@ -165,6 +166,12 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
     if settings["trace"] is None and settings["random_input_len"] is None:
         settings["lengths"] = settings["lengths"] or DEFAULT_LENGTHS
     return settings | scenario.load.settings()
+
+
+def rerun_settings(scenario: Scenario) -> dict[str, Any]:
+    """Return `resolved_config` without settings of other engines, which this one would refuse."""
+    engine = scenario.deployment.engine.name.partition("@")[0]
+    return {name: value for name, value in resolved_config(scenario).items() if engine in ENGINE_FLAGS.get(name, (engine,))}
 
 
 def budget_document(scenario: Scenario) -> dict[str, Any]:
