@@ -16,15 +16,17 @@ def model_tables(document: dict[str, Any]) -> Iterator[RenderableType]:
     """Yield a table per entry of `results` in which models come and go."""
     for result in document["results"]:
         if rows := result.get("models"):
-            table = plain_table("", "requests", "TTFT, s", "E2E, s", "loads", "load, s", "in memory", "GiB", "context")
+            table = plain_table("", "requests", "TTFT, s", "E2E, s", "loads", "failed", "load, s", "there", "GiB")
             for row in rows:
                 table.add_row(row["model"], *_cells(row))
-            yield Group(Text(f"By model, {result['allocator']} (P50 and P99; loads over the whole run)", "bold"), table)
+            yield Group(
+                Text(f"By model, {result['allocator']} (TTFT P50 and P99, E2E P50; loads over the whole run)", "bold"), table
+            )
 
 
 def models_memory(serving: ModelServing) -> RenderableType:
     """Return what each model takes when it is loaded, and what there is for all of them."""
-    table = plain_table("", "file, GiB", "load, s", "context", "takes, GiB", "expected, GiB", "keep-alive")
+    table = plain_table("", "file, GiB", "load, s", "context", "takes, GiB", "expected", "stays, s")
     for model in serving.models:
         variant = next(variant for variant in model.variants if variant.deployment is not None)
         table.add_row(
@@ -34,7 +36,7 @@ def models_memory(serving: ModelServing) -> RenderableType:
             f"{variant.context:,}",
             f"{variant.held_bytes / GIB:.2f}",
             f"{variant.estimate_bytes / GIB:.2f}",
-            "for good" if math.isinf(model.keep_alive_s) else f"{model.keep_alive_s:,.0f} s",
+            "for good" if math.isinf(model.keep_alive_s) else f"{model.keep_alive_s:,.0f}",
         )
     return Group(
         Text("Memory", "bold"),
@@ -48,10 +50,10 @@ def models_memory(serving: ModelServing) -> RenderableType:
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield f"{row['num_injected']:,}"
-    for latency in ("ttft_s", "e2e_s"):
-        yield "–" if row[latency] is None else f"{row[latency]['p50']:,.1f}  {row[latency]['p99']:,.1f}"
+    yield "–" if row["ttft_s"] is None else f"{row['ttft_s']['p50']:,.1f} {row['ttft_s']['p99']:,.1f}"
+    yield "–" if row["e2e_s"] is None else f"{row['e2e_s']['p50']:,.1f}"
     yield f"{row['num_loads']:,}"
+    yield f"{row['num_failed_loads']:,}"
     yield f"{row['load_s'] / row['num_loads']:,.1f}" if row["num_loads"] else "–"
     yield "–" if row["loaded_share"] is None else f"{100 * row['loaded_share']:.0f} %"
     yield "–" if row["held_bytes"] is None else f"{row['held_bytes'] / GIB:.1f}"
-    yield "–" if row["context"] is None else f"{row['context']:,}"

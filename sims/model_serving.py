@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from pagedkv.catalogue import load_model
 from pagedkv.errors import ConfigError
-from pagedkv.memory_budget import Shortage
+from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.model_spec import ModelSpec
 from pagedkv.quantity import parse_quantity
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA
@@ -29,6 +29,7 @@ looks every 250 ms, for 5 s at most, and its authors saw 0.5 to 1.5 s (waitForVR
 _ESTIMATE_BYTES = 2
 """Of a key or value element in the estimate, whatever the type of the cache."""
 _NO_LIMIT = 1 << 40
+"""Requests that a model's own queue may hold: the server's is the shorter one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +42,10 @@ class ModelVariant:
     """What Ollama expects it to take."""
     weight_bytes: int
     """What its weights take: it cannot be read into less."""
+    held_bytes: int
+    """What it takes when it is loaded."""
     deployment: Deployment | None
-    """What runs once it is loaded; None: it does not fit even alone."""
-
-    @property
-    def held_bytes(self) -> int:
-        """What it takes when it is loaded."""
-        if self.deployment is None:
-            return _NO_LIMIT
-        budget = self.deployment.budget
-        return budget.weights + budget.engine_overhead + budget.activations + budget.cuda_graphs + budget.kv_cache
+    """What runs then; None: it does not fit even alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +98,15 @@ def model_serving(serving: ServingConfig, names: Sequence[str]) -> ModelServing:
     most = DEFAULT_MAX_LOADED_MODELS if serving.max_loaded_models is None else serving.max_loaded_models
     if most < 1:
         raise ConfigError(f"--max-loaded-models is {most}: needs 1 or more; Ollama's default is {DEFAULT_MAX_LOADED_MODELS}")
-    max_queue = OLLAMA.max_queue if serving.max_queue is None else serving.max_queue
+    max_queue = (OLLAMA.max_queue or 0) if serving.max_queue is None else serving.max_queue
+    if max_queue < 0:
+        raise ConfigError(f"max_queue is {max_queue}: needs 0 or more; Ollama's default is {OLLAMA.max_queue}")
     models = tuple(_served(serving, name, seconds) for name, seconds in zip(names, keep_alive_s, strict=True))
     usual = models[0].usual
     return ModelServing(
         models=models,
         max_loaded_models=most,
-        max_queue=max_queue or 0,
+        max_queue=max_queue,
         memory_bytes=usual.budget.free_at_start,
         recovery_s=0.0 if usual.hardware.unified else GPU_RECOVERY_S,
     )
@@ -155,8 +152,15 @@ def _variant(serving: ServingConfig) -> ModelVariant:
         context=request.max_model_len,
         estimate_bytes=estimate_bytes(request.model, request.model.weight_bytes(request.weight_format), cells),
         weight_bytes=outcome.weights,
+        held_bytes=_held_bytes(outcome),
         deployment=None if isinstance(outcome, Shortage) else deploy(serving),
     )
+
+
+def _held_bytes(outcome: MemoryBudget | Shortage) -> int:
+    if isinstance(outcome, Shortage):
+        return outcome.weights + outcome.overheads + outcome.kv_cache
+    return outcome.weights + outcome.engine_overhead + outcome.activations + outcome.cuda_graphs + outcome.kv_cache
 
 
 def _disk_bytes_per_s(serving: ServingConfig, deployment: Deployment) -> float:
