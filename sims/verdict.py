@@ -210,7 +210,9 @@ def _binding(
     if rejecting:
         log = runs[0].log.of(Outcome.REJECTED)
         longest = (log.prompt_tokens + log.output_tokens).max(initial=0)
-        return "max_model_len" if longest > scenario.deployment.scheduler.max_model_len else "kv_memory"
+        if longest > min(deployment.scheduler.max_model_len for deployment in scenario.deployments):
+            return "max_model_len"
+        return "kv_memory" if scenario.model_serving is None else queue_blocker(runs) or "kv_memory"  # or the queue is full
     if queueing and waits.queued_s > waits.slowed_s and (blocker := queue_blocker(runs)) is not None:
         return blocker
     slots_only = queue_blocker(runs) == "max_num_seqs"  # memory that is reserved for every slot is always full
