@@ -16,6 +16,7 @@ from pagedkv.sims.records import Outcome
 from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.statistics import summarize, summarize_bins
+from pagedkv.sims.utilization import machine_shares
 
 
 def kv_shares(gauge_integral: Float64Array, observed_s: float, usable_slots: int) -> dict[str, float] | None:
@@ -106,6 +107,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "num_rejected": len(log.of(Outcome.REJECTED)),
         "num_failed": len(log.of(Outcome.FAILED)),
         "num_unfinished": int((~finished).sum()),
+        "error_rate": (len(log) - len(served)) / len(log) if len(log) else None,
         "num_preemptions": recorder.num_preemptions,
         **_prefix_figures(recorder),
         **_draft_figures(recorder),
@@ -115,6 +117,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "waiting_time_share": waiting_share,
         "kv": kv_shares(sums.gauges, observed_s, usable),
         "kv_when_waiting": kv_shares(sums.gauges_when_waiting, waiting_s, usable),
+        **machine_shares(sums, of_one_s=None if run.server is None else window_s),
         "ttft_s": summarize(latencies.ttft_s),
         "tpot_s": summarize(latencies.tpot_s[~np.isnan(latencies.tpot_s)]),
         "itl_s": summarize_bins(sums.itl_bins, total=float(sums.itl_sum_s[0]), smallest=ITL_SMALLEST_S, ratio=ITL_BIN_RATIO),

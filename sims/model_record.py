@@ -44,15 +44,17 @@ def _scaled(record: RunRecord, factor: float) -> RunRecord:
     sums, timeline, kinds = record.arrays.sums.copy(), record.timeline, len(KV_KINDS)
     sums[GAUGE_SUMS : GAUGE_SUMS + kinds] *= factor
     sums[WAITING_SUMS : WAITING_SUMS + kinds] *= factor
-    integral = timeline.integral.copy()
+    integral, gauges = timeline.integral.copy(), record.arrays.gauges.copy()
     integral[:, :kinds] *= factor
-    arrays = record.arrays._replace(sums=sums, timeline=timeline._replace(integral=integral))
+    gauges[:kinds] = np.rint(gauges[:kinds] * factor)
+    arrays = record.arrays._replace(sums=sums, timeline=timeline._replace(integral=integral), gauges=gauges)
     return RunRecord(arrays, caches_prefixes=record.caches_prefixes)
 
 
 def _add_waits(record: RunRecord, waits_s: Float64Array, warmup_s: float, end_s: float) -> None:
     """Count who waits for a model."""
     arrays = record.arrays
+    arrays.gauges[WAITING] += int((waits_s[:, 1] == end_s).sum())  # those who still do
     arrays.sums[GAUGE_SUMS + WAITING] += _overlap_s(waits_s, warmup_s, end_s)
     width_s = arrays.timeline.width_s[0]
     for i in range(min(NUM_BINS, int(np.ceil(end_s / width_s)))):

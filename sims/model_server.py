@@ -16,6 +16,7 @@ import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.scheduling.content import Contents, Segments
+from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.engine import submit_in_time
 from pagedkv.sims.model_runner import Asked, ModelLoad, Runner, StartRunner
@@ -88,6 +89,11 @@ class ModelServer:
     def models(self) -> tuple[ServedModel, ...]:
         """In the order of requests' `model`."""
         return self._serving.models
+
+    def scheduler_of(self, model: int) -> StepScheduler | None:
+        """Return what decides for a model that is loaded; None if it is not."""
+        runner = self._loaded.get(model)
+        return None if runner is None else runner.scheduler
 
     def close(self) -> None:
         """End the run."""
@@ -167,6 +173,7 @@ class ModelServer:
         del self._loaded[runner.load.model]
         runner.engine.stop()
         runner.recorder.close(self._env.now)
+        runner.recorder.arrays.gauges[:] = 0
         runner.load.end_s, runner.load.why_ended = self._env.now, why
         self._unloaded.succeed()
         self._unloaded = self._env.event()

@@ -55,7 +55,7 @@ class Results:
                     "allocator": name,
                     "placement": result.runs[0].allocator.placement,
                     "engine": serving.engine,
-                    "model": _model(scenario),
+                    "model": scenario.model_name,
                     "hardware": scenario.deployment.hardware.name,
                     **result.figures,
                     "verdict": {
@@ -132,12 +132,6 @@ def combine(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
             combined[name]["ci95"] = intervals.pop(f"{name}.mean", None)
     combined["ci95"] = intervals or None
     return combined
-
-
-def _model(scenario: Scenario) -> str:
-    """Return the name of the model, or of all as `--model` takes them."""
-    server = scenario.model_serving
-    return scenario.deployment.model.name if server is None else ",".join(model.name for model in server.models)
 
 
 def resolved_config(scenario: Scenario) -> dict[str, Any]:

@@ -63,6 +63,11 @@ class Scenario:
     """How several models come and go, of which the deployment is the first; None: there is one, and it stays."""
 
     @property
+    def model_name(self) -> str:
+        """The model's, or those of all with commas."""
+        return ",".join(deployment.model.name for deployment in self.deployments)
+
+    @property
     def model_titles(self) -> str:
         """What a sentence calls the model, or all of them."""
         return ", ".join(deployment.model.title for deployment in self.deployments)

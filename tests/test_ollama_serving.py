@@ -138,6 +138,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_sums_are_whole(seed: int) ->
         assert result[name] == sum(row[name] for row in result["models"])
     assert result["num_finished"] == 48
     assert sum(result["kv"].values()) == pytest.approx(1.0)
+    assert 0 < result["memory_bandwidth_share"] < result["busy_share"] < 1  # models share one machine
 
 
 @pytest.mark.parametrize(
