@@ -16,14 +16,17 @@ from pagedkv.sims.chrome_trace import trace_text
 from pagedkv.sims.config_file import file_text
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
-from pagedkv.sims.results import Results
+from pagedkv.sims.results import Results, rerun_settings
 from pagedkv.sims.vllm_metrics import metrics_text
 
 REQUEST_COLUMNS = [
     *("allocator", "repeat", "request", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens"),
-    *("output_tokens", "num_output_tokens", "num_cached_tokens", "num_preemptions", "outcome", "measured", "class"),
+    *("output_tokens", "num_output_tokens", "num_cached_tokens", "num_preemptions", "outcome", "measured", "class", "model"),
 ]
 TIMELINE_COLUMNS = ["allocator", "repeat", "start_s", "observed_s", "running", "waiting", *(f"kv_{kind}" for kind in KV_KINDS)]
+
+
+LOAD_COLUMNS = ["allocator", "repeat", "model", "context", "held_bytes", "start_s", "ready_s", "end_s", "why_ended"]
 
 
 def to_json(document: dict[str, Any]) -> str:
@@ -66,7 +69,7 @@ def write(results: Results, folder: Path) -> None:
 
     document = results.document()
     files = {
-        "config.toml": file_text(document["config"], folder),
+        "config.toml": file_text(rerun_settings(results.scenario), folder),
         "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(results)),
         "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(results)),
         "metrics.prom": metrics_text([results]),
@@ -74,6 +77,8 @@ def write(results: Results, folder: Path) -> None:
         "summary.json": to_json(document),
         "report.html": html(results),
     }
+    if results.scenario.model_serving is not None:
+        files["loads.csv"] = _csv(LOAD_COLUMNS, _load_rows(results))
     prepare_folder(folder)
     for name, text in files.items():
         write_atomically(folder / name, text)
@@ -137,6 +142,7 @@ def _request_rows(results: Results) -> Iterator[list[Any]]:
                 [Outcome(outcome).name.lower() for outcome in log.outcome],
                 (log.arrival_s >= run.warmup_s).astype(int).tolist(),
                 [run.class_names[i] for i in log.user_class.tolist()] if run.class_names else [""] * len(log),
+                [""] * len(log) if run.server is None else [run.server.models[i].name for i in log.model.tolist()],
             )
             for request, row in enumerate(zip(*columns, strict=True)):
                 yield [name, repeat, request, *row]
@@ -150,6 +156,16 @@ def _timeline_rows(results: Results) -> Iterator[list[Any]]:
             rows = np.column_stack((starts_s, seconds, means[:, RUNNING], means[:, WAITING], shares))
             for row in rows.tolist():
                 yield [name, repeat, *(format(value, ".9g") for value in row)]
+
+
+def _load_rows(results: Results) -> Iterator[list[Any]]:
+    """Yield what each load of a model took of the machine, and when."""
+    for name, result in results.by_allocator.items():
+        for repeat, run in enumerate(result.runs):
+            for load in () if run.server is None else run.server.loads:
+                model = run.server.models[load.model].name if run.server is not None else ""
+                times = ("" if time_s is None else f"{time_s:.6f}" for time_s in (load.start_s, load.ready_s, load.end_s))
+                yield [name, repeat, model, load.context, load.held_bytes, *times, load.why_ended]
 
 
 def _times(times_s: np.ndarray[Any, np.dtype[np.float64]]) -> list[str]:
