@@ -38,8 +38,8 @@ class StepObserver(Protocol):
 class LLMEngine:
     """Serves requests in continuous batches: chunked prefill, prefix caching, preemption by recompute.
 
-    Who computes what, and in which blocks, `Scheduler` over `PagedStepAllocator` decide: the code that the simulator runs. Given the
-    same arrivals by step, both come to the same batches and the same block tables. A model's windowed layers keep all tokens.
+    Who computes what, and in which blocks, `Scheduler` over `PagedStepAllocator` decide: the code that the simulator runs. Given
+    the same arrivals by step, both come to the same batches and block tables. A model's windowed layers keep all tokens.
 
     If a step is interrupted, or fails, the engine cannot go on: blocks may carry the keys of what was never computed.
     """
@@ -65,7 +65,7 @@ class LLMEngine:
         """Take the memory, and let `model` attend over it.
 
         Args:
-            model: A decoder-only model of transformers; its configuration says what layers cache, its weights which type, and where.
+            model: A decoder-only model of transformers; its configuration says what layers cache, its weights which type.
             num_blocks: Blocks of the pool, of which one is never used; or else `budget_bytes`.
             budget_bytes: Take as many blocks as fit into so many bytes.
             block_size: Tokens per block.

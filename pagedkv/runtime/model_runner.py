@@ -125,7 +125,7 @@ def check_packs(model: Any) -> None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ConfigError(f"{name}: the model takes no position_ids, so sequences cannot stand in one row: use PagedCache for it")
     rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *(part for part in rope.values() if isinstance(part, dict)))}
+    kinds = {str(each.get("rope_type")) for each in (rope, *(part for part in rope.values() if isinstance(part, dict)))}
     if strange := kinds.intersection(_BATCH_DEPENDENT_ROPE):
         raise ConfigError(
             f"{name}: rotary embeddings of type {', '.join(sorted(strange))} follow the longest sequence of a batch: a text would "

@@ -72,7 +72,7 @@ def _drawn(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     temperature = column([sampler.params.temperature for sampler in samplers])
     most = column([float(sampler.params.top_k or vocabulary) for sampler in samplers])
     enough = column([sampler.params.top_p for sampler in samplers])
-    ranked, order = (logits.double() / temperature).sort(-1, descending=True, stable=True)
+    ranked, order = (logits.double() / temperature).sort(dim=-1, descending=True, stable=True)
     ranked = ranked.masked_fill(torch.arange(vocabulary, device=logits.device) >= most, -torch.inf)
     shares = ranked.softmax(-1)
     before = shares.cumsum(-1) - shares
