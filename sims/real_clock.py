@@ -24,13 +24,13 @@ class RealClock:
         self._since_s = self._launched_s = now()
         self._idle = True
 
-    def arrival(self, request: int) -> None:
-        """Note that `request` joined the queue now."""
-        now_s = self._now()
+    def arrival(self, request: int, at_s: float | None = None) -> None:
+        """Note that `request` arrived now, or `at_s`, while a step ran that has ended since."""
+        at_s = self._now() if at_s is None else at_s
         if self._idle:
-            self.recorder.idle(self._since_s, now_s)
-        self._since_s, self._idle = now_s, False
-        self.recorder.arrival(request, now_s)
+            self.recorder.idle(self._since_s, at_s)
+        self._since_s, self._idle = max(self._since_s, at_s), False
+        self.recorder.arrival(request, at_s)
 
     def rejection(self, prompt_tokens: int, output_tokens: int) -> None:
         """Note that a request is refused now."""
