@@ -138,7 +138,8 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
             done += answer.finish_reason is not None
             progress("generate", 0, done / len(loaded.tokens))
 
-        warm_up(engine, lambda: _first_request(engine, asked.block_size), time.perf_counter)
+        filler = [0] * (2 * asked.block_size - 1)  # two blocks are filled, one of them by what is generated
+        warm_up(engine, lambda: engine.add_request(filler, max_tokens=3, salt="warm-up"), time.perf_counter)
         progress("generate", 0, 0.0)
         began_s = time.perf_counter()
         return serve_prompts(
@@ -150,12 +151,6 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
             told=told,
             stopped=stopped,
         )
-
-
-def _first_request(engine: Any, block_size: int) -> int | None:
-    """Ask for what uses all that is compiled: two blocks are filled, one of them by what is generated."""
-    request: int | None = engine.add_request([0] * (2 * block_size - 1), max_tokens=3, salt="warm-up")
-    return request
 
 
 def _served(loaded: _Loaded) -> "Served":
