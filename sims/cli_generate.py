@@ -127,7 +127,10 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
 
     def submit(number: int) -> int | None:
         params = SamplingParams(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, seed=asked.seed + number)
-        return engine.add_request(loaded.tokens[number], max_tokens=loaded.max_tokens[number], eos_token_id=ends, sampling=params)
+        request: int | None = engine.add_request(
+            loaded.tokens[number], max_tokens=loaded.max_tokens[number], eos_token_id=ends, sampling=params
+        )
+        return request
 
     with ProgressOnStderr(["generate"], repeats=1) as progress:
 
