@@ -53,7 +53,8 @@ def simulate(
 
     Args:
         json: Write the result document to this file; - prints it, and nothing else, to stdout.
-        out: Write config.toml, summary.json, requests.csv, timeline.csv and report.html to this folder.
+        out: Write to this folder: config.toml, summary.json, requests.csv, timeline.csv, report.html, metrics.prom (vLLM's metrics
+            for Prometheus) and trace.json (for Perfetto).
         report: Write report.html, one offline page with the pictures, to this file.
         config: Take settings from a config.toml, such as --out writes; flags override it, and its paths are relative to it.
     """

@@ -1,4 +1,4 @@
-"""The result folder: config.toml, summary.json, requests.csv, timeline.csv and report.html, each written whole or not at all."""
+"""The result folder: config.toml, summary.json and what shows it in other ways, each file written whole or not at all."""
 
 import csv
 import io
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from pagedkv.errors import ConfigError
+from pagedkv.sims.chrome_trace import trace_text
 from pagedkv.sims.config_file import file_text
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import Results
 from pagedkv.sims.simulation import Run
+from pagedkv.sims.vllm_metrics import metrics_text
 
 REQUEST_COLUMNS = [
     *("allocator", "repeat", "request", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens"),
@@ -67,6 +69,8 @@ def write(results: Results, folder: Path) -> None:
     files = {
         "config.toml": file_text(document["config"], folder),
         **run_files({name: result.runs for name, result in results.by_allocator.items()}),
+        "metrics.prom": metrics_text([results]),
+        "trace.json": trace_text([results]),
         "summary.json": to_json(document),
         "report.html": html(results),
     }

@@ -32,7 +32,7 @@ def fleet_record(recorders: Sequence[Recorder], *, warmup_s: float, end_s: float
         itl_bins=np.sum([recorder.arrays.itl_bins for recorder in recorders], axis=0),
         timeline=_timeline([recorder.timeline for recorder in recorders], end_s),
         times=no_times(0),  # the requests' times are in their log
-        gauges=np.zeros_like(recorders[0].arrays.gauges),
+        gauges=np.sum([recorder.arrays.gauges for recorder in recorders], axis=0),  # a process that has died holds nothing
         counters=counters,
         window_s=np.array([warmup_s, end_s]),
     )

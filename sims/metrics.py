@@ -14,6 +14,7 @@ from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.statistics import summarize, summarize_bins
+from pagedkv.sims.utilization import machine_shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +134,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "num_rejected": len(log.of(Outcome.REJECTED)),
         "num_failed": len(log.of(Outcome.FAILED)),
         "num_unfinished": int((~finished).sum()),
+        "error_rate": (len(log) - len(served)) / len(log) if len(log) else None,
         "num_preemptions": recorder.num_preemptions,
         **_prefix_figures(recorder),
         **_draft_figures(recorder),
@@ -142,6 +144,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "waiting_time_share": waiting_s / observed_s if observed_s else None,
         "kv": kv_shares(sums.gauges, observed_s, usable),
         "kv_when_waiting": kv_shares(sums.gauges_when_waiting, waiting_s, usable),
+        **machine_shares(sums),
         "ttft_s": summarize(latencies.ttft_s),
         "tpot_s": summarize(latencies.tpot_s[~np.isnan(latencies.tpot_s)]),
         "itl_s": summarize_bins(sums.itl_bins, total=float(sums.itl_sum_s[0]), smallest=ITL_SMALLEST_S, ratio=ITL_BIN_RATIO),

@@ -65,7 +65,7 @@ def missed_goal(scenario: Scenario, runs: Sequence[Run]) -> MissedGoal | None:
     if _preemption_explains(sets):
         return MissedGoal(goal=goal, cause="preemption", binding="kv_memory", prompts_alone_miss=alone)
     if cause == "decoding":
-        memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
+        memory_s, compute_s, *_ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
     else:
         cause = "prefill"
     return MissedGoal(goal=goal, cause=cause, binding=step_limit(memory_s, compute_s), prompts_alone_miss=alone)

@@ -160,6 +160,7 @@ class Recorder(RunRecord):
         """End at `now_s`, when the process dies: whoever has not got all tokens has failed, and waits for no more of them."""
         self._closed_s = now_s
         self._count_drafts()
+        self.arrays.gauges[:] = 0
         requests = self._scheduler.requests.arrays[: self._num_arrived]
         unfinished = requests["num_known_tokens"] < requests["prompt_tokens"] + requests["output_tokens"]
         self._failed = np.flatnonzero(unfinished).tolist()
@@ -178,7 +179,7 @@ class Recorder(RunRecord):
             & (requests["num_known_tokens"] < requests["prompt_tokens"] + requests["output_tokens"])[:size]
             & (self.arrays.times["arrival_s"][:size] >= self.warmup_s)
         ]
-        for request in generating:
+        for request in generating[~np.isin(generating, self._failed)]:  # who was given up waits no more
             gap_s = end_s - self.arrays.times["last_token_s"][request]
             self.arrays.itl_bins[gap_bin(gap_s)] += 1
             self.arrays.sums[ITL_SUM_S] += gap_s

@@ -1,8 +1,11 @@
 """Runs a scenario: one allocator at a time, every one of them with the same requests."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import simpy
 
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
@@ -27,6 +30,16 @@ Progress = Callable[[str, int, float], None]
 
 _SLICES = 50
 _EVENTS_BETWEEN_REPORTS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Somebody who looks at a run while it goes on."""
+
+    times_s: Sequence[float]
+    """When, ascending: events on the virtual clock, so that a load which ends runs at least until the last of them."""
+    see: Callable[[float, StepScheduler], None]
+    """Told the time, and shown the scheduler, a step of which may be in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +76,12 @@ def run(
     seed: int,
     progress: Callable[[float], None] | None = None,
     step_by_step: bool = False,
+    watch: Watch | None = None,
 ) -> Run:
     """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed.
 
-    Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same.
+    Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same. `watch` looks on, which changes
+    nothing; of several replicas it sees the first.
     """
     env = Clock(initial_time=0.0)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
@@ -80,8 +95,10 @@ def run(
         return ServingProcess(scheduler=scheduler, recorder=recorder, engine=engine)
 
     if scenario.replication.is_fleet:
-        return _run_fleet(scenario, env, start, end_s, seed, progress)
+        return _run_fleet(scenario, env, start, end_s, seed, progress, watch)
     process = start(end_s)
+    if watch is not None:
+        env.process(_looks(env, watch, lambda: process.scheduler))
     scenario.load.start(env, process.engine, seed=seed)
     _let_time_pass(scenario, env, process.recorder, end_s, progress)
     process.engine.close()
@@ -98,11 +115,19 @@ def run(
 
 
 def _run_fleet(
-    scenario: Scenario, env: Clock, start: StartProcess, end_s: float, seed: int, progress: Callable[[float], None] | None
+    scenario: Scenario,
+    env: Clock,
+    start: StartProcess,
+    end_s: float,
+    seed: int,
+    progress: Callable[[float], None] | None,
+    watch: Watch | None,
 ) -> Run:
     asked = scenario.replication
     routing = ROUTING.load(asked.routing)(asked.num_replicas)
     fleet = Fleet(env, start, routing, asked.faults, num_replicas=asked.num_replicas, end_s=end_s)
+    if watch is not None:
+        env.process(_looks(env, watch, lambda: fleet.replicas[0].now.scheduler))
     scenario.load.start(env, fleet, seed=seed)
     _let_time_pass(scenario, env, fleet, end_s, progress)
     fleet.close()
@@ -116,6 +141,12 @@ def _run_fleet(
         replicas=tuple(fleet.replicas),
         class_names=class_names(scenario.load),
     )
+
+
+def _looks(env: Clock, watch: Watch, scheduler: Callable[[], StepScheduler]) -> Generator[simpy.Event, Any, None]:
+    for at_s in watch.times_s:
+        yield env.timeout(at_s - env.now)
+        watch.see(env.now, scheduler())
 
 
 def _engine(

@@ -32,6 +32,10 @@ class StepCost(NamedTuple):
     """Bound by arithmetic."""
     overhead_s: float
     """Launches and host work."""
+    traffic_s: float = 0.0
+    """What it moves to and from memory, whatever binds it, in seconds at the datasheet's bandwidth; not a part of the step."""
+    arithmetic_s: float = 0.0
+    """Its operations, whatever binds it, in seconds at the datasheet's rate; not a part of the step."""
 
     @property
     def total_s(self) -> float:
@@ -78,6 +82,14 @@ class RooflineCoefficients(NamedTuple):
     """Host work per sequence of a step."""
     most_drafts: int
     """Drafts that a step verifies for a sequence at most: the output head is applied to these too."""
+    weights_reach: float
+    """Bandwidth that reading weights reaches, as a share of the datasheet's."""
+    kv_reach: float
+    """The same for reading KV."""
+    linear_reach: float
+    """Rate that matrix products reach, as a share of the datasheet's."""
+    attention_reach: float
+    """The same for attention."""
 
 
 class StepCoefficients(NamedTuple):
@@ -91,8 +103,8 @@ class StepCoefficients(NamedTuple):
 
 
 @lean_jit
-def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
-    """Return seconds bound by memory and by arithmetic, and of overhead, for a step. O(entries × layer groups)."""
+def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
+    """Return the fields of `StepCost` for a step. O(entries × layer groups)."""
     num_tokens, num_sampled = 0, num_entries
     kv_s = attention_s = 0.0
     for i in range(num_entries):
@@ -113,13 +125,15 @@ def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tu
     linear_s = c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_sampled
     memory_s = (weights_s if weights_s >= linear_s else 0.0) + (kv_s if kv_s >= attention_s else 0.0)
     compute_s = (linear_s if linear_s > weights_s else 0.0) + (attention_s if attention_s > kv_s else 0.0)
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries
+    traffic_s = weights_s * c.weights_reach + kv_s * c.kv_reach
+    arithmetic_s = linear_s * c.linear_reach + attention_s * c.attention_reach
+    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries, traffic_s, arithmetic_s
 
 
 @lean_jit
-def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
     """Return what a step costs together with the drafts for the next one. O(entries × layer groups)."""
-    memory_s, compute_s, overhead_s = step_cost(c.model, batch, num_entries)
+    memory_s, compute_s, overhead_s, traffic_s, arithmetic_s = step_cost(c.model, batch, num_entries)
     if c.num_draft_passes > 0:
         first = step_cost(c.draft, batch, num_entries)
         further = _decoding_cost(c.draft, batch, num_entries)
@@ -127,11 +141,13 @@ def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> 
         memory_s += first[0] + passes * further[0]
         compute_s += first[1] + passes * further[1]
         overhead_s += first[2] + passes * further[2]
-    return memory_s, compute_s, overhead_s
+        traffic_s += first[3] + passes * further[3]
+        arithmetic_s += first[4] + passes * further[4]
+    return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
 
 
 @lean_jit
-def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
     """Return what one token more of each entry that decodes costs, as `step_cost`; a context a few tokens longer is left out."""
     decoding = 0
     kv_s = attention_s = 0.0
@@ -143,13 +159,15 @@ def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) 
                 kv_s += c.kv_s_per_token[g] * min(context, c.windows[g])
                 attention_s += c.attention_s_per_pair[g] * min(context, c.windows[g])
     if decoding == 0:
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0, 0.0, 0.0
     kv_s += c.state_s_per_sequence * decoding
     weights_s = c.dense_weight_s + c.expert_weight_s * (1.0 - (1.0 - c.expert_share) ** decoding)
     linear_s = (c.linear_s_per_token + c.head_s_per_sequence) * decoding
     memory_s = (weights_s if weights_s >= linear_s else 0.0) + (kv_s if kv_s >= attention_s else 0.0)
     compute_s = (linear_s if linear_s > weights_s else 0.0) + (attention_s if attention_s > kv_s else 0.0)
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * decoding
+    traffic_s = weights_s * c.weights_reach + kv_s * c.kv_reach
+    arithmetic_s = linear_s * c.linear_reach + attention_s * c.attention_reach
+    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * decoding, traffic_s, arithmetic_s
 
 
 def _most_tokens_read(group: LayerGroup) -> int:
@@ -179,6 +197,10 @@ def _coefficients(
         step_overhead_s=0.0,
         sequence_overhead_s=0.0,
         most_drafts=0,
+        weights_reach=hardware.read_bandwidth_bytes_per_s / hardware.memory_bandwidth.value,
+        kv_reach=hardware.kv_read_bandwidth_bytes_per_s / hardware.memory_bandwidth.value,
+        linear_reach=hardware.effective_flops(weight_format) / hardware.peak_flops(weight_format),
+        attention_reach=hardware.effective_flops(None) / hardware.peak_flops(None),
     )
 
 
@@ -241,11 +263,10 @@ class RooflineStepTime:
         """Return what the prompt of a request that has the machine to itself costs, but for what is cached, summed over chunks."""
         batch = empty_batch(1)
         batch["num_known_tokens"][0] = prompt_tokens
-        memory_s, compute_s, overhead_s, computed = 0.0, 0.0, 0.0, num_cached_tokens
+        total, computed = StepCost(0.0, 0.0, 0.0), num_cached_tokens
         while computed < prompt_tokens:
             chunk = min(max_num_batched_tokens, prompt_tokens - computed)
             computed += chunk
             batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = chunk, computed
-            cost = self.cost(batch, 1)
-            memory_s, compute_s, overhead_s = memory_s + cost.memory_s, compute_s + cost.compute_s, overhead_s + cost.overhead_s
-        return StepCost(memory_s, compute_s, overhead_s)
+            total = total_cost((total, self.cost(batch, 1)))
+        return total

@@ -217,7 +217,7 @@ def _binding(
     max_num_seqs = scenario.deployment.scheduler.max_num_seqs * scenario.replication.num_replicas
     if figures["running_max"] > (1 - NEARLY_FULL) * max_num_seqs:
         return "max_num_seqs"
-    memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
+    memory_s, compute_s, *_ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
     return step_limit(memory_s, compute_s)
 
 
