@@ -17,6 +17,7 @@ from cyclopts.config import Dict
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.cli_engines import compare_engines
+from pagedkv.sims.cli_generate import generate
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -30,7 +31,7 @@ app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | fuzz | bench-kernels",
+    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | generate | fuzz | bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,
@@ -160,6 +161,9 @@ def bench_kernels(
         write_json(result, json)
     if not all(row.get("correct", True) for row in result["rows"]):
         sys.exit(1)
+
+
+tools.command(generate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pagedkv.sims.config_file import file_text
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import Results, rerun_settings
+from pagedkv.sims.simulation import Run
 from pagedkv.sims.vllm_metrics import metrics_text
 
 REQUEST_COLUMNS = [
@@ -70,8 +71,7 @@ def write(results: Results, folder: Path) -> None:
     document = results.document()
     files = {
         "config.toml": file_text(rerun_settings(results.scenario), folder),
-        "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(results)),
-        "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(results)),
+        **run_files({name: result.runs for name, result in results.by_allocator.items()}),
         "metrics.prom": metrics_text([results]),
         "trace.json": trace_text([results]),
         "summary.json": to_json(document),
@@ -82,6 +82,14 @@ def write(results: Results, folder: Path) -> None:
     prepare_folder(folder)
     for name, text in files.items():
         write_atomically(folder / name, text)
+
+
+def run_files(runs: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Return requests.csv and timeline.csv by name, of the runs of each allocator."""
+    return {
+        "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(runs)),
+        "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(runs)),
+    }
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -125,9 +133,9 @@ def _csv(header: list[str], rows: Iterator[list[Any]]) -> str:
     return text.getvalue()
 
 
-def _request_rows(results: Results) -> Iterator[list[Any]]:
-    for name, result in results.by_allocator.items():
-        for repeat, run in enumerate(result.runs):
+def _request_rows(runs: Mapping[str, Sequence[Run]]) -> Iterator[list[Any]]:
+    for name, repeats in runs.items():
+        for repeat, run in enumerate(repeats):
             log = run.log
             columns = (
                 _times(log.arrival_s),
@@ -148,9 +156,9 @@ def _request_rows(results: Results) -> Iterator[list[Any]]:
                 yield [name, repeat, request, *row]
 
 
-def _timeline_rows(results: Results) -> Iterator[list[Any]]:
-    for name, result in results.by_allocator.items():
-        for repeat, run in enumerate(result.runs):
+def _timeline_rows(runs: Mapping[str, Sequence[Run]]) -> Iterator[list[Any]]:
+    for name, repeats in runs.items():
+        for repeat, run in enumerate(repeats):
             starts_s, seconds, means = run.recorder.timeline.means()
             shares = means[:, : len(KV_KINDS)] / run.allocator.usable_slots
             rows = np.column_stack((starts_s, seconds, means[:, RUNNING], means[:, WAITING], shares))
