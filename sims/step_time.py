@@ -76,6 +76,8 @@ class RooflineCoefficients(NamedTuple):
     """Launching a step: host work and kernel launches."""
     sequence_overhead_s: float
     """Host work per sequence of a step."""
+    overlap: float
+    """How sharply the longer of reading and arithmetic hides the other: the p of `overlapped`."""
     most_drafts: int
     """Drafts that a step verifies for a sequence at most: the output head is applied to these too."""
 
@@ -90,9 +92,24 @@ class StepCoefficients(NamedTuple):
     """Passes of it after each step: the first over the step's own tokens, those behind it over one token of each that decodes."""
 
 
+class StepParts(NamedTuple):
+    """What a step does, part by part, in seconds: with coefficients of one byte and one operation a second, in bytes and operations."""
+
+    weights: float
+    """Reading weights."""
+    linear: float
+    """Multiplying with them."""
+    kv: float
+    """Reading and writing keys and values."""
+    attention: float
+    """Queries against keys, and weighted values."""
+    state: float
+    """Reading and writing states of fixed size."""
+
+
 @lean_jit
-def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
-    """Return seconds bound by memory and by arithmetic, and of overhead, for a step. O(entries × layer groups)."""
+def step_parts(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> StepParts:
+    """Return the parts of a step, before they overlap. O(entries × layer groups)."""
     num_tokens, num_sampled = 0, num_entries
     kv_s = attention_s = 0.0
     for i in range(num_entries):
@@ -107,13 +124,41 @@ def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tu
             pairs = growing * before + growing * (growing + 1) / 2.0 + (new - growing) * float(min(window, context))
             kv_s += c.kv_s_per_token[g] * (min(before, window) + 2.0 * new)  # keys before are read; new ones written, then read
             attention_s += c.attention_s_per_pair[g] * pairs
-    kv_s += c.state_s_per_sequence * num_entries
     touched = 1.0 - (1.0 - c.expert_share) ** num_tokens
-    weights_s = c.dense_weight_s + c.expert_weight_s * touched
-    linear_s = c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_sampled
-    memory_s = (weights_s if weights_s >= linear_s else 0.0) + (kv_s if kv_s >= attention_s else 0.0)
-    compute_s = (linear_s if linear_s > weights_s else 0.0) + (attention_s if attention_s > kv_s else 0.0)
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries
+    return StepParts(
+        c.dense_weight_s + c.expert_weight_s * touched,
+        c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_sampled,
+        kv_s,
+        attention_s,
+        c.state_s_per_sequence * num_entries,
+    )
+
+
+@lean_jit
+def overlapped(memory_s: float, compute_s: float, sharpness: float) -> float:
+    """Return how long reading and arithmetic take together: (m^p + c^p)^(1/p), from their sum (p = 1) to the longer one (p infinite)."""
+    longer, shorter = max(memory_s, compute_s), min(memory_s, compute_s)
+    if shorter == 0.0 or sharpness == np.inf:
+        return longer
+    if sharpness == 1.0:
+        return longer + shorter
+    return longer * (1.0 + (shorter / longer) ** sharpness) ** (1.0 / sharpness)
+
+
+@lean_jit
+def _priced(c: RooflineCoefficients, parts: StepParts, num_entries: int) -> tuple[float, float, float]:
+    """Return seconds bound by memory and by arithmetic, and of overhead: each half counts as what takes longer in it."""
+    linear_s = overlapped(parts.weights, parts.linear, c.overlap)
+    attention_s = overlapped(parts.kv, parts.attention, c.overlap)
+    memory_s = (linear_s if parts.weights >= parts.linear else 0.0) + (attention_s if parts.kv >= parts.attention else 0.0)
+    compute_s = (linear_s if parts.linear > parts.weights else 0.0) + (attention_s if parts.attention > parts.kv else 0.0)
+    return memory_s + parts.state, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries
+
+
+@lean_jit
+def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+    """Return seconds bound by memory and by arithmetic, and of overhead, for a step. O(entries × layer groups)."""
+    return _priced(c, step_parts(c, batch, num_entries), num_entries)
 
 
 @lean_jit
@@ -144,12 +189,14 @@ def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) 
                 attention_s += c.attention_s_per_pair[g] * min(context, c.windows[g])
     if decoding == 0:
         return 0.0, 0.0, 0.0
-    kv_s += c.state_s_per_sequence * decoding
-    weights_s = c.dense_weight_s + c.expert_weight_s * (1.0 - (1.0 - c.expert_share) ** decoding)
-    linear_s = (c.linear_s_per_token + c.head_s_per_sequence) * decoding
-    memory_s = (weights_s if weights_s >= linear_s else 0.0) + (kv_s if kv_s >= attention_s else 0.0)
-    compute_s = (linear_s if linear_s > weights_s else 0.0) + (attention_s if attention_s > kv_s else 0.0)
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * decoding
+    parts = StepParts(
+        c.dense_weight_s + c.expert_weight_s * (1.0 - (1.0 - c.expert_share) ** decoding),
+        (c.linear_s_per_token + c.head_s_per_sequence) * decoding,
+        kv_s,
+        attention_s,
+        c.state_s_per_sequence * decoding,
+    )
+    return _priced(c, parts, decoding)
 
 
 def _most_tokens_read(group: LayerGroup) -> int:
@@ -178,6 +225,7 @@ def _coefficients(
         attention_s_per_pair=np.array(model.group_attention_flops_per_pair) * attention_flop_s,
         step_overhead_s=0.0,
         sequence_overhead_s=0.0,
+        overlap=np.inf,
         most_drafts=0,
     )
 
