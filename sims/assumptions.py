@@ -13,7 +13,7 @@ from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.deployment import PAGE_BYTES
 from pagedkv.sims.routing.prefix_affine import BALANCE_ABS_THRESHOLD, BALANCE_REL_THRESHOLD
 from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
-from pagedkv.sims.step_time import EAGER_S_PER_LAYER
+from pagedkv.sims.step_constants import EAGER_S_PER_LAYER
 from pagedkv.sims.verdict import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
 from pagedkv.weight_format import WEIGHT_FORMATS
 

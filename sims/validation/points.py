@@ -6,7 +6,7 @@ from typing import Literal
 
 from pagedkv.step_batch import StepBatch, empty_batch
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
-from pagedkv.sims.validation.row_models import Exclusion, RowModel, excluded, model_of
+from pagedkv.sims.validation.row_models import Exclusion, RowModel, excluded, kv_cache_dtype_of, model_of, version_of
 
 Kind = Literal["prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode")
@@ -43,6 +43,10 @@ class Point:
     kind: Kind
     engine: str
     """The engine's name here."""
+    version: str
+    """Which of its builds, empty for current ones."""
+    kv_cache_dtype: str
+    """Type of its KV cache."""
     subject: RowModel
     """What ran."""
     measured_tok_s: float
@@ -95,6 +99,8 @@ def _point(row: BenchmarkRow, kind: Kind, rate: float) -> Point | Exclusion:
         row=row,
         kind=kind,
         engine=engine,
+        version=version_of(row, engine),
+        kv_cache_dtype=kv_cache_dtype_of(row),
         subject=subject,
         measured_tok_s=rate,
         tokens=row.batch * (prompt if kind == "prefill" else 1),

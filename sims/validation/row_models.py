@@ -84,6 +84,19 @@ def model_of(row: BenchmarkRow, engine: str) -> RowModel | Exclusion:
     return RowModel(model=model, weight_format=fmt, source=(entry or {}).get("source", "by name"))
 
 
+def version_of(row: BenchmarkRow, engine: str) -> str:
+    """Return which builds of the engine a row is of, empty for the current ones: older kernels have constants of their own."""
+    for entry in _table()["version"]:
+        if entry["engine"] == engine and row.source in entry["sources"]:
+            return str(entry["name"])
+    return ""
+
+
+def kv_cache_dtype_of(row: BenchmarkRow) -> str:
+    """Return the type of a row's KV cache: auto, the model's own, where nobody says anything else."""
+    return next((str(entry["dtype"]) for entry in _table()["kv_cache_dtype"] if entry["engine"] == row.engine), "auto")
+
+
 @cache
 def _entries() -> Mapping[str, Mapping[str, Any]]:
     return {name: entry for entry in _table()["model"] for name in entry["names"]}
