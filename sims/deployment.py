@@ -14,6 +14,7 @@ from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims.calibration import Calibration, calibration_for
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.drafting import Drafting, drafting_of
 from pagedkv.sims.engine_flags import refuse_flags_of_others
@@ -41,6 +42,8 @@ class Deployment:
     scheduler: SchedulerSettings
     pool: KVPoolSettings
     step_time: RooflineStepTime
+    calibration: Calibration
+    """What its constants rest on, and how far they may be off."""
 
     def scheduler_over(self, allocator: str) -> StepScheduler:
         """Return a scheduler with nobody in it, over `allocator`."""
@@ -101,6 +104,9 @@ def deploy(serving: ServingConfig) -> Deployment:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
     }
     utilization = serving.gpu_memory_utilization
+    calibration = calibration_for(
+        hardware, engine.name, weight_format, serving.kv_cache_dtype, model=model, clock=serving.clock_derate or 1.0
+    )
     return Deployment(
         config=replace(
             serving,
@@ -141,7 +147,9 @@ def deploy(serving: ServingConfig) -> Deployment:
             kv_spec=kv_spec,
             enforce_eager=engine.runs_eagerly(serving),
             drafting=drafting,
+            constants=calibration.constants,
         ),
+        calibration=calibration,
     )
 
 

@@ -26,6 +26,8 @@ class StepConstants:
     """Host and launch time of a step."""
     layer_overhead_s: float = 0.0
     """What a step takes for each layer besides."""
+    batched_layer_overhead_s: float = 0.0
+    """What a step of more than one token takes for each layer besides: llama.cpp replays CUDA graphs for single tokens only."""
     sequence_overhead_s: float
     """Host time for each sequence of a step."""
     state_bytes_per_s: float

@@ -40,6 +40,8 @@ class RooflineCoefficients(NamedTuple):
     """By layer group: one query against one key in all its layers."""
     step_overhead_s: float
     """Launching a step: host work and kernel launches, those per layer included."""
+    batched_overhead_s: float
+    """The same besides, for a step of more than one token."""
     sequence_overhead_s: float
     """Host work per sequence of a step."""
     overlap: float
@@ -133,7 +135,8 @@ def step_parts(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> S
 def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
     """Return seconds bound by memory and by arithmetic, and of overhead, for a step. O(entries × layer groups)."""
     memory_s, compute_s = priced(step_parts(c, batch, num_entries), c.overlap)
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries
+    batched = num_entries > 1 or batch["num_scheduled_tokens"][0] > 1
+    return memory_s, compute_s, c.step_overhead_s + c.batched_overhead_s * batched + c.sequence_overhead_s * num_entries
 
 
 @lean_jit
@@ -172,4 +175,4 @@ def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) 
         c.state_s + c.further_state_s * (decoding - 1) + c.state_s_per_token * decoding,
     )
     memory_s, compute_s = priced(parts, c.overlap)
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * decoding
+    return memory_s, compute_s, c.step_overhead_s + c.batched_overhead_s * (decoding > 1) + c.sequence_overhead_s * decoding

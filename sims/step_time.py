@@ -72,6 +72,7 @@ def coefficients(
         state_s_per_token=state_bytes / constants.state_scan_bytes_per_s,
         attention_s_per_pair=np.array(model.group_attention_flops_per_pair) / constants.attention_flops,
         step_overhead_s=0.0,
+        batched_overhead_s=constants.batched_layer_overhead_s * model.num_layers,
         sequence_overhead_s=0.0,
         overlap=constants.overlap,
         most_drafts=0,

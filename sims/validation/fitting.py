@@ -1,7 +1,7 @@
 """Fits the constants of a step to published figures: an engine's own, and those of each weight type around the engine's mean."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -22,7 +22,7 @@ _EXPECTED_ERROR = {"decode": 0.05, "prefill": 0.10}
 """What a good model misses by: figures count in units of it."""
 _SOFT_FROM = 3.0
 """Units beyond which a figure counts linearly."""
-_STARTS = {"overlap": 4.0, "routing_exponent": 0.7, "layer_overhead_s": 10e-6, "state_scan_bytes_per_s": 1e12}
+_STARTS = {"overlap": 4.0, "routing_exponent": 0.7, "layer_overhead_s": 10e-6, "batched_layer_overhead_s": 60e-6, "state_scan_bytes_per_s": 1e12}
 """Where to begin with constants for which the catalogue has none that a logarithm could move."""
 
 
@@ -47,6 +47,7 @@ PLANS = (
             "attention_flops",
             "step_overhead_s",
             "layer_overhead_s",
+            "batched_layer_overhead_s",
             "sequence_overhead_s",
             "state_bytes_per_s",
             "further_state_bytes_per_s",
@@ -89,6 +90,10 @@ class Fit:
     def num_constants(self) -> int:
         """Constants that the rows decide: a weight type's own, and not the mean besides."""
         return len(self.names) - len(self.plan.by_format)
+
+    def unfitted(self) -> "Fit":
+        """Return the prior: what is assumed without any row."""
+        return replace(self, x=np.zeros_like(self.x))
 
     def spreads(self) -> Float64Array:
         """Return the prior's standard deviation of each parameter."""

@@ -59,7 +59,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
+class NotCompared:
     """One figure of a row that is not compared, and why."""
 
     row: BenchmarkRow
@@ -67,10 +67,10 @@ class LeftOut:
     reason: str
 
 
-def points_of(rows: list[BenchmarkRow]) -> tuple[list[Point], list[LeftOut]]:
+def points_of(rows: list[BenchmarkRow]) -> tuple[list[Point], list[NotCompared]]:
     """Return every figure of `rows` that can be compared, and those that cannot."""
     points: list[Point] = []
-    left_out: list[LeftOut] = []
+    left_out: list[NotCompared] = []
     for row in rows:
         for kind in KINDS:
             if (rate := row.prefill_tok_s if kind == "prefill" else row.decode_tok_s) is None:
@@ -79,7 +79,7 @@ def points_of(rows: list[BenchmarkRow]) -> tuple[list[Point], list[LeftOut]]:
             if isinstance(found, Point):
                 points.append(found)
             else:
-                left_out.append(LeftOut(row=row, kind=kind, reason=found.reason))
+                left_out.append(NotCompared(row=row, kind=kind, reason=found.reason))
     return points, left_out
 
 

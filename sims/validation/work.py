@@ -85,7 +85,7 @@ def as_row(constants: StepConstants) -> Float64Array:
     return np.array([getattr(constants, name) for name in CONSTANTS], np.float64)
 
 
-_READ, _FLOPS, _KV_READ, _ATTENTION_FLOPS, _STEP_S, _LAYER_S, _SEQUENCE_S, _STATE_READ, _FURTHER, _SCAN, _OVERLAP, _ROUTING = range(
+_READ, _FLOPS, _KV_READ, _ATTENTION_FLOPS, _STEP_S, _LAYER_S, _BATCHED_S, _SEQUENCE_S, _STATE_READ, _FURTHER, _SCAN, _OVERLAP, _ROUTING = range(
     len(CONSTANTS)
 )
 
@@ -103,5 +103,6 @@ def _add_seconds(
             weights / c[_READ], q[i, _LINEAR] / c[_FLOPS], q[i, _KV] / c[_KV_READ], q[i, _ATTENTION] / c[_ATTENTION_FLOPS], state_s
         )
         memory_s, compute_s = priced(parts, c[_OVERLAP])
-        overhead_s = c[_STEP_S] + c[_LAYER_S] * q[i, _LAYERS] + c[_SEQUENCE_S] * n
+        layer_s = c[_LAYER_S] + (c[_BATCHED_S] if q[i, _TOKENS] > 1.0 else 0.0)
+        overhead_s = c[_STEP_S] + layer_s * q[i, _LAYERS] + c[_SEQUENCE_S] * n
         total[point[i]] += counts[i] * (memory_s + compute_s + overhead_s)
