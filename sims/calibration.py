@@ -65,6 +65,7 @@ def calibration_for(
     *,
     model: ModelSpec,
     clock: float = 1.0,
+    build: str = "",
 ) -> Calibration:
     """Return what applies: the group of this very kind, else the nearest, else the machine's own figures, with wider spreads.
 
@@ -75,6 +76,7 @@ def calibration_for(
         kv_cache_dtype: How the cache is stored.
         model: What runs: models with states are known less well.
         clock: The share of its compute clock at which the machine runs.
+        build: Older builds of the engine, by the name that the constants' file has for them; empty: current ones.
     """
     state = "state_" if model.kv_spec("auto").state_bytes_per_sequence else ""
     prior = catalogue_constants(hardware, weight_format)
@@ -86,6 +88,7 @@ def calibration_for(
         why = list(_doubts(group, weights, engine, weight_format, kv_cache_dtype, other_engine=other_engine))
         wide = group["widened"] if why else 1.0
         values = {**group["constants"], **{name: its[name] for name in ("weight_read_bytes_per_s", "linear_flops")}}
+        values |= {name: values[name] * factor for name, factor in group.get("versions", {}).get(build, {}).items()}
         values |= {name: values[name] * clock for name in ("linear_flops", "attention_flops") if name in values}
         return Calibration(
             constants=replace(prior, **values),

@@ -14,7 +14,7 @@ import numpy as np
 from pagedkv.catalogue import load_hardware
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.calibration import FILE
-from pagedkv.sims.step_constants import catalogue_constants
+from pagedkv.sims.step_constants import StepConstants, catalogue_constants
 from pagedkv.sims.validation.benchmark_rows import read_rows
 from pagedkv.sims.validation.fitting import PLANS, Fit, Plan, fit
 from pagedkv.sims.validation.left_out import WIDENED, Spreads, Trial, trials
@@ -77,7 +77,6 @@ def document(fitted: Sequence[Fitted], catalogue: dict[str, float], hardware: Ha
 
 def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) -> Iterator[str]:
     engine, points = each.plan.engine, each.points
-    current = [point for point in points if not point.version]
     rows = {point.row.line for point in points}
     models = {fmt: {p.subject.model.name for p in points if p.subject.weight_format.name == fmt} for fmt in each.fit.formats}
     yield ""
@@ -98,10 +97,15 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
             "widened": WIDENED,
         }
     )
-    base = each.fit.constants(catalogue_constants(hardware, WEIGHT_FORMATS["bf16"]), "")
+    prior = catalogue_constants(hardware, WEIGHT_FORMATS["bf16"])
+    base = each.fit.constants(prior, "")
     shared = [name for name in CONSTANTS if name not in each.plan.by_format]
     yield "[group.constants]"
     yield from _lines({name: getattr(base, name) for name in shared})
+    for version in each.fit.versions:
+        its = each.fit.constants(prior, "", version)
+        yield f'[group.versions."{version}"]'
+        yield from _lines({name: _factor(its, base, name) for name in each.plan.by_version})
     yield "[group.spread]"
     yield from _lines(
         {
@@ -114,14 +118,18 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
     if any_weights:
         yield from _lines({name: getattr(base, name) for name in each.plan.by_format})
     for fmt in each.fit.formats:
-        its = each.fit.constants(base, fmt)
-        errors = {f"{kind}_error": _mean_error(each, current, kind, fmt) for kind in KINDS}
+        its = each.fit.constants(prior, fmt)
+        errors = {f"{kind}_error": _mean_error(each, kind, fmt) for kind in KINDS}
         yield f'[group.weights."{fmt}"]'
         counted = {"num_models": len(models[fmt]), "num_figures": sum(p.subject.weight_format.name == fmt for p in points)}
         yield from _lines({name: getattr(its, name) for name in each.plan.by_format} | counted | errors)
 
 
-def _mean_error(each: Fitted, current: Sequence[Point], kind: str, fmt: str) -> float:
+def _factor(its: StepConstants, base: StepConstants, name: str) -> float:
+    return float(getattr(its, name) / getattr(base, name))
+
+
+def _mean_error(each: Fitted, kind: str, fmt: str) -> float:
     """Return the mean relative error of the fit for one weight type; not a number where it has no such figures."""
     chosen = np.array([i for i, p in enumerate(each.points) if p.kind == kind and p.subject.weight_format.name == fmt], np.int64)
     if chosen.size == 0:

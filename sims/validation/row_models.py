@@ -84,6 +84,16 @@ def model_of(row: BenchmarkRow, engine: str) -> RowModel | Exclusion:
     return RowModel(model=model, weight_format=fmt, source=(entry or {}).get("source", "by name"))
 
 
+def reason_for(row: BenchmarkRow, kind: str) -> str:
+    """Return why a figure of this row may be far off; empty: no reason is known."""
+    for entry in _table()["reason"]:
+        for figure in entry["figures"]:
+            mine = {"source": row.source, "engine": row.engine, "depth": row.context_depth, "kind": kind}
+            if all(mine[key] == value for key, value in figure.items()):
+                return str(entry["reason"])
+    return ""
+
+
 def version_of(row: BenchmarkRow, engine: str) -> str:
     """Return which builds of the engine a row is of, empty for the current ones: older kernels have constants of their own."""
     for entry in _table()["version"]:
