@@ -14,6 +14,7 @@ from pagedkv.sims.comparison import AT_LEAST, Row, advantages, comparison, prefi
 from pagedkv.sims.console_classes import class_tables
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
+from pagedkv.sims.error_interval import calibration_lines
 from pagedkv.sims.results import Results
 from pagedkv.units import gib
 
@@ -29,6 +30,7 @@ def show(results: Results, console: Console) -> None:
         *_contiguous_max_holds(results),
         _comparison(results, console.width),
         *class_tables(results.document()),
+        _calibration(results),
         _verdict(results),
     ):
         console.print(part)
@@ -153,6 +155,13 @@ def _groups(widths: list[int], room: int) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def _calibration(results: Results) -> RenderableType:
+    """Say how far the constants of step times may be off."""
+    first, *rest = calibration_lines(results.document())
+    style = "dim" if results.scenario.deployment.calibration.status == "validated" else "yellow"
+    return Group(Text(first, style), *(Padding(Text(line), (0, 0, 0, 2)) for line in rest))
 
 
 def _verdict(results: Results) -> RenderableType:

@@ -3,12 +3,11 @@
 from rich.console import Console
 from rich.text import Text
 
-from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.validation.checks import Section, Table
 from pagedkv.sims.validation.run import Validation
 
-_WIDE = 240
-"""Columns of a table: rows are read as lines, and cut ones would hide what they are about."""
+_WORDS = 4
+"""Columns that are words, and so to the left."""
 _STYLES = {"holds": "green", "fails": "red", "no bar": "dim"}
 
 
@@ -35,7 +34,10 @@ def _show(section: Section, console: Console, *, rows: bool) -> None:
         values = " against ".join(value for value in (check.simulated, check.measured) if value)
         bar = f", {check.bar}" if check.bar else ""
         why = f" ({check.why})" if check.why else ""
-        console.print(Text.assemble("  ", (f"{check.outcome:6}", _STYLES[check.outcome]), f"  {check.what}: {values}{bar}{why}"), soft_wrap=True)
+        console.print(
+            Text.assemble("  ", (f"{check.outcome:6}", _STYLES[check.outcome]), f"  {check.what}: {values}{bar}{why}"),
+            soft_wrap=True,
+        )
     for note in section.notes:
         console.print(Text(f"  {note}"), soft_wrap=True)
     for table in section.tables:
@@ -46,8 +48,13 @@ def _show(section: Section, console: Console, *, rows: bool) -> None:
 
 
 def _print(table: Table, console: Console) -> None:
-    console.print(Text(table.title, "bold"))
-    shown = plain_table(*table.header, left=(0, 1, 2))
-    for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    console.print(shown, soft_wrap=True, crop=False, width=_WIDE)
+    """Print a table as wide as it is: rows are read as lines, and cut cells would hide what they are about."""
+    console.print(Text(table.title, "bold"), soft_wrap=True)
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
+    for n, line in enumerate(lines):
+        text = "  ".join(
+            cell.ljust(width) if i < _WORDS or i == len(widths) - 1 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        console.print(Text(text.rstrip(), "bold" if n == 0 else ""), soft_wrap=True)

@@ -1,6 +1,7 @@
 """Fits the constants of step times to published rows and writes step_constants.toml.
 
-`python -m pagedkv.sims.fit_step_time ../shared/data 2026-11-29` reads dgx_spark_benchmarks.csv of that folder; the date is written down.
+`python -m pagedkv.sims.fit_step_time ../shared/data 2026-11-29` reads dgx_spark_benchmarks.csv and
+vllm_rtx4090_llama31_8b of that folder; the date is written down.
 """
 
 import sys
@@ -16,14 +17,17 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.calibration import FILE
 from pagedkv.sims.step_constants import StepConstants, catalogue_constants
 from pagedkv.sims.validation.benchmark_rows import read_rows
-from pagedkv.sims.validation.fitting import PLANS, Fit, Plan, fit
+from pagedkv.sims.validation.fitting import OFFSET_SPREAD, PLANS, Fit, Plan, fit
 from pagedkv.sims.validation.left_out import WIDENED, Spreads, Trial, trials
+from pagedkv.sims.validation.log_replay import FIT_S, FREE, fit_to_beginning, machine_of, scenario_of
 from pagedkv.sims.validation.points import KINDS, Point, points_of
+from pagedkv.sims.validation.vllm_log import read_log
 from pagedkv.sims.validation.work import CONSTANTS, Work, as_row
 from pagedkv.weight_format import WEIGHT_FORMATS
 
 MACHINE = "dgx-spark"
 ROWS = "dgx_spark_benchmarks.csv"
+LOG = "vllm_rtx4090_llama31_8b"
 MORE_ROWS_THAN_CONSTANTS = 3
 """A group with fewer rows than constants and this is not validated."""
 _CATALOGUE_COVERED = 0.90
@@ -63,16 +67,21 @@ def catalogue_spread(points: Sequence[Point], hardware: HardwareSpec) -> dict[st
     return {kind: float(np.quantile(off[kinds == kind], _CATALOGUE_COVERED, method="higher")) for kind in KINDS}
 
 
-def document(fitted: Sequence[Fitted], catalogue: dict[str, float], hardware: HardwareSpec, date: str) -> Iterator[str]:
+def document(
+    fitted: Sequence[Fitted], catalogue: dict[str, float], hardware: HardwareSpec, date: str, log: Path | None = None
+) -> Iterator[str]:
     """Yield the lines of step_constants.toml."""
     spreads = Spreads([trial for each in fitted for trial in each.tried])
-    yield "# Constants of a step's duration by machine, engine and weight type. Written by python -m pagedkv.sims.fit_step_time; do not edit."
-    yield "# `spread`: 9 of 10 figures of models left out lie within × or / e^spread; wider by `widened` where a weight type is unknown."
+    yield "# Constants of a step's duration by machine, engine and weight type."
+    yield "# Written by python -m pagedkv.sims.fit_step_time; do not edit."
+    yield "# `spread`: 9 of 10 figures of models left out lie within × or / e^spread, or e^(spread × widened)."
     yield ""
     yield "[catalogue]"
     yield from _lines({"machine": hardware.name, **catalogue})
     for each in fitted:
         yield from _group(each, spreads, hardware, date)
+    if log is not None:
+        yield from log_group(log, spreads, date)
 
 
 def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) -> Iterator[str]:
@@ -107,13 +116,7 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
         yield f'[group.versions."{version}"]'
         yield from _lines({name: _factor(its, base, name) for name in each.plan.by_version})
     yield "[group.spread]"
-    yield from _lines(
-        {
-            f"{'state_' if state else ''}{kind}": spreads.of(engine, kind, state=state)
-            for kind in KINDS
-            for state in (False, True)
-        }
-    )
+    yield from _lines(_spread_table(spreads, engine))
     yield "[group.any_weights]"
     if any_weights:
         yield from _lines({name: getattr(base, name) for name in each.plan.by_format})
@@ -123,6 +126,46 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
         yield f'[group.weights."{fmt}"]'
         counted = {"num_models": len(models[fmt]), "num_figures": sum(p.subject.weight_format.name == fmt for p in points)}
         yield from _lines({name: getattr(its, name) for name in each.plan.by_format} | counted | errors)
+
+
+def log_group(folder: Path, spreads: Spreads, date: str) -> Iterator[str]:
+    """Yield the group of a real run: the constants of its first minute."""
+    log = read_log(folder)
+    scenario = scenario_of(log, machine_of(log))
+    deployment, constants = scenario.deployment, fit_to_beginning(log, scenario)
+    engine, free = deployment.engine.name, [name for names in FREE for name in names]
+    fmt, finished = deployment.weight_format.name, int((log.finish_s <= FIT_S).sum())
+    yield ""
+    yield "[[group]]"
+    yield from _lines(
+        {
+            "machine": deployment.hardware.name,
+            "engine": engine,
+            "kv_cache_dtypes": [deployment.config.kv_cache_dtype],
+            "source": f"the first {FIT_S:.0f} s of a run of vLLM {log.version} ({folder.name}, LLMServingSim)",
+            "date": date,
+            "num_rows": finished,
+            "num_figures": finished,
+            "num_models": 1,
+            "num_constants": len(FREE),
+            "too_few": finished < len(FREE) + MORE_ROWS_THAN_CONSTANTS,
+            "widened": WIDENED,
+        }
+    )
+    by_format = [name for name in OFFSET_SPREAD if name in free]
+    yield "[group.constants]"
+    yield from _lines({name: getattr(constants, name) for name in CONSTANTS if name not in OFFSET_SPREAD})
+    yield "[group.spread]"
+    yield from _lines(_spread_table(spreads, engine))
+    yield "[group.any_weights]"
+    yield f'[group.weights."{fmt}"]'
+    yield from _lines({name: getattr(constants, name) for name in by_format} | {"num_models": 1, "num_figures": finished})
+
+
+def _spread_table(spreads: Spreads, engine: str) -> dict[str, float]:
+    return {
+        f"{'state_' if state else ''}{kind}": spreads.of(engine, kind, state=state) for kind in KINDS for state in (False, True)
+    }
 
 
 def _factor(its: StepConstants, base: StepConstants, name: str) -> float:
@@ -160,8 +203,9 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: python -m pagedkv.sims.fit_step_time FOLDER DATE")
     hardware = load_hardware(MACHINE)
-    points, _ = points_of(read_rows(Path(sys.argv[1]) / ROWS))
-    lines = document(fit_all(points, hardware), catalogue_spread(points, hardware), hardware, sys.argv[2])
+    folder, date = Path(sys.argv[1]), sys.argv[2]
+    points, _ = points_of(read_rows(folder / ROWS))
+    lines = list(document(fit_all(points, hardware), catalogue_spread(points, hardware), hardware, date, folder / LOG))
     FILE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

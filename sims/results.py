@@ -7,6 +7,7 @@ from typing import Any
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import ATTAIN, time_text
+from pagedkv.sims.error_interval import error_intervals
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
 from pagedkv.sims.simulation import Progress, Run, run
@@ -49,6 +50,7 @@ class Results:
             "schema_version": SCHEMA_VERSION,
             "config": resolved_config(scenario),
             "budget": budget_document(scenario),
+            "calibration": scenario.deployment.calibration.document(),
             "results": [
                 {
                     "allocator": name,
@@ -57,6 +59,9 @@ class Results:
                     "model": scenario.deployment.model.name,
                     "hardware": scenario.deployment.hardware.name,
                     **result.figures,
+                    "error_interval": error_intervals(
+                        result.figures, scenario.deployment.calibration, [run.recorder for run in result.runs]
+                    ),
                     "verdict": {
                         "status": result.verdict.status,
                         "fits": result.verdict.fits,

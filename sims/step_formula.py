@@ -61,7 +61,7 @@ class StepCoefficients(NamedTuple):
 
 
 class StepParts(NamedTuple):
-    """What a step does, part by part, in seconds: with coefficients of one byte and one operation a second, in bytes and operations."""
+    """What a step does, part by part, in seconds; in bytes and operations with coefficients of one of each a second."""
 
     weights: float
     """Reading weights."""
@@ -78,18 +78,20 @@ class StepParts(NamedTuple):
 @lean_jit
 def touched_experts(share: float, tokens: float, exponent: float) -> float:
     """Return the share of the routed experts that `tokens` use, of which one uses `share`."""
-    return 1.0 - (1.0 - share) ** (tokens if exponent == 1.0 else tokens**exponent)
+    missed: float = (1.0 - share) ** (tokens if exponent == 1.0 else tokens**exponent)
+    return 1.0 - missed
 
 
 @lean_jit
 def overlapped(memory_s: float, compute_s: float, sharpness: float) -> float:
-    """Return how long reading and arithmetic take together: (m^p + c^p)^(1/p), from their sum (p = 1) to the longer (p infinite)."""
+    """Return how long reading and arithmetic take together: (m^p + c^p)^(1/p), from their sum (1) to the longer one (infinite)."""
     longer, shorter = max(memory_s, compute_s), min(memory_s, compute_s)
     if shorter == 0.0 or sharpness == np.inf:
         return longer
     if sharpness == 1.0:
         return longer + shorter
-    return longer * (1.0 + (shorter / longer) ** sharpness) ** (1.0 / sharpness)
+    together: float = longer * (1.0 + (shorter / longer) ** sharpness) ** (1.0 / sharpness)
+    return together
 
 
 @lean_jit

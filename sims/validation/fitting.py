@@ -15,14 +15,20 @@ from pagedkv.sims.validation.work import CONSTANTS, Work, as_row
 from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat
 
 OFFSET_SPREAD: Mapping[str, float] = MappingProxyType({"weight_read_bytes_per_s": 0.15, "linear_flops": 0.30})
-"""Constants of a weight type, and how far (standard deviation of the logarithm) they may lie from the engine's mean before data says so."""
+"""Constants of a weight type, and how far they may lie from the engine's mean before data says so: spread of the logarithm."""
 _VERSION_SPREAD = 0.5
 _WEAK_SPREAD = 1.0
 _EXPECTED_ERROR = {"decode": 0.05, "prefill": 0.10}
 """What a good model misses by: figures count in units of it."""
 _SOFT_FROM = 3.0
 """Units beyond which a figure counts linearly."""
-_STARTS = {"overlap": 4.0, "routing_exponent": 0.7, "layer_overhead_s": 10e-6, "batched_layer_overhead_s": 60e-6, "state_scan_bytes_per_s": 1e12}
+_STARTS = {
+    "overlap": 4.0,
+    "routing_exponent": 0.7,
+    "layer_overhead_s": 10e-6,
+    "batched_layer_overhead_s": 60e-6,
+    "state_scan_bytes_per_s": 1e12,
+}
 """Where to begin with constants for which the catalogue has none that a logarithm could move."""
 
 
@@ -98,10 +104,7 @@ class Fit:
     def spreads(self) -> Float64Array:
         """Return the prior's standard deviation of each parameter."""
         return np.array(
-            [
-                _VERSION_SPREAD if of.startswith("@") else OFFSET_SPREAD[name] if of else _WEAK_SPREAD
-                for name, of in self.names
-            ]
+            [_VERSION_SPREAD if of.startswith("@") else OFFSET_SPREAD[name] if of else _WEAK_SPREAD for name, of in self.names]
         )
 
     def rows(self, points: Sequence[Point]) -> Float64Array:
@@ -131,7 +134,7 @@ class Fit:
 
     @property
     def prior_format(self) -> WeightFormat:
-        """The weight type whose catalogue figures the fit starts from: the means of all types must not depend on which one is asked."""
+        """The weight type whose catalogue figures the fit starts from, whichever one is asked for."""
         return WEIGHT_FORMATS["bf16"]
 
 

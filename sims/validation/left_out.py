@@ -79,7 +79,7 @@ class Spreads:
         return self._num_models((self._engines == engine) & (self._formats == fmt)) < 2
 
     def coverage(self, chosen: Callable[[str, str], bool] = lambda engine, kind: True) -> float:
-        """Return the share of figures within the interval that the other models give; `chosen` says which ones, by engine and kind."""
+        """Return the share of figures within the interval that the other models give; `chosen` says which, by engine and kind."""
         inside = [
             self._off[i]
             <= self.of(engine, kind, state=bool(self._states[i]), but_for=str(self._models[i]))

@@ -115,9 +115,7 @@ def fit_to_beginning(log: VLLMLog, scenario: Scenario) -> StepConstants:
     early = np.flatnonzero(log.first_token_s <= FIT_S)
     finished = np.flatnonzero(log.finish_s <= FIT_S)
     made = np.cumsum(log.seconds["gen_throughput"])[: int(FIT_S)]
-    beginning = replace(
-        scenario, duration_s=FIT_S, load=TraceReplay(trace=log.trace.where(log.trace.arrival_s <= FIT_S))
-    )
+    beginning = replace(scenario, duration_s=FIT_S, load=TraceReplay(trace=log.trace.where(log.trace.arrival_s <= FIT_S)))
 
     def constants(x: Float64Array) -> StepConstants:
         factors = {name: math.exp(value) for names, value in zip(FREE, x, strict=True) for name in names}
@@ -128,7 +126,9 @@ def fit_to_beginning(log: VLLMLog, scenario: Scenario) -> StepConstants:
         first = np.nan_to_num(ours.first_token_s[early], nan=FIT_S) - log.first_token_s[early]
         last = np.where(ours.num_output_tokens >= ours.output_tokens, ours.last_token_s, FIT_S)[finished] - log.finish_s[finished]
         total = ours.num_output_tokens.sum() / made[-1] - 1
-        return float(np.mean(np.abs(first)) / FIT_S + np.mean(np.abs(last)) / FIT_S + abs(total) + 0.01 * np.sum((x / _PRIOR_SPREAD) ** 2))
+        return float(
+            np.mean(np.abs(first)) / FIT_S + np.mean(np.abs(last)) / FIT_S + abs(total) + 0.01 * np.sum((x / _PRIOR_SPREAD) ** 2)
+        )
 
     return constants(_pattern_search(loss, len(FREE)))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.arrays import Float64Array
 from pagedkv.hardware_spec import HardwareSpec
@@ -40,7 +41,9 @@ def section(folder: Path, hardware: HardwareSpec | None = None) -> Section:
     fitted = {name: float(getattr(constants, name)) for names in FREE for name in names}
     as_is = replay(scenario)
     notes = (
-        f"Constants are fitted to the first {FIT_S:.0f} s alone: " + ", ".join(f"{name} {value:.4g}" for name, value in fitted.items()) + ".",
+        f"Constants are fitted to the first {FIT_S:.0f} s alone: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in fitted.items())
+        + ".",
         f"{int(ours.run.log.num_preemptions.sum())} preemptions.",
         "With the constants that `simulate` has for this machine: "
         + ", ".join(f"{check.what.partition(':')[0]} {check.simulated}" for check in _means(log, as_is, np.ones_like(rest), "all"))
@@ -58,7 +61,7 @@ def section(folder: Path, hardware: HardwareSpec | None = None) -> Section:
     )
 
 
-def _means(log: VLLMLog, ours: Replay, chosen: Float64Array, of_whom: str) -> list[Check]:
+def _means(log: VLLMLog, ours: Replay, chosen: npt.NDArray[np.bool_], of_whom: str) -> list[Check]:
     run = ours.run.log
     arrival, output = log.trace.arrival_s, np.maximum(log.trace.output_tokens - 1, 1)
     checks = []
@@ -79,9 +82,7 @@ def _means(log: VLLMLog, ours: Replay, chosen: Float64Array, of_whom: str) -> li
             )
         )
     if chosen.all():
-        checks.append(
-            within("makespan", float(log.finish_s.max()), float(np.nanmax(run.last_token_s)), share=MEAN_BAR, unit=" s")
-        )
+        checks.append(within("makespan", float(log.finish_s.max()), float(np.nanmax(run.last_token_s)), share=MEAN_BAR, unit=" s"))
     return checks
 
 

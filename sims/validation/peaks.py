@@ -41,7 +41,7 @@ def impossible(point: Point, hardware: HardwareSpec) -> str | None:
         peak *= _INT8_FACTOR
     if flops > peak:
         return (
-            f"impossible: {point.measured_tok_s:,.5g} {point.kind} tokens/s would compute {flops / 1e12:,.0f} TFLOPS, more than the "
-            f"{peak / 1e12:,.0f} of {hardware.name} with {fmt.name} weights"
+            f"impossible: {point.measured_tok_s:,.5g} {point.kind} tokens/s would compute {flops / 1e12:,.0f} TFLOPS, more than "
+            f"the {peak / 1e12:,.0f} of {hardware.name} with {fmt.name} weights"
         )
     return None

@@ -4,14 +4,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pagedkv.step_batch import StepBatch, empty_batch
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
 from pagedkv.sims.validation.row_models import Exclusion, RowModel, excluded, kv_cache_dtype_of, model_of, version_of
+from pagedkv.step_batch import StepBatch, empty_batch
 
 Kind = Literal["prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode")
 
-ENGINES = (("trt-llm", "tensorrt-llm"), ("tensorrt", "tensorrt-llm"), ("llama", "llama-cpp"), ("ollama", "ollama"), ("vllm", "vllm"), ("sglang", "sglang"))
+ENGINES = (
+    ("trt-llm", "tensorrt-llm"),
+    ("tensorrt", "tensorrt-llm"),
+    ("llama", "llama-cpp"),
+    ("ollama", "ollama"),
+    ("vllm", "vllm"),
+    ("sglang", "sglang"),
+)
 """How a publisher's word for an engine begins, in lower case, and its name here."""
 
 CHAT_TOKENS = 200
@@ -89,7 +96,9 @@ def _point(row: BenchmarkRow, kind: Kind, rate: float) -> Point | Exclusion:
         return reason
     engine = engine_of(row.engine)
     if engine is None:
-        return Exclusion(reason=f"unknown engine {row.engine!r}: needs a name that begins with {', '.join(word for word, _ in ENGINES)}")
+        return Exclusion(
+            reason=f"unknown engine {row.engine!r}: needs a name that begins with {', '.join(word for word, _ in ENGINES)}"
+        )
     subject = model_of(row, engine)
     if isinstance(subject, Exclusion):
         return subject

@@ -15,7 +15,7 @@ from pagedkv.sims.validation.benchmark_rows import BenchmarkRow, read_rows
 from pagedkv.sims.validation.fitting import PLANS, fit
 from pagedkv.sims.validation.left_out import Spreads, Trial, trials
 from pagedkv.sims.validation.peaks import impossible
-from pagedkv.sims.validation.points import KINDS, Kind, NotCompared, Point, points_of
+from pagedkv.sims.validation.points import Kind, NotCompared, Point, points_of
 from pagedkv.sims.validation.row_models import reason_for
 from pagedkv.sims.validation.work import Work, as_row
 

@@ -43,14 +43,26 @@ def section(published: Published) -> Section:
         tables=tuple(_tables(published)),
         details={
             "engines": [
-                {"engine": s.engine, "rows": s.num_rows, "models": s.num_models, "constants": s.num_constants, "doubts": s.doubts or None}
+                {
+                    "engine": s.engine,
+                    "rows": s.num_rows,
+                    "models": s.num_models,
+                    "constants": s.num_constants,
+                    "doubts": s.doubts or None,
+                }
                 for s in published.engines
             ],
             "coverage": published.coverage,
             "excluded_share": published.excluded_share,
             "residuals": [residual.document() for residual in published.residuals],
             "not_compared": [
-                {"line": each.row.line, "model": each.row.model, "engine": each.row.engine, "kind": each.kind, "reason": each.reason}
+                {
+                    "line": each.row.line,
+                    "model": each.row.model,
+                    "engine": each.row.engine,
+                    "kind": each.kind,
+                    "reason": each.reason,
+                }
                 for each in published.not_compared
             ],
         },
@@ -91,8 +103,8 @@ def _left_out(engine: str, kind: Kind, own: Sequence[Residual]) -> Iterator[Chec
     if kind == "decode" and batched and rest:
         names = " and ".join(sorted({residual.point.subject.model.title for residual in batched}))
         why = (
-            f"{mean_error(rest, left_out=True):.1%} without {names}: the only model with states that has rows in batches, so that without "
-            f"it no row tells what a state costs there ({mean_error(batched, left_out=True):.0%})"
+            f"{mean_error(rest, left_out=True):.1%} without {names}: the only model with states that has rows in batches, so that "
+            f"without it no row tells what a state costs there ({mean_error(batched, left_out=True):.0%})"
         )
     yield at_most(f"{engine}, {kind}: mean error of models left out", error, limit, why=why)
 

@@ -84,7 +84,8 @@ def validate(
     folder = DATA if data is None else data
     if data is not None and not any((folder / needed).exists() for _, needed in _TITLES.values() if needed):
         raise ConfigError(
-            f"--data {str(data)!r} holds nothing to compare with: needs one of {', '.join(each for _, each in _TITLES.values() if each)}"
+            f"--data {str(data)!r} holds nothing to compare with: needs one of "
+            + ", ".join(each for _, each in _TITLES.values() if each)
         )
     sections = []
     for i, name in enumerate(only):
@@ -92,7 +93,14 @@ def validate(
             telling(name, i / len(only))
         title, needed = _TITLES[name]
         if needed and not (folder / needed).exists():
-            sections.append(Section(name=name, title=title, source="", skipped=f"no {needed} in {folder.name or folder}: name its folder with --data"))
+            sections.append(
+                Section(
+                    name=name,
+                    title=title,
+                    source="",
+                    skipped=f"no {needed} in {folder.name or folder}: name its folder with --data",
+                )
+            )
         elif name == published_section.NAME:
             sections.append(section_of_rows(compare_rows(folder / ROWS, rows_machine)))
         elif name == log_section.NAME:

@@ -103,7 +103,8 @@ def sosp_section(data: Path) -> Section:
     return Section(
         name="sosp23",
         title="PagedAttention, SOSP 2023 (figures 2 and 13a)",
-        source="OPT-13B on an A100-40GB, 12 GiB of KV = 15,728 slots, ShareGPT at 2 requests/s for an hour: docs/validation/sosp23.toml",
+        source="OPT-13B on an A100-40GB, 12 GiB of KV = 15,728 slots, ShareGPT at 2 requests/s for an hour: "
+        "docs/validation/sosp23.toml",
         checks=tuple(checks),
         tables=(
             Table(
@@ -186,11 +187,12 @@ def watermark_section() -> Section:
     return Section(
         name="watermark",
         title="Watermark against preemptions (vLLM PR 44594)",
-        source="Qwen2.5-7B on one GB200, 16 GiB of KV, 450 requests of 1,000 + 5,000 tokens, 128 at a time: docs/validation/watermark.toml, ten seeds",
+        source="Qwen2.5-7B on one GB200, 16 GiB of KV, 450 requests of 1,000 + 5,000 tokens, 128 at a time, "
+        "ten seeds: docs/validation/watermark.toml",
         checks=tuple(checks),
         notes=(
-            "The constants are the catalogue's for a GB200, not fitted to these runs: throughput comes out lower throughout, and ratios between "
-            "rows are what compares.",
+            "The constants are the catalogue's for a GB200, not fitted to these runs: throughput comes out lower throughout, and ratios "
+            "between rows are what compares.",
         ),
         tables=(
             Table(

@@ -91,7 +91,9 @@ def read_log(folder: Path) -> VLLMLog:
             seconds={key: np.array([float(row[key]) for row in seconds]) for key in _SECOND},
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{folder}: {error!r} in {FILES[0]} or a row: needs numbers, and vllm_version, model and kv_cache") from error
+        raise ConfigError(
+            f"{folder}: {error!r} in {FILES[0]} or a row: needs numbers, and vllm_version, model and kv_cache"
+        ) from error
 
 
 def _trace(folder: Path, requests: list[dict[str, Any]], block_size: int) -> Trace:

@@ -48,8 +48,18 @@ class Work:
             for steps in point.steps:
                 parts, batch = step_parts(dense, steps.batch, steps.batch.size), steps.batch
                 rows.append(
-                    (parts.weights, unit.expert_weight_s, unit.expert_share, float(batch["num_scheduled_tokens"].sum()))
-                    + (parts.linear, parts.kv, parts.attention, unit.state_s, float(batch.size), float(model.num_layers))
+                    (
+                        parts.weights,
+                        unit.expert_weight_s,
+                        unit.expert_share,
+                        float(batch["num_scheduled_tokens"].sum()),
+                        parts.linear,
+                        parts.kv,
+                        parts.attention,
+                        unit.state_s,
+                        float(batch.size),
+                        float(model.num_layers),
+                    )
                 )
                 counts.append(float(steps.count))
                 owner.append(i)
@@ -85,15 +95,25 @@ def as_row(constants: StepConstants) -> Float64Array:
     return np.array([getattr(constants, name) for name in CONSTANTS], np.float64)
 
 
-_READ, _FLOPS, _KV_READ, _ATTENTION_FLOPS, _STEP_S, _LAYER_S, _BATCHED_S, _SEQUENCE_S, _STATE_READ, _FURTHER, _SCAN, _OVERLAP, _ROUTING = range(
-    len(CONSTANTS)
-)
+(
+    _READ,
+    _FLOPS,
+    _KV_READ,
+    _ATTENTION_FLOPS,
+    _STEP_S,
+    _LAYER_S,
+    _BATCHED_S,
+    _SEQUENCE_S,
+    _STATE_READ,
+    _FURTHER,
+    _SCAN,
+    _OVERLAP,
+    _ROUTING,
+) = range(len(CONSTANTS))
 
 
 @lean_jit
-def _add_seconds(
-    q: Float64Array, counts: Float64Array, point: Int64Array, constants: Float64Array, total: Float64Array
-) -> None:
+def _add_seconds(q: Float64Array, counts: Float64Array, point: Int64Array, constants: Float64Array, total: Float64Array) -> None:
     """Add to `total` the seconds of each figure: the formula of a step, on quantities instead of a batch."""
     for i in range(q.shape[0]):
         c, n = constants[point[i]], q[i, _SEQUENCES]
