@@ -116,6 +116,11 @@ def calibration_for(
     )
 
 
+def fitted_groups() -> list[Mapping[str, Any]]:
+    """Return every group of fitted constants, as the file has it."""
+    return list(_table()["group"])
+
+
 def _groups(machine: str, engine: str) -> Iterator[tuple[Mapping[str, Any], bool]]:
     """Yield the groups of a machine from the nearest on, and whether they are of another engine or version."""
     of_machine = [group for group in _table()["group"] if group["machine"] == machine]

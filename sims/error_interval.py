@@ -40,8 +40,8 @@ def calibration_lines(document: Mapping[str, Any]) -> list[str]:
     calibration = document["calibration"]
     known = calibration["basis"] if calibration["why"] is None else f"{calibration['basis']}; {calibration['why']}"
     lines = [
-        f"Step times {calibration['status']}: {known}. Rates may be off by a factor of {calibration['decode_factor']:.2f} in decoding "
-        f"and {calibration['prefill_factor']:.2f} in prefill, which gives:"
+        f"Step times {calibration['status']}: {known}. Rates may be off by a factor of {calibration['decode_factor']:.2f} "
+        f"in decoding and {calibration['prefill_factor']:.2f} in prefill, which gives:"
     ]
     for column in document["results"]:
         parts = [

@@ -77,6 +77,8 @@ class Section:
     """What a reader should know."""
     tables: tuple["Table", ...] = ()
     """What the checks are made of."""
+    pictures: dict[str, str] = field(default_factory=dict)
+    """SVG files by name."""
     details: dict[str, Any] = field(default_factory=dict)
     """The same for the JSON document."""
 

@@ -87,7 +87,7 @@ class Spreads:
             for i, (engine, kind) in enumerate(zip(self._engines.tolist(), self._kinds.tolist(), strict=True))
             if chosen(engine, kind)
         ]
-        return sum(inside) / len(inside) if inside else float("nan")
+        return float(sum(inside) / len(inside)) if inside else float("nan")
 
     def _num_models(self, among: Mask) -> int:
         return len(set(self._models[among].tolist()))

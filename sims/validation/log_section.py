@@ -11,6 +11,7 @@ from pagedkv.arrays import Float64Array
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.validation.checks import Check, Section, Table, at_most, within
 from pagedkv.sims.validation.log_replay import FIT_S, FREE, Replay, fit_to_beginning, machine_of, replay, scenario_of
+from pagedkv.sims.validation.plots import seconds_picture
 from pagedkv.sims.validation.vllm_log import VLLMLog, read_log
 
 NAME = "vllm_log"
@@ -57,6 +58,7 @@ def section(folder: Path, hardware: HardwareSpec | None = None) -> Section:
         checks=tuple(checks),
         notes=notes,
         tables=(_seconds_table(log, running, kv_pct),),
+        pictures={"vllm-log.svg": _picture(log, running, kv_pct)},
         details=details,
     )
 
@@ -84,6 +86,16 @@ def _means(log: VLLMLog, ours: Replay, chosen: npt.NDArray[np.bool_], of_whom: s
     if chosen.all():
         checks.append(within("makespan", float(log.finish_s.max()), float(np.nanmax(run.last_token_s)), share=MEAN_BAR, unit=" s"))
     return checks
+
+
+def _picture(log: VLLMLog, running: Float64Array, kv_pct: Float64Array) -> str:
+    return seconds_picture(
+        {
+            "requests running": (("vLLM's log", log.seconds["running"]), ("simulated", running)),
+            "KV cache in use, %": (("vLLM's log", log.seconds["kv_cache_pct"]), ("simulated", kv_pct)),
+        },
+        FIT_S,
+    )
 
 
 def _seconds_table(log: VLLMLog, running: Float64Array, kv_pct: Float64Array) -> Table:

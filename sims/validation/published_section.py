@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from pagedkv.sims.validation.checks import Check, Section, Table, at_most, reported
+from pagedkv.sims.validation.plots import rows_picture
 from pagedkv.sims.validation.points import KINDS, Kind
 from pagedkv.sims.validation.published import (
     COVERAGE_BAR,
@@ -41,6 +42,7 @@ def section(published: Published) -> Section:
         source=f"{published.path.name}: {len(published.rows)} rows, {len(published.residuals)} figures compared",
         checks=tuple(checks),
         tables=tuple(_tables(published)),
+        pictures={"published-rows.svg": rows_picture(published)},
         details={
             "engines": [
                 {
@@ -74,7 +76,7 @@ def _engine_checks(published: Published, status: EngineStatus) -> Iterator[Check
         own = published.of(status.engine, kind)
         if not own:
             continue
-        what = f"{status.engine}, {kind}: mean error of {len(own)} figures"
+        what = f"{status.engine}, {kind}: mean error of {len(own)} figure{'s' if len(own) > 1 else ''}"
         error = mean_error(own)
         if status.doubts:
             yield reported(what, "", f"{error:.1%}", status.doubts)
@@ -121,8 +123,8 @@ def _tables(published: Published) -> Iterator[Table]:
     )
     yield Table(
         title="Figures not compared",
-        header=("line", "model", "figure", "reason"),
-        rows=tuple((str(each.row.line), each.row.model, each.kind, each.reason) for each in published.not_compared),
+        header=("reason", "figures", "lines of the file"),
+        rows=tuple(_by_reason(published)),
     )
     yield Table(
         title="Every figure: tokens/s",
@@ -149,6 +151,12 @@ def _by_model(published: Published) -> Iterator[tuple[str, ...]]:
             f"{largest:+.1%}",
             "–" if math.isnan(left_out) else f"{left_out:.1%}",
         )
+
+
+def _by_reason(published: Published) -> Iterator[tuple[str, ...]]:
+    for reason in dict.fromkeys(each.reason for each in published.not_compared):
+        lines = [each.row.line for each in published.not_compared if each.reason == reason]
+        yield reason, str(len(lines)), ", ".join(map(str, dict.fromkeys(lines)))
 
 
 def _key(residual: Residual) -> tuple[str, str, str, str]:

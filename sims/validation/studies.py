@@ -187,12 +187,12 @@ def watermark_section() -> Section:
     return Section(
         name="watermark",
         title="Watermark against preemptions (vLLM PR 44594)",
-        source="Qwen2.5-7B on one GB200, 16 GiB of KV, 450 requests of 1,000 + 5,000 tokens, 128 at a time, "
-        "ten seeds: docs/validation/watermark.toml",
+        source="Qwen2.5-7B on one GB200, 16 GiB of KV, 450 requests of 1,000 + 5,000 tokens, 128 at a time, ten "
+        "seeds: docs/validation/watermark.toml",
         checks=tuple(checks),
         notes=(
-            "The constants are the catalogue's for a GB200, not fitted to these runs: throughput comes out lower throughout, and ratios "
-            "between rows are what compares.",
+            "The constants are the catalogue's for a GB200, not fitted to these runs: throughput comes out lower throughout, and "
+            "ratios between rows are what compares.",
         ),
         tables=(
             Table(
