@@ -62,7 +62,7 @@ def code_rows() -> tuple[Row, ...]:
         ("experts touched by a step over n tokens", "1 − (1 − k/E)^n of them", "estimated", "uniform routing"),
         (
             "a step's time",
-            "(weights^p + linear^p)^(1/p) + (KV^p + attention^p)^(1/p) + states + overheads; without a fit p is infinite: the longer",
+            "(weights^p + linear^p)^(1/p) + (KV^p + attention^p)^(1/p) + states + overheads; without a fit the longer of each pair",
             "estimated",
             "roofline, the halves in sequence",
         ),

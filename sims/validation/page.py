@@ -3,7 +3,6 @@
 `python -m pagedkv.sims.validation.page ../shared/data docs` rewrites the page, docs/validation/rows.md and the pictures.
 """
 
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
