@@ -77,6 +77,8 @@ class HardwareSpec:
     """`--gpu-memory-utilization` where the user names none."""
     max_utilization_seen: Figure = field(metadata={"unit": "share of visible memory"})
     """The highest `--gpu-memory-utilization` known to start; planning above it is refused."""
+    disk_read_bandwidth: Figure | None = field(default=None, metadata={"unit": "bytes/s"})
+    """What one thread reads from the machine's disk, one large block after the other; None: nobody said. A GPU has no disk."""
     small_compute_device: bool = False
     """Whether vLLM keeps its small batch defaults in spite of much memory: GB10 (by compute) and A100 (by name)."""
 
@@ -166,10 +168,18 @@ class HardwareSpec:
 
         A type that the device does not multiply in falls back on the next wider one; fp32 counts as bf16, too fast.
         """
+        return self.reached_flops[self._multiplies_in(weight_format)].value
+
+    def peak_flops(self, weight_format: WeightFormat | None) -> float:
+        """Return the datasheet's rate for the type that `effective_flops` is about; what is reached if the datasheet has none."""
+        dtype = self._multiplies_in(weight_format)
+        return self.spec_flops.get(dtype, self.reached_flops[dtype]).value
+
+    def _multiplies_in(self, weight_format: WeightFormat | None) -> str:
         dtype: str = "bf16" if weight_format is None else weight_format.compute_dtype
         while dtype not in self.reached_flops:
             dtype = _NEXT_WIDER[dtype]
-        return self.reached_flops[dtype].value
+        return dtype
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Yield every number with its label and unit, for a table of assumptions."""

@@ -1,6 +1,6 @@
 """Where the KV memory is at one moment: what a memory map draws, for any allocator of the contract."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol, runtime_checkable
@@ -8,13 +8,58 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocation import NO_SLOT, Allocator
+from pagedkv.allocation import NO_SLOT
 from pagedkv.arrays import Int8Array, Int32Array, Int64Array
 from pagedkv.errors import ConfigError
 from pagedkv.kv_request import KVRequest
 
 NOBODY = -1
 """The owner of a unit that no request holds."""
+
+
+class Mapped(Protocol):
+    """Memory of which a map can be drawn: what of `Allocator` it takes."""
+
+    @property
+    def placement(self) -> str:
+        """How it finds room."""
+
+    @property
+    def unit_slots(self) -> int:
+        """Slots that are taken and given back together."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slot ids are 0 to num_slots - 1."""
+
+    @property
+    def usable_slots(self) -> int:
+        """Slots that requests can get."""
+
+    @property
+    def state_slots(self) -> int:
+        """Slots' worth of state of each running request."""
+
+    @property
+    def num_groups(self) -> int:
+        """Layer groups that keep slots of their own."""
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody holds, cached ones included."""
+
+    @property
+    def rounding_slots(self) -> int:
+        """Slots lost to a heap's rounding."""
+
+    def live_requests(self) -> Sequence[KVRequest]:
+        """Return the requests that hold slots."""
+
+    def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
+        """Return the slots taken for the tokens of `request`."""
+
+    def cached_slots(self) -> Int64Array:
+        """Return the slots that nobody holds but that keep content for reuse."""
 
 
 @runtime_checkable
@@ -105,7 +150,7 @@ class MemorySnapshot:
     """Slots of state or rounding of which the allocator does not tell where they lie: as many slots shown as free are not."""
 
 
-def snapshot(allocator: Allocator, unit_slots: int | None = None) -> MemorySnapshot:
+def snapshot(allocator: Mapped, unit_slots: int | None = None) -> MemorySnapshot:
     """Return where the memory of `allocator` is now; changes nothing. O(num_slots + slots held).
 
     Args:
@@ -168,7 +213,7 @@ def snapshot(allocator: Allocator, unit_slots: int | None = None) -> MemorySnaps
     )
 
 
-def _slots_by_group(allocator: Allocator, request: KVRequest) -> Iterator[tuple[Int64Array, Int64Array]]:
+def _slots_by_group(allocator: Mapped, request: KVRequest) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Yield, for each layer group, the slots that `request` holds in the pool, and those of them that hold a computed token."""
     for group in range(allocator.num_groups):
         slots = allocator.slots_held(request, group)
@@ -177,7 +222,7 @@ def _slots_by_group(allocator: Allocator, request: KVRequest) -> Iterator[tuple[
         yield slots[inside], computed[inside[: request.num_computed_tokens]]
 
 
-def _never_handed_out(allocator: Allocator) -> Int64Array:
+def _never_handed_out(allocator: Mapped) -> Int64Array:
     """Return the slots that no request can get: the null block at the beginning, or what is left over at the end."""
     num_slots, num_reserved = allocator.num_slots, allocator.num_slots - allocator.usable_slots
     first = 0 if allocator.placement == "block" else num_slots - num_reserved

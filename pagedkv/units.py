@@ -36,3 +36,12 @@ def parse_bytes(text: str, *, name: str) -> int:
 def gib(size_bytes: float) -> str:
     """Return `size_bytes` for a reader, in GiB with two decimals."""
     return f"{size_bytes / GIB:,.2f} GiB"
+
+
+def size_bytes(text: str | None, name: str) -> int | None:
+    """Return the bytes that `text` says, None where it says nothing.
+
+    Raises:
+        ConfigError: As `parse_bytes`.
+    """
+    return None if text is None else parse_bytes(text, name=name)

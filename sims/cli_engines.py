@@ -13,16 +13,19 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
     Args:
         config: What is asked for.
         json: Write the comparison to this file; - prints it, and nothing else, to stdout.
-        out: Write comparison.json, and the result folder of each engine by its name, to this folder.
+        out: Write comparison.json, metrics.prom and trace.json of all engines to this folder, and each one's results to a folder in
+            it by its name.
         report: Not for several engines.
 
     Raises:
         ConfigError: If nothing can run, or a report is wanted.
     """
+    from pagedkv.sims.chrome_trace import trace_text
     from pagedkv.sims.engine_comparison import column_name, scenarios
     from pagedkv.sims.engine_comparison import compare_engines as run_all
     from pagedkv.sims.export import prepare_file, prepare_folder, to_json, write, write_atomically
     from pagedkv.sims.progress import ProgressOnStderr
+    from pagedkv.sims.vllm_metrics import metrics_text
 
     if report is not None:
         raise ConfigError("--report shows one engine: with several, give --out FOLDER, which gets a report for each")
@@ -40,6 +43,8 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
     if folder is not None:
         for engine, results in compared.results.items():
             write(results, folder / engine)
+        write_atomically(folder / "metrics.prom", metrics_text(compared.results.values()))
+        write_atomically(folder / "trace.json", trace_text(compared.results.values()))
         write_atomically(folder / "comparison.json", document)
     if file is not None:
         write_atomically(file, document)

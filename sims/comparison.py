@@ -27,7 +27,7 @@ def comparison(document: dict[str, Any]) -> list[Row]:
         return Row(label=label, values=values, depth=depth)
 
     rows = [
-        row("status", *(c["verdict"]["status"] for c in columns)),
+        *([row("status", *(c["verdict"]["status"] for c in columns))] if columns[0]["verdict"] is not None else []),
         row("running, mean (max)", *(f"{_number(c['running_mean'])} ({c['running_max']})" for c in columns)),
         row("waiting, mean", *(_number(c["waiting_mean"]) for c in columns)),
         row("output tokens/s", *(_interval(c, "output_tokens_per_s", ".0f") for c in columns)),
@@ -43,6 +43,7 @@ def comparison(document: dict[str, Any]) -> list[Row]:
     rows.append(row("requests", *(f"{c['num_injected']:,}" for c in columns)))
     for outcome in ("finished", "unfinished", "rejected", "failed"):
         rows.append(row(outcome, *(f"{c[f'num_{outcome}']:,}" for c in columns), depth=1))
+    rows.append(row("error rate", *(_percent(c["error_rate"]) for c in columns)))
     rows.append(row("preemptions", *(f"{c['num_preemptions']:,}" for c in columns)))
     for key, title in (
         ("prefix_hit_rate", "prefix hit rate"),
@@ -51,6 +52,12 @@ def comparison(document: dict[str, Any]) -> list[Row]:
     ):
         if any(c[key] is not None for c in columns):
             rows.append(row(title, *(_percent(c[key]) for c in columns)))
+    for key, title in (
+        ("busy_share", "time with a step running"),
+        ("memory_bandwidth_share", "memory bandwidth used"),
+        ("compute_share", "compute used"),
+    ):
+        rows.append(row(title, *(_percent(c[key]) for c in columns)))
     for key, title in (("kv", "share of KV memory"), ("kv_when_waiting", "while requests wait")):
         if any(c[key] for c in columns):
             rows.append(row(title))

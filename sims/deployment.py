@@ -1,6 +1,7 @@
 """A model on a machine under an engine: everything about a simulation but its load. Built once."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pagedkv.allocation import KVPoolSettings
@@ -11,6 +12,8 @@ from pagedkv.heaps import HEAPS
 from pagedkv.kv_spec import KVCacheSpec, kv_element_pair_bytes
 from pagedkv.layer_groups import plan_layer_groups
 from pagedkv.memory_budget import MemoryBudget
+from pagedkv.memory_plan import plan
+from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
@@ -20,6 +23,7 @@ from pagedkv.sims.drafting import Drafting, drafting_of
 from pagedkv.sims.engine_flags import refuse_flags_of_others
 from pagedkv.sims.engines import EnginePreset, load_engine
 from pagedkv.sims.step_time import RooflineStepTime
+from pagedkv.units import parse_bytes, size_bytes
 from pagedkv.weight_format import WeightFormat, load_weight_format
 
 PAGE_BYTES = 2 << 20
@@ -77,69 +81,25 @@ def deploy(serving: ServingConfig) -> Deployment:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
-    refuse_flags_of_others(serving)
-    model, hardware = load_model(serving.model), load_hardware(serving.hardware)
-    if serving.clock_derate is not None:
-        hardware = hardware.derated(serving.clock_derate)
-    engine = load_engine(serving.engine)
-    if serving.contiguous_heap not in HEAPS.names():
-        raise unknown_name("contiguous-heap", serving.contiguous_heap, HEAPS.names())
-    if not 0 <= serving.watermark < 1:
-        raise ConfigError(f"watermark {serving.watermark} is a share of the blocks: needs 0 or more, below 1")
-    if serving.block_size > 1 << 16:
-        raise ConfigError(f"block-size {serving.block_size}: needs 1 to {1 << 16:,} tokens; vLLM's default is 16")
-    reserve_full_isl, freed_to_front = engine.admission(serving)
-    has_state = model.kv_spec(serving.kv_cache_dtype).state_bytes_per_sequence > 0
-    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
+    request = memory_request(serving)
+    budget, engine = plan(request), load_engine(serving.engine)
+    model, hardware, weight_format = request.model, request.hardware, request.weight_format
     drafting = drafting_of(serving, model, weight_format)
-    scheduler = engine.scheduler_settings(serving, model, hardware)
-    budget = engine.memory_budget(serving, model, weight_format, hardware, scheduler)
-    usual = engine.scheduler_settings(
-        replace(serving, max_model_len=None, max_num_seqs=None, max_num_batched_tokens=None), model, hardware
-    )
-    usual_gate, _ = engine.admission(replace(serving, scheduler_reserve_full_isl=None))
+    limits = engine.scheduler_settings(serving, model, hardware)
     kv_spec = model.kv_spec(serving.kv_cache_dtype)
-    limits: dict[str, Any] = {
-        name: None if getattr(scheduler, name) == getattr(usual, name) else getattr(serving, name)
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
-    }
-    utilization = serving.gpu_memory_utilization
     calibration = calibration_for(
         hardware, engine.name, weight_format, serving.kv_cache_dtype, model=model, clock=serving.clock_derate or 1.0
     )
     return Deployment(
-        config=replace(
-            serving,
-            **limits,
-            engine=engine.name,
-            gpu_memory_utilization=None if utilization == engine.default_utilization(hardware) else utilization,
-            scheduler_reserve_full_isl=None if reserve_full_isl == usual_gate else serving.scheduler_reserve_full_isl,
-            clock_derate=None if serving.clock_derate == 1 else serving.clock_derate,
-            enable_prefix_caching=None if has_state or serving.enable_prefix_caching else serving.enable_prefix_caching,
-        ),
+        config=_without_usual(serving, engine, model, hardware, limits),
         engine=engine,
         drafting=drafting,
         model=model,
         hardware=hardware,
         weight_format=weight_format,
         budget=budget,
-        scheduler=scheduler,
-        pool=KVPoolSettings(
-            num_blocks=budget.num_blocks,
-            block_size=budget.block_size,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=scheduler.max_model_len,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            kv_cache_dtype=serving.kv_cache_dtype,
-            page_tokens=_page_tokens(kv_spec),
-            contiguous_heap=serving.contiguous_heap,
-            watermark=serving.watermark,
-            reserve_full_isl=reserve_full_isl,
-            freed_to_front=freed_to_front,
-            lookahead_slots=scheduler.num_speculative_tokens,
-            enable_prefix_caching=bool(engine.caching_allocators) and serving.enable_prefix_caching is not False and not has_state,
-            state_slots=-(-kv_spec.state_bytes_per_sequence // budget.kv_bytes_per_token),
-        ),
+        scheduler=limits,
+        pool=_pool(serving, engine, kv_spec, budget, limits),
         step_time=RooflineStepTime(
             model,
             hardware,
@@ -150,6 +110,100 @@ def deploy(serving: ServingConfig) -> Deployment:
             constants=calibration.constants,
         ),
         calibration=calibration,
+    )
+
+
+def memory_request(serving: ServingConfig) -> MemoryRequest:
+    """Return what the engine's ledger is asked: not checked, and nobody knows yet whether it fits.
+
+    Raises:
+        ConfigError: If model, machine, engine or a setting is none, or several models are named.
+    """
+    refuse_flags_of_others(serving)
+    if "," in serving.model and not Path(serving.model).exists():
+        raise ConfigError(
+            f"--model {serving.model} names several models, and this needs one; simulate --engine ollama loads them on demand"
+        )
+    model, hardware = load_model(serving.model), load_hardware(serving.hardware)
+    if serving.clock_derate is not None:
+        hardware = hardware.derated(serving.clock_derate)
+    engine = load_engine(serving.engine)
+    _check_shares(serving)
+    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
+    drafting = drafting_of(serving, model, weight_format)
+    limits = engine.scheduler_settings(serving, model, hardware)
+    return MemoryRequest(
+        model=model,
+        hardware=hardware,
+        ledger=engine.ledger(serving, hardware, limits),
+        weight_format=weight_format,
+        kv_cache_dtype=serving.kv_cache_dtype,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        enforce_eager=serving.enforce_eager,
+        tensor_parallel_size=serving.tensor_parallel_size,
+        draft=None if drafting is None else drafting.memory,
+        free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
+        os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
+        other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
+    )
+
+
+def _check_shares(serving: ServingConfig) -> None:
+    if serving.contiguous_heap not in HEAPS.names():
+        raise unknown_name("contiguous-heap", serving.contiguous_heap, HEAPS.names())
+    if not 0 <= serving.watermark < 1:
+        raise ConfigError(f"watermark {serving.watermark} is a share of the blocks: needs 0 or more, below 1")
+    if serving.block_size > 1 << 16:
+        raise ConfigError(f"block-size {serving.block_size}: needs 1 to {1 << 16:,} tokens; vLLM's default is 16")
+
+
+def _without_usual(
+    serving: ServingConfig, engine: EnginePreset, model: ModelSpec, hardware: HardwareSpec, limits: SchedulerSettings
+) -> ServingConfig:
+    """Return `serving` without the settings that say what would be so anyway."""
+    usual = engine.scheduler_settings(
+        replace(serving, max_model_len=None, max_num_seqs=None, max_num_batched_tokens=None), model, hardware
+    )
+    gate, usual_gate = (engine.admission(each)[0] for each in (serving, replace(serving, scheduler_reserve_full_isl=None)))
+    changes: dict[str, Any] = {
+        name: None if getattr(limits, name) == getattr(usual, name) else getattr(serving, name)
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    }
+    utilization = serving.gpu_memory_utilization
+    keeps_state = model.kv_spec(serving.kv_cache_dtype).state_bytes_per_sequence > 0
+    return replace(
+        serving,
+        **changes,
+        engine=engine.name,
+        gpu_memory_utilization=None if utilization == engine.default_utilization(hardware) else utilization,
+        scheduler_reserve_full_isl=None if gate == usual_gate else serving.scheduler_reserve_full_isl,
+        clock_derate=None if serving.clock_derate == 1 else serving.clock_derate,
+        enable_prefix_caching=None if keeps_state or serving.enable_prefix_caching else serving.enable_prefix_caching,
+    )
+
+
+def _pool(
+    serving: ServingConfig, engine: EnginePreset, kv_spec: KVCacheSpec, budget: MemoryBudget, limits: SchedulerSettings
+) -> KVPoolSettings:
+    reserve_full_isl, freed_to_front = engine.admission(serving)
+    state_bytes = kv_spec.state_bytes_per_sequence
+    return KVPoolSettings(
+        num_blocks=budget.num_blocks,
+        block_size=budget.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        kv_cache_dtype=serving.kv_cache_dtype,
+        page_tokens=_page_tokens(kv_spec),
+        contiguous_heap=serving.contiguous_heap,
+        watermark=serving.watermark,
+        reserve_full_isl=reserve_full_isl,
+        freed_to_front=freed_to_front,
+        lookahead_slots=limits.num_speculative_tokens,
+        enable_prefix_caching=bool(engine.caching_allocators) and serving.enable_prefix_caching is not False and not state_bytes,
+        state_slots=-(-state_bytes // budget.kv_bytes_per_token),
     )
 
 

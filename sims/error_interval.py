@@ -22,7 +22,7 @@ def error_intervals(
     TPOT by the mean of both, weighted with the time that each took; TTFT by at least that of prefill. A queue that is near to
     running over amplifies such errors, which this does not know.
     """
-    memory_s, compute_s, overhead_s = np.sum([recorder.integrals.cost_s for recorder in recorders], axis=0).tolist()
+    memory_s, compute_s, overhead_s = np.sum([recorder.integrals.cost_s[:3] for recorder in recorders], axis=0).tolist()
     busy_s = memory_s + compute_s + overhead_s
     share = compute_s / busy_s if busy_s else 0.0
     mixed = share * calibration.prefill_spread + (1 - share) * calibration.decode_spread

@@ -67,6 +67,7 @@ _ENTRIES = (
         "What the machine generates for all together.",
     ),
     _entry("request_throughput_per_s", "requests/s", "requests finished in the window / (E − W)", "How fast requests leave."),
+    _entry("error_rate", "error rate", "(rejected + failed) / requests", "What a client sees as errors, not as slow answers."),
     _entry("num_injected", "requests", "requests that arrive after the warm-up", "Finished + unfinished + rejected + failed."),
     _entry(
         "num_finished", "finished", "measured requests with all their tokens by E", "The others are unfinished, rejected or failed."
@@ -130,6 +131,24 @@ _ENTRIES = (
         "Requests that the scheduler left in the queue, weighted by time.",
     ),
     _entry("waiting_time_share", "time with requests waiting", "time with waiting > 0 / (E − W)", "Above 5 % the load saturates."),
+    _entry(
+        "busy_share",
+        "time with a step running",
+        "time in steps / time watched",
+        "GPU utilization as monitors show it: it says nothing about how hard the GPU works.",
+    ),
+    _entry(
+        "memory_bandwidth_share",
+        "memory bandwidth used",
+        "bytes moved / (time watched × the datasheet's bandwidth)",
+        "Weights and KV of all steps. Near what a kernel can reach, about 0.7 to 0.9, decoding is as fast as it gets.",
+    ),
+    _entry(
+        "compute_share",
+        "compute used",
+        "operations / (time watched × the datasheet's dense rate)",
+        "Known as MFU. High while prompts are computed, low while tokens are generated.",
+    ),
     _entry("kv", "share of KV memory", "∫ slots of a kind dt / (slots × (E − W))", "Where the KV memory goes; the kinds sum to 1."),
     _entry(
         "kv_when_waiting", "while requests wait", "the same over the time with waiting > 0", "Waste matters when somebody waits."

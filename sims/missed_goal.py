@@ -9,8 +9,8 @@ import numpy as np
 from pagedkv.arrays import BoolArray
 from pagedkv.sims.attainment import attained
 from pagedkv.sims.goodput import Goal
+from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.limits import Binding, queue_blocker, step_limit
-from pagedkv.sims.metrics import Latencies
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.simulation import Run
@@ -65,7 +65,7 @@ def missed_goal(scenario: Scenario, runs: Sequence[Run]) -> MissedGoal | None:
     if _preemption_explains(sets):
         return MissedGoal(goal=goal, cause="preemption", binding="kv_memory", prompts_alone_miss=alone)
     if cause == "decoding":
-        memory_s, compute_s, _ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
+        memory_s, compute_s, *_ = np.sum([run.recorder.integrals.cost_s for run in runs], axis=0).tolist()
     else:
         cause = "prefill"
     return MissedGoal(goal=goal, cause=cause, binding=step_limit(memory_s, compute_s), prompts_alone_miss=alone)

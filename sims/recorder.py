@@ -26,6 +26,7 @@ from pagedkv.sims.recording import (
     RecorderArrays,
     gap_bin,
     record_idle,
+    record_longer,
     record_step,
     record_tokens,
     set_gauges,
@@ -135,6 +136,11 @@ class Recorder(RunRecord):
             (*cost,),
         )
 
+    def linger(self, start_s: float, end_s: float) -> None:
+        """Note that the step recorded last takes until `end_s` instead of `start_s`: other processes have the machine too."""
+        if end_s > start_s:
+            record_longer(self.arrays, start_s, end_s)
+
     def _count_groups(self, allocator: RequestByRequest, step: Step) -> None:
         """Count slots by what is in them where a token has one in each group of layers. O(running × groups), not compiled."""
         scheduler, gauges, entries = self._scheduler, self.arrays.gauges, step.num_entries
@@ -160,6 +166,7 @@ class Recorder(RunRecord):
         """End at `now_s`, when the process dies: whoever has not got all tokens has failed, and waits for no more of them."""
         self._closed_s = now_s
         self._count_drafts()
+        self.arrays.gauges[:] = 0
         requests = self._scheduler.requests.arrays[: self._num_arrived]
         unfinished = requests["num_known_tokens"] < requests["prompt_tokens"] + requests["output_tokens"]
         self._failed = np.flatnonzero(unfinished).tolist()
@@ -178,7 +185,7 @@ class Recorder(RunRecord):
             & (requests["num_known_tokens"] < requests["prompt_tokens"] + requests["output_tokens"])[:size]
             & (self.arrays.times["arrival_s"][:size] >= self.warmup_s)
         ]
-        for request in generating:
+        for request in generating[~np.isin(generating, self._failed)]:  # who was given up waits no more
             gap_s = end_s - self.arrays.times["last_token_s"][request]
             self.arrays.itl_bins[gap_bin(gap_s)] += 1
             self.arrays.sums[ITL_SUM_S] += gap_s
@@ -205,6 +212,7 @@ class Recorder(RunRecord):
             num_preemptions=requests["num_preemptions"],
             outcome=outcome,
             user_class=user_class,
+            model=np.zeros(size, np.int64),
         )
         rejected = np.array([entry for entry in self._rejected if entry[0] <= self._closed_s]).reshape(-1, 4)
         if not rejected.size:

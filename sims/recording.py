@@ -18,6 +18,8 @@ KV_KINDS = ("tokens", "reserved", "internal", "external", "cached", "state", "fr
 TOKENS, RESERVED, INTERNAL, EXTERNAL, CACHED, STATE, FREE, RUNNING, WAITING = range(9)
 NUM_GAUGES = len(KV_KINDS) + 2
 BLOCKERS = tuple(Blocker)
+NUM_COSTS = 5
+"""Fields of `StepCost`; the first three last for as long as the step."""
 
 # Inter-token latencies are counted in bins that are 0.1 % wide, from 1 microsecond up: constant memory, percentiles within 0.05 %.
 ITL_SMALLEST_S = 1e-6
@@ -43,7 +45,7 @@ class Integrals(NamedTuple):
     blocked_s: Float64Array
     """By `Blocker`: seconds for which the head of the queue was held up by it."""
     cost_s: Float64Array
-    """By part of `StepCost`: seconds."""
+    """By field of `StepCost`: seconds."""
     itl_bins: Int64Array
     """Gaps between output tokens of measured requests, by length."""
     itl_sum_s: Float64Array
@@ -66,7 +68,7 @@ class Integrals(NamedTuple):
 GAUGE_SUMS, WAITING_SUMS, OBSERVED_S = 0, NUM_GAUGES, 2 * NUM_GAUGES
 BLOCKED_S = OBSERVED_S + 2
 COST_S = BLOCKED_S + len(BLOCKERS)
-ITL_SUM_S = COST_S + 3
+ITL_SUM_S = COST_S + NUM_COSTS
 NUM_SUMS = ITL_SUM_S + 1
 """Where the parts of `Integrals` begin in one array: an array less is a good deal less to pass from function to function."""
 
@@ -127,7 +129,9 @@ def set_gauges(
 
 
 @lean_jit
-def _integrate(r: RecorderArrays, start_s: float, end_s: float, blocker: int, cost: tuple[float, float, float]) -> None:
+def _integrate(
+    r: RecorderArrays, start_s: float, end_s: float, blocker: int, cost: tuple[float, float, float, float, float]
+) -> None:
     sums, gauges = r.sums, r.gauges
     observe(r.timeline, start_s, end_s, gauges)
     seconds = end_s - max(start_s, r.window_s[0])
@@ -143,7 +147,7 @@ def _integrate(r: RecorderArrays, start_s: float, end_s: float, blocker: int, co
             sums[WAITING_SUMS + g] += seconds * gauges[g]
     total_s = cost[0] + cost[1] + cost[2]
     if total_s > 0.0:
-        for part in range(3):
+        for part in range(NUM_COSTS):
             sums[COST_S + part] += seconds * cost[part] / total_s
 
 
@@ -156,7 +160,7 @@ def record_step(
     num_preempted: int,
     blocker: int,
     start_s: float,
-    cost: tuple[float, float, float],
+    cost: tuple[float, float, float, float, float],
 ) -> None:
     """Record a step that is launched at `start_s`; `gauges` say how memory stands. O(admissions + gauges)."""
     end_s = min(start_s + (cost[0] + cost[1] + cost[2]), r.window_s[1])
@@ -178,6 +182,14 @@ def record_step(
 
 
 @lean_jit
+def record_longer(r: RecorderArrays, start_s: float, end_s: float) -> None:
+    """Record that the state recorded last holds from `start_s` to `end_s` too: nothing is computed, nothing is blocked by it."""
+    end_s = min(end_s, r.window_s[1])
+    if end_s > start_s:
+        _integrate(r, start_s, end_s, 0, (0.0, 0.0, 0.0, 0.0, 0.0))
+
+
+@lean_jit
 def record_idle(r: RecorderArrays, start_s: float, end_s: float, free_slots: int, cached_slots: int) -> None:
     """Record that nobody was there from `start_s` to `end_s`."""
     for g in range(NUM_GAUGES):
@@ -185,7 +197,7 @@ def record_idle(r: RecorderArrays, start_s: float, end_s: float, free_slots: int
     r.gauges[FREE], r.gauges[CACHED] = free_slots - cached_slots, cached_slots
     end_s = min(end_s, r.window_s[1])
     if end_s > start_s:
-        _integrate(r, start_s, end_s, 0, (0.0, 0.0, 0.0))
+        _integrate(r, start_s, end_s, 0, (0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 @lean_jit

@@ -14,6 +14,8 @@ from pagedkv.sims.assumptions import code_rows, machine_rows
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import advantages, comparison, prefix_note
 from pagedkv.sims.glossary import GLOSSARY
+from pagedkv.sims.memory_frames import frames_of
+from pagedkv.sims.memory_map import legend_text, memory_map
 from pagedkv.sims.results import Results
 
 _STYLE = """
@@ -43,6 +45,9 @@ figure { margin: .5rem 0; } figcaption { color: var(--soft); font-size: .9rem; m
 @media (max-width: 480px) { body { padding: .6rem; font-size: 15px; } h1 { font-size: 1.3rem; } }
 """
 
+_MOST_MAPS, _MOST_CELLS = 2, 640
+"""Memories side by side, and cells of each: what keeps the page small, and legible on a phone."""
+
 # The browser itself holds the page to loading nothing.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -66,6 +71,7 @@ def html(results: Results) -> str:
         _verdict(results, document),
         _section("memory", "Where the memory goes", _figure("budget", figures.waterfall(results), _kv_line(results, document))),
         _section("kv", "KV memory over time", _figure("kinds", figures.kv_over_time(results), _caption_kv())),
+        *_map(results),
         _section("occupancy", "Running, waiting, preempted", _figure("requests", figures.occupancy(results), _caption_occupancy())),
         _section("latency", "Latency", _latency(results)),
         _section("comparison", "All figures", _comparison(document)),
@@ -90,8 +96,31 @@ def _section(anchor: str, title: str, body: str) -> str:
 
 def _figure(name: str, figure: Figure, caption: str) -> str:
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    body = to_html(figure, include_plotlyjs=False, include_mathjax=False, full_html=False, config=config, div_id=f"figure-{name}")
+    body = to_html(
+        figure,
+        include_plotlyjs=False,
+        include_mathjax=False,
+        full_html=False,
+        config=config,
+        auto_play=False,
+        div_id=f"figure-{name}",
+    )
     return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"
+
+
+def _map(results: Results) -> list[str]:
+    """Return the section of the memory map: what paging is compared with beside it; none where memory cannot be looked at."""
+    names = list(results.by_allocator)[:_MOST_MAPS]
+    seed = results.scenario.config.measurement.seed
+    panels = {
+        name: frames
+        for name in names
+        if (frames := frames_of(results.scenario, name, seed=seed, end_s=results.by_allocator[name].runs[0].end_s))
+    }
+    if not panels:
+        return []
+    figure = memory_map(panels, most_cells=_MOST_CELLS)
+    return [_section("map", "The memory, block by block", _figure("map", figure, legend_text()))]
 
 
 def _latency(results: Results) -> str:
@@ -116,7 +145,7 @@ def _verdict(results: Results, document: dict[str, Any]) -> str:
     first = document["results"][0]["verdict"]
     headline = first["text"].partition(f": {first['status']}")[0]  # a trace's name may hold a colon, too
     served = scenario.deployment
-    model = f"{served.model.title}, {served.weight_format.name} weights"
+    model = f"{scenario.model_titles}, {served.weight_format.name} weights"
     subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"
     return (
         f'<section id="verdict">\n<h1>{escape(headline)}</h1>\n<p class="soft">{escape(subtitle)}</p>\n'

@@ -48,6 +48,16 @@ class RooflineCoefficients(NamedTuple):
     """How sharply the longer of reading and arithmetic hides the other: the p of `overlapped`."""
     most_drafts: int
     """Drafts that a step verifies for a sequence at most: the output head is applied to these too."""
+    weights_reach: float
+    """Bandwidth that reading weights reaches, as a share of the datasheet's."""
+    kv_reach: float
+    """The same for reading KV."""
+    state_traffic_s: float
+    """Reading and writing the states of a sequence at the datasheet's bandwidth."""
+    linear_reach: float
+    """Rate that matrix products reach, as a share of the datasheet's."""
+    attention_reach: float
+    """The same for attention."""
 
 
 class StepCoefficients(NamedTuple):
@@ -134,17 +144,28 @@ def step_parts(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> S
 
 
 @lean_jit
-def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
-    """Return seconds bound by memory and by arithmetic, and of overhead, for a step. O(entries × layer groups)."""
-    memory_s, compute_s = priced(step_parts(c, batch, num_entries), c.overlap)
-    batched = num_entries > 1 or batch["num_scheduled_tokens"][0] > 1
-    return memory_s, compute_s, c.step_overhead_s + c.batched_overhead_s * batched + c.sequence_overhead_s * num_entries
+def _cost_of(
+    c: RooflineCoefficients, parts: StepParts, num_entries: int, num_batched: int
+) -> tuple[float, float, float, float, float]:
+    """Return the fields of `StepCost` for a step with these parts; `num_batched` is 1 if it has more than one token, else 0."""
+    memory_s, compute_s = priced(parts, c.overlap)
+    overhead_s = c.step_overhead_s + c.batched_overhead_s * num_batched + c.sequence_overhead_s * num_entries
+    traffic_s = parts.weights * c.weights_reach + parts.kv * c.kv_reach + c.state_traffic_s * num_entries
+    arithmetic_s = parts.linear * c.linear_reach + parts.attention * c.attention_reach
+    return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
 
 
 @lean_jit
-def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
+    """Return the fields of `StepCost` for a step. O(entries × layer groups)."""
+    num_batched = 1 if num_entries > 1 or batch["num_scheduled_tokens"][0] > 1 else 0
+    return _cost_of(c, step_parts(c, batch, num_entries), num_entries, num_batched)
+
+
+@lean_jit
+def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
     """Return what a step costs together with the drafts for the next one. O(entries × layer groups)."""
-    memory_s, compute_s, overhead_s = step_cost(c.model, batch, num_entries)
+    memory_s, compute_s, overhead_s, traffic_s, arithmetic_s = step_cost(c.model, batch, num_entries)
     if c.num_draft_passes > 0:
         first = step_cost(c.draft, batch, num_entries)
         further = _decoding_cost(c.draft, batch, num_entries)
@@ -152,11 +173,13 @@ def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> 
         memory_s += first[0] + passes * further[0]
         compute_s += first[1] + passes * further[1]
         overhead_s += first[2] + passes * further[2]
-    return memory_s, compute_s, overhead_s
+        traffic_s += first[3] + passes * further[3]
+        arithmetic_s += first[4] + passes * further[4]
+    return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
 
 
 @lean_jit
-def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float]:
+def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
     """Return what one token more of each entry that decodes costs, as `step_cost`; a context a few tokens longer is left out."""
     decoding = 0
     kv_s = attention_s = 0.0
@@ -168,7 +191,7 @@ def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) 
                 kv_s += c.kv_s_per_token[g] * min(context, c.windows[g])
                 attention_s += c.attention_s_per_pair[g] * min(context, c.windows[g])
     if decoding == 0:
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0, 0.0, 0.0
     parts = StepParts(
         c.dense_weight_s + c.expert_weight_s * touched_experts(c.expert_share, decoding, c.routing_exponent),
         (c.linear_s_per_token + c.head_s_per_sequence) * decoding,
@@ -176,5 +199,4 @@ def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) 
         attention_s,
         c.state_s + c.further_state_s * (decoding - 1) + c.state_s_per_token * decoding,
     )
-    memory_s, compute_s = priced(parts, c.overlap)
-    return memory_s, compute_s, c.step_overhead_s + c.batched_overhead_s * (decoding > 1) + c.sequence_overhead_s * decoding
+    return _cost_of(c, parts, decoding, 1 if decoding > 1 else 0)

@@ -27,6 +27,10 @@ class StepCost(NamedTuple):
     """Bound by arithmetic."""
     overhead_s: float
     """Launches and host work."""
+    traffic_s: float = 0.0
+    """What it moves to and from memory, whatever binds it, in seconds at the datasheet's bandwidth; not a part of the step."""
+    arithmetic_s: float = 0.0
+    """Its operations, whatever binds it, in seconds at the datasheet's rate; not a part of the step."""
 
     @property
     def total_s(self) -> float:
@@ -76,6 +80,30 @@ def coefficients(
         sequence_overhead_s=0.0,
         overlap=constants.overlap,
         most_drafts=0,
+        weights_reach=0.0,
+        kv_reach=0.0,
+        state_traffic_s=0.0,
+        linear_reach=0.0,
+        attention_reach=0.0,
+    )
+
+
+def _of_datasheet(
+    c: RooflineCoefficients,
+    hardware: HardwareSpec,
+    *,
+    weight_format: WeightFormat,
+    kv_spec: KVCacheSpec,
+    constants: StepConstants,
+) -> RooflineCoefficients:
+    """Return `c` with what its constants are of the datasheet's rates."""
+    bandwidth = hardware.memory_bandwidth.value
+    return c._replace(
+        weights_reach=constants.weight_read_bytes_per_s / bandwidth,
+        kv_reach=constants.kv_read_bytes_per_s / bandwidth,
+        state_traffic_s=2 * kv_spec.state_bytes_per_sequence / bandwidth,
+        linear_reach=constants.linear_flops / hardware.peak_flops(weight_format),
+        attention_reach=constants.attention_flops / hardware.peak_flops(None),
     )
 
 
@@ -105,6 +133,7 @@ class RooflineStepTime:
             sequence_overhead_s=constants.sequence_overhead_s,
             most_drafts=0 if drafting is None else drafting.num_tokens,
         )
+        whole = _of_datasheet(whole, hardware, weight_format=weight_format, kv_spec=kv_spec, constants=constants)
         self._drafting = drafting
         draft, passes = whole, 0
         if drafting is not None and drafting.model is not None:
@@ -114,6 +143,7 @@ class RooflineStepTime:
                 its = replace(constants, linear_flops=hardware.effective_flops(drafting.weight_format))
             draft = coefficients(drafting.model, weight_format=drafting.weight_format, kv_spec=spec, constants=its)
             draft = draft._replace(step_overhead_s=layer_s * drafting.model.num_layers)
+            draft = _of_datasheet(draft, hardware, weight_format=drafting.weight_format, kv_spec=spec, constants=its)
             passes = drafting.num_passes
         self.coefficients = StepCoefficients(whole, draft, passes)
 
@@ -144,11 +174,10 @@ class RooflineStepTime:
         """Return what the prompt of a request that has the machine to itself costs, but for what is cached, summed over chunks."""
         batch = empty_batch(1)
         batch["num_known_tokens"][0] = prompt_tokens
-        memory_s, compute_s, overhead_s, computed = 0.0, 0.0, 0.0, num_cached_tokens
+        total, computed = StepCost(0.0, 0.0, 0.0), num_cached_tokens
         while computed < prompt_tokens:
             chunk = min(max_num_batched_tokens, prompt_tokens - computed)
             computed += chunk
             batch["num_scheduled_tokens"][0], batch["num_slots_needed"][0] = chunk, computed
-            cost = self.cost(batch, 1)
-            memory_s, compute_s, overhead_s = memory_s + cost.memory_s, compute_s + cost.compute_s, overhead_s + cost.overhead_s
-        return StepCost(memory_s, compute_s, overhead_s)
+            total = total_cost((total, self.cost(batch, 1)))
+        return total

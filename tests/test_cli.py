@@ -75,6 +75,7 @@ BUDGET_PARTS = (
 RESULT_KEYS = {
     *("allocator", "placement", "engine", "model", "hardware", "verdict", "ci95"),
     *("num_injected", "num_finished", "num_rejected", "num_failed", "num_unfinished", "num_preemptions"),
+    *("error_rate", "busy_share", "memory_bandwidth_share", "compute_share"),
     *("running_mean", "running_max", "waiting_mean", "waiting_time_share", "kv", "kv_when_waiting"),
     *("ttft_s", "tpot_s", "itl_s", "e2e_s", "output_tokens_per_s", "request_throughput_per_s", "goodput_per_s", "goodput_share"),
     *("iterations", "request_steps", "simulated_s"),

@@ -73,7 +73,7 @@ def test_the_terminal_names_engines_and_reasons(capsys: pytest.CaptureFixture[st
 
 def test_the_folder_has_a_result_of_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run(capsys, "--engine", "vllm,ollama", "--out", str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "ollama", "vllm"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "metrics.prom", "ollama", "trace.json", "vllm"]
     assert (tmp_path / "ollama" / "report.html").exists()
     assert "ollama" in (tmp_path / "ollama" / "config.toml").read_text()
 

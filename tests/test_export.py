@@ -1,4 +1,4 @@
-"""The result folder: four files that say what the run was, whole or not at all, and that run again to the same bytes."""
+"""The result folder: files that say what the run was, whole or not at all, and that run again to the same bytes."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from pagedkv.sims.export import REQUEST_COLUMNS, prepare_folder, to_json, write_
 from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.records import Outcome
 
-FILES = {"config.toml", "summary.json", "requests.csv", "timeline.csv"}
+FILES = {"config.toml", "summary.json", "requests.csv", "timeline.csv", "metrics.prom", "trace.json"}
 CLOSED = "--users 9 --think-time 2s --duration 20s --warmup 5s --repeats 2 --goodput ttft:150 tpot:90 --watermark 0.01".split()
 OPEN = (
     "--request-rate 2.5 --burstiness 0.5 --duration 20s --warmup 5s --lengths sharegpt --over-length drop --seed 7 "
@@ -168,7 +168,7 @@ def on_call(number: int, original: Callable[..., Any], error: BaseException) -> 
     return call
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize(
     ("owner", "name", "error", "code"),
     [

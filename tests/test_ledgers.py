@@ -19,7 +19,6 @@ from pagedkv.ledgers.sglang import (
 )
 from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
 from pagedkv.ledgers.transformers import TransformersLedger
-from pagedkv.ledgers.vllm import VLLMLedger, plan_memory
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import MemoryRequest
@@ -192,14 +191,6 @@ def test_unified_memory_is_named_in_the_check_and_discrete_memory_is_not(engine:
 
 
 # --- vLLM -----------------------------------------------------------------------------------------------------------
-
-
-def test_plan_memory_is_the_ledger_of_vllm() -> None:
-    request = ask("vllm", gpu_memory_utilization=0.85, max_model_len=8192, other_programs_bytes=GIB)
-    assert isinstance(request.ledger, VLLMLedger)
-    arguments = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in ("model", "hardware", "ledger")}
-    own = {f.name: getattr(request.ledger, f.name) for f in fields(request.ledger)}
-    assert plan_memory(request.model, request.hardware, **arguments, **own) == plan(request)
 
 
 def test_vllm_explains_its_gate_with_the_numbers_of_the_machine() -> None:

@@ -1,7 +1,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,27 @@ from hypothesis import strategies as st
 from pagedkv.activation_peak import activation_bytes
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.errors import ConfigError
+from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.kv_spec import LayerGroup
-from pagedkv.ledgers.vllm import highest_utilization_that_starts, plan_memory, start_gate
+from pagedkv.ledgers.vllm import VLLMLedger, highest_utilization_that_starts, start_gate
 from pagedkv.memory_budget import MemoryBudget
+from pagedkv.memory_plan import plan as plan_request
+from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
 from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat, load_weight_format
 
 GIB = 2**30
 SPARK_VISIBLE = load_hardware("dgx-spark").visible_bytes
+
+
+OF_THE_LEDGER = {field.name for field in fields(VLLMLedger)}
+
+
+def plan_memory(model: ModelSpec, hardware: HardwareSpec, **settings: Any) -> MemoryBudget:
+    """Plan under vLLM's ledger: `settings` are its fields and those of a request."""
+    ledger = VLLMLedger(**{name: value for name, value in settings.items() if name in OF_THE_LEDGER})
+    others = {name: value for name, value in settings.items() if name not in OF_THE_LEDGER}
+    return plan_request(MemoryRequest(model=model, hardware=hardware, ledger=ledger, **others))
 
 
 def plan(model: str = "llama-3.1-8b", hardware: str = "dgx-spark", **settings: Any) -> MemoryBudget:

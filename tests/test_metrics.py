@@ -18,7 +18,8 @@ from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.goodput import parse_goals
-from pagedkv.sims.metrics import Latencies, kv_shares, measure
+from pagedkv.sims.latencies import Latencies
+from pagedkv.sims.metrics import kv_shares, measure
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import ITL_BIN_RATIO, KV_KINDS
 from pagedkv.sims.records import Outcome, RequestLog
@@ -29,7 +30,7 @@ from pagedkv.step_batch import StepBatch
 
 class OneSecondSteps:
     def cost(self, batch: StepBatch, num_entries: int) -> StepCost:
-        return StepCost(0.5, 0.25, 0.25)
+        return StepCost(0.5, 0.25, 0.25, 0.4, 0.125)
 
 
 def three_requests(folder: Path, **measurement: Any) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def test_three_requests_by_hand(tmp_path: Path) -> None:
             **dict.fromkeys(("num_queried_tokens", "num_hit_tokens", "prefix_hit_rate", "resumed_hit_rate")),
             **{"num_preemptions": 1, "running_mean": 7 / 5, "running_max": 2, "waiting_mean": 3 / 5, "waiting_time_share": 2 / 5},
             **{"output_tokens_per_s": 6 / 5, "request_throughput_per_s": 3 / 5, "goodput_per_s": 1 / 5, "goodput_share": 1 / 3},
+            **{"error_rate": 0.0, "busy_share": 1.0, "memory_bandwidth_share": 0.4, "compute_share": 0.125},
             **{"iterations": 5, "request_steps": 7, "simulated_s": 5.0},
         }
     )
@@ -354,6 +356,7 @@ def test_lower_bounds_of_unfinished_requests() -> None:
         num_preemptions=np.zeros(4, np.int64),
         outcome=np.array([Outcome.FINISHED, Outcome.UNFINISHED, Outcome.UNFINISHED, Outcome.FINISHED], np.int8),
         user_class=np.zeros(4, np.int64),
+        model=np.zeros(4, np.int64),
     )
     latencies = Latencies.of(log, end_s=10.0)
     assert latencies.ttft_s.tolist() == [1.0, 2.0, 7.0, 1.0]

@@ -22,7 +22,7 @@ from pagedkv.sims.report import html
 from pagedkv.sims.results import Results, simulate
 from pagedkv.sims.scenario import resolve
 
-SECTIONS = ["verdict", "memory", "kv", "occupancy", "latency", "comparison", "assumptions", "glossary"]
+SECTIONS = ["verdict", "memory", "kv", "map", "occupancy", "latency", "comparison", "assumptions", "glossary"]
 VOID = {"meta", "br"}
 LOADS = {"src", "href", "srcset", "data", "action", "poster", "background", "xlink:href", "ping", "formaction"}
 
@@ -111,7 +111,7 @@ def numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
 def test_every_section_is_there_once(page: Page) -> None:
     assert [attributes["id"] for tag, attributes in page.tags if tag == "section"] == SECTIONS
     assert len(set(page.ids)) == len(page.ids)
-    pictures = [f"figure-{name}" for name in ("budget", "kinds", "requests", "latency-0", "latency-1", "latency-2")]
+    pictures = [f"figure-{name}" for name in ("budget", "kinds", "map", "requests", "latency-0", "latency-1", "latency-2")]
     assert [anchor for anchor in page.ids if anchor.startswith("figure-")] == pictures
     buttons = [attributes["data-copy"] for tag, attributes in page.tags if tag == "button"]
     assert set(buttons) <= set(page.ids)

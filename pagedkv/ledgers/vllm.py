@@ -14,9 +14,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers import LEDGERS
 from pagedkv.ledgers._shared import EngineParts, check_kv_cache_dtype, check_share, free_in_words, room_reason, settle
 from pagedkv.memory_budget import MemoryBudget, Shortage
-from pagedkv.memory_plan import plan
 from pagedkv.memory_request import MemoryRequest, Remedy, check_size
-from pagedkv.model_spec import ModelSpec
 from pagedkv.remedies import (
     eager,
     fewer_batched_tokens,
@@ -27,7 +25,6 @@ from pagedkv.remedies import (
     shorter_context,
 )
 from pagedkv.units import GIB, gib
-from pagedkv.weight_format import WeightFormat
 
 
 def start_gate(*, visible: int, free: int, utilization: float) -> bool:
@@ -233,55 +230,3 @@ def _kv_cache_that_fits(request: MemoryRequest) -> Iterator[MemoryRequest]:
         yield replace(request, ledger=replace(ledger, num_gpu_blocks_override=blocks))
     else:
         yield replace(request, ledger=replace(ledger, kv_cache_memory_bytes=blocks * request.block_bytes))
-
-
-def plan_memory(
-    model: ModelSpec,
-    hardware: HardwareSpec,
-    *,
-    weight_format: WeightFormat,
-    kv_cache_dtype: str,
-    block_size: int,
-    max_model_len: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    gpu_memory_utilization: float,
-    enforce_eager: bool = False,
-    tensor_parallel_size: int = 1,
-    free_memory_bytes: int | None = None,
-    os_reserve_bytes: int | None = None,
-    other_programs_bytes: int = 0,
-    kv_cache_memory_bytes: int | None = None,
-    num_gpu_blocks_override: int | None = None,
-    cuda_graphs_set_aside: bool = True,
-) -> MemoryBudget:
-    """Return the budget that vLLM would come to; see `MemoryRequest` and `VLLMLedger` for the arguments.
-
-    Raises:
-        ConfigError: If a value is invalid, the start gate refuses, or the KV cache cannot hold one request of
-            `max_model_len` tokens. The message names settings that fit.
-    """
-    ledger = VLLMLedger(
-        block_size=block_size,
-        gpu_memory_utilization=gpu_memory_utilization,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        num_gpu_blocks_override=num_gpu_blocks_override,
-        cuda_graphs_set_aside=cuda_graphs_set_aside,
-    )
-    return plan(
-        MemoryRequest(
-            model=model,
-            hardware=hardware,
-            ledger=ledger,
-            weight_format=weight_format,
-            kv_cache_dtype=kv_cache_dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enforce_eager=enforce_eager,
-            tensor_parallel_size=tensor_parallel_size,
-            free_memory_bytes=free_memory_bytes,
-            os_reserve_bytes=os_reserve_bytes,
-            other_programs_bytes=other_programs_bytes,
-        )
-    )

@@ -5,13 +5,12 @@ from typing import Protocol
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.memory_budget import MemoryBudget
+from pagedkv.memory_request import Ledger
 from pagedkv.model_spec import ModelSpec
 from pagedkv.registry import Registry
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
-from pagedkv.weight_format import WeightFormat
 
 
 class EnginePreset(Protocol):
@@ -71,19 +70,8 @@ class EnginePreset(Protocol):
             ConfigError: If this engine does not run on `allocator`, with those that it does.
         """
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
-        """Return how the engine divides the machine's memory.
-
-        Raises:
-            ConfigError: If it would not start, with settings under which it would.
-        """
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> Ledger:
+        """Return the rule by which the engine divides the machine's memory, with what the user set."""
 
 
 def only_on(preset: EnginePreset, allocator: str, serving: ServingConfig) -> None:

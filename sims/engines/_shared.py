@@ -1,19 +1,13 @@
-"""What several presets need: what an engine of one version has, a memory plan, the longest request."""
+"""What several presets need: what an engine of one version has, vLLM's memory rule, the longest request."""
 
 from typing import NoReturn
 
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.vllm import VLLMLedger
-from pagedkv.memory_budget import MemoryBudget
-from pagedkv.memory_plan import plan
-from pagedkv.memory_request import Ledger, MemoryRequest
 from pagedkv.model_spec import ModelSpec
-from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.sims.config import ServingConfig
-from pagedkv.sims.drafting import drafting_of
-from pagedkv.units import parse_bytes
-from pagedkv.weight_format import WeightFormat
+from pagedkv.units import size_bytes
 
 DEFAULT_MAX_MODEL_LEN = 32_768
 """Where the user says nothing: a context of 128k tokens and more would be reserved for few."""
@@ -56,40 +50,6 @@ class OneVersion:
         return serving.enforce_eager
 
 
-def plan_with(
-    ledger: Ledger,
-    serving: ServingConfig,
-    model: ModelSpec,
-    weight_format: WeightFormat,
-    hardware: HardwareSpec,
-    limits: SchedulerSettings,
-) -> MemoryBudget:
-    """Return how `ledger` divides the machine's memory.
-
-    Raises:
-        ConfigError: If the engine would not start, with settings under which it would.
-    """
-    drafting = drafting_of(serving, model, weight_format)
-    return plan(
-        MemoryRequest(
-            model=model,
-            hardware=hardware,
-            ledger=ledger,
-            weight_format=weight_format,
-            kv_cache_dtype=serving.kv_cache_dtype,
-            max_model_len=limits.max_model_len,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            enforce_eager=serving.enforce_eager,
-            tensor_parallel_size=serving.tensor_parallel_size,
-            draft=None if drafting is None else drafting.memory,
-            free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
-            os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
-            other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
-        )
-    )
-
-
 def vllm_ledger(serving: ServingConfig, default_utilization: float, *, cuda_graphs_set_aside: bool = True) -> VLLMLedger:
     """Return vLLM's memory rule, which the research engines built on it share, with what the user set."""
     utilization = serving.gpu_memory_utilization
@@ -100,11 +60,6 @@ def vllm_ledger(serving: ServingConfig, default_utilization: float, *, cuda_grap
         num_gpu_blocks_override=serving.num_gpu_blocks_override,
         cuda_graphs_set_aside=cuda_graphs_set_aside,
     )
-
-
-def size_bytes(text: str | None, name: str) -> int | None:
-    """Return the bytes that `text` says, None where it says nothing."""
-    return None if text is None else parse_bytes(text, name=name)
 
 
 def longest_request(serving: ServingConfig, model: ModelSpec) -> int:

@@ -7,15 +7,13 @@ from pagedkv.allocators.llama_cpp_split import LlamaCppSplit
 from pagedkv.allocators.llama_cpp_unified import LlamaCppUnified
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.llama_cpp import LlamaCppLedger, padded
-from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.llama_cpp_scheduler import LlamaCppScheduler, LlamaCppSettings
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, plan_with
-from pagedkv.weight_format import WeightFormat
+from pagedkv.sims.engines._shared import OneVersion
 
 _USUAL = LlamaCppSettings()
 
@@ -60,16 +58,10 @@ class LlamaCpp(OneVersion):
             max_model_len=longest if serving.max_model_len is None else serving.max_model_len,
         )
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> LlamaCppLedger:
         """Return llama.cpp's ledger: --ctx-size cells, allocated at the start."""
-        return plan_with(_ledger(serving), serving, model, weight_format, hardware, settings)
+        del hardware, limits
+        return _ledger(serving)
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return the server's scheduler over its cells."""

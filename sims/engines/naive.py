@@ -6,15 +6,13 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.transformers import TransformersLedger
-from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.naive_scheduler import NaiveScheduler, NaiveSettings
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, longest_request, plan_with
-from pagedkv.weight_format import WeightFormat
+from pagedkv.sims.engines._shared import OneVersion, longest_request
 
 HEAP = "first-fit"
 """Torch cuts a tensor from free memory to its size; it does not round to powers of two, as a buddy heap does."""
@@ -73,16 +71,10 @@ class Naive(OneVersion):
             enable_chunked_prefill=False,
         )
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> TransformersLedger:
         """Return the rule of transformers: KV gets what is free after weights, overhead and the activations of whole prompts."""
-        return plan_with(TransformersLedger(), serving, model, weight_format, hardware, settings)
+        del serving, hardware, limits
+        return TransformersLedger()
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return static batches over one of its caches."""

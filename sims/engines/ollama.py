@@ -8,16 +8,14 @@ from pagedkv.allocators.llama_cpp_split import SplitStreams
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.llama_cpp import LlamaCppLedger, padded
-from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, plan_with
+from pagedkv.sims.engines._shared import OneVersion
 from pagedkv.units import GIB
-from pagedkv.weight_format import WeightFormat
 
 _CONTEXT_BY_MEMORY = ((47, 262_144), (23, 32_768), (0, 4_096))
 """(GiB from which it holds, context). Source: Ollama's defaults by VRAM; a model's own limit cuts it."""
@@ -63,22 +61,15 @@ class Ollama(OneVersion):
             max_model_len=min(context, model.max_context),
         )
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> LlamaCppLedger:
         """Return llama.cpp's ledger for context × parallel cells, all reserved at load."""
-        ledger = LlamaCppLedger(
-            ctx_size=padded(settings.max_model_len) * settings.max_num_seqs,
-            parallel=settings.max_num_seqs,
+        del hardware
+        return LlamaCppLedger(
+            ctx_size=padded(limits.max_model_len) * limits.max_num_seqs,
+            parallel=limits.max_num_seqs,
             kv_unified=False,
             ubatch_size=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
         )
-        return plan_with(ledger, serving, model, weight_format, hardware, settings)
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return the server's scheduler over one context per slot, with Ollama's limit of the queue."""
@@ -93,6 +84,11 @@ class Ollama(OneVersion):
         memory = ALLOCATORS.load(allocator)(pool)
         assert isinstance(memory, SplitStreams)
         return LlamaCppScheduler(settings, memory)
+
+
+def lower_context(context: int) -> int | None:
+    """Return the next lower of the contexts that Ollama chooses by itself; None below the lowest."""
+    return next((lower for _, lower in _CONTEXT_BY_MEMORY[1:] if lower < context), None)
 
 
 def default_context(visible_bytes: int) -> int:

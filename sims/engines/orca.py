@@ -4,15 +4,14 @@ from dataclasses import dataclass
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.memory_budget import MemoryBudget
+from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, longest_request, plan_with, vllm_ledger
+from pagedkv.sims.engines._shared import OneVersion, longest_request, vllm_ledger
 from pagedkv.step_allocation import step_allocator
-from pagedkv.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +56,10 @@ class Orca(OneVersion):
             enable_chunked_prefill=False,
         )
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> VLLMLedger:
         """Return vLLM's ledger: the comparison is about what happens within the KV cache."""
-        return plan_with(
-            vllm_ledger(serving, self.default_utilization(hardware)), serving, model, weight_format, hardware, settings
-        )
+        del limits
+        return vllm_ledger(serving, self.default_utilization(hardware))
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return iteration-level scheduling over a contiguous heap."""

@@ -8,7 +8,6 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.sglang import SGLangLedger, default_chunked_prefill_size
-from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.scheduler import SchedulerSettings
@@ -17,8 +16,7 @@ from pagedkv.scheduling.sglang_settings import SGLangSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, longest_request, plan_with
-from pagedkv.weight_format import WeightFormat
+from pagedkv.sims.engines._shared import OneVersion, longest_request
 
 MAX_RUNNING_REQUESTS = 2048
 """The least that SGLang comes to: 512 per context that the pool holds, within 2,048 and 4,096. Source: its ModelRunner."""
@@ -61,19 +59,13 @@ class SGLang(OneVersion):
             num_speculative_tokens=serving.num_speculative_tokens or 0,
         )
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> SGLangLedger:
         """Return SGLang's ledger: weights and pool share a part of what is free before loading."""
-        ledger = SGLangLedger(page_size=serving.page_size or 1, mem_fraction_static=serving.mem_fraction_static)
-        if serving.page_size is not None and serving.page_size < 1:
-            raise ConfigError(f"page-size is {serving.page_size}: needs 1 or more")
-        return plan_with(ledger, serving, model, weight_format, hardware, settings)
+        del hardware, limits
+        page_size = 1 if serving.page_size is None else serving.page_size
+        if page_size < 1:
+            raise ConfigError(f"page-size is {page_size}: needs 1 or more")
+        return SGLangLedger(page_size=page_size, mem_fraction_static=serving.mem_fraction_static)
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return SGLang's scheduler over its radix tree."""

@@ -6,15 +6,13 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
-from pagedkv.memory_budget import MemoryBudget
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.scheduling.tensorrt_llm_scheduler import TensorRTLLMScheduler, TensorRTLLMSettings
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, longest_request, plan_with
-from pagedkv.weight_format import WeightFormat
+from pagedkv.sims.engines._shared import OneVersion, longest_request
 
 _USUAL = TensorRTLLMSettings(max_model_len=1)
 
@@ -62,22 +60,15 @@ class TensorRTLLM(OneVersion):
             max_model_len=longest_request(serving, model),
         )
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> TensorRTLLMLedger:
         """Return TensorRT-LLM's ledger: the KV cache takes a share of what weights and activations leave free."""
+        del hardware, limits
         usual = TensorRTLLMLedger()
         share, tokens = serving.free_gpu_memory_fraction, serving.tokens_per_block
-        ledger = TensorRTLLMLedger(
+        return TensorRTLLMLedger(
             tokens_per_block=usual.tokens_per_block if tokens is None else tokens,
             free_gpu_memory_fraction=usual.free_gpu_memory_fraction if share is None else share,
         )
-        return plan_with(ledger, serving, model, weight_format, hardware, settings)
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return TensorRT-LLM's scheduler over its block manager."""

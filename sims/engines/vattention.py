@@ -4,15 +4,14 @@ from dataclasses import dataclass, replace
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.memory_budget import MemoryBudget
+from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
-from pagedkv.sims.engines._shared import OneVersion, longest_request, plan_with, vllm_ledger
+from pagedkv.sims.engines._shared import OneVersion, longest_request, vllm_ledger
 from pagedkv.step_allocation import step_allocator
-from pagedkv.weight_format import WeightFormat
 
 WATERMARK = 0.01
 """Share of the pages that an admission leaves free. Source: microsoft/vattention, its block space manager."""
@@ -60,18 +59,10 @@ class VAttention(OneVersion):
             enable_chunked_prefill=chunked,
         )
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> VLLMLedger:
         """Return vLLM's ledger."""
-        return plan_with(
-            vllm_ledger(serving, self.default_utilization(hardware)), serving, model, weight_format, hardware, settings
-        )
+        del limits
+        return vllm_ledger(serving, self.default_utilization(hardware))
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return its scheduler, which is of vLLM's kind, over its virtual memory."""

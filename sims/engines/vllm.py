@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.memory_budget import MemoryBudget
+from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import DEFAULT_ALLOCATORS, ServingConfig
 from pagedkv.sims.engines import ENGINES
-from pagedkv.sims.engines._shared import longest_request, plan_with, vllm_ledger
+from pagedkv.sims.engines._shared import longest_request, vllm_ledger
 from pagedkv.sims.vllm_versions import CURRENT, VLLMVersion, vllm_version
 from pagedkv.step_allocation import step_allocator
-from pagedkv.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +117,10 @@ class VLLM:
         del serving
         return Scheduler(limits, step_allocator(allocator, pool))
 
-    def memory_budget(
-        self,
-        serving: ServingConfig,
-        model: ModelSpec,
-        weight_format: WeightFormat,
-        hardware: HardwareSpec,
-        settings: SchedulerSettings,
-    ) -> MemoryBudget:
+    def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> VLLMLedger:
         """Return vLLM's ledger: KV gets what utilization leaves after weights, overhead, activations and graphs."""
-        ledger = vllm_ledger(serving, self.default_utilization(hardware), cuda_graphs_set_aside=self.version.cuda_graphs_set_aside)
-        return plan_with(ledger, serving, model, weight_format, hardware, settings)
+        del limits
+        return vllm_ledger(serving, self.default_utilization(hardware), cuda_graphs_set_aside=self.version.cuda_graphs_set_aside)
 
 
 ENGINES.register("vllm")(VLLM(CURRENT))

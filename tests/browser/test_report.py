@@ -24,9 +24,8 @@ QUIET = [
     "--disable-sync",
     "--disable-extensions",
     "--enable-logging=stderr",
-    "--virtual-time-budget=5000",
 ]
-SECTIONS = ("verdict", "memory", "kv", "occupancy", "latency", "comparison", "assumptions", "glossary")
+SECTIONS = ("verdict", "memory", "kv", "map", "occupancy", "latency", "comparison", "assumptions", "glossary")
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
@@ -53,11 +52,11 @@ def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, s
     return dom, log, sorted(asked - of_the_browser)
 
 
-def browse(file: Path, profile: Path) -> tuple[str, str, set[str]]:
+def browse(file: Path, profile: Path, *, budget_ms: int = 5000) -> tuple[str, str, set[str]]:
     """Return the DOM, the browser's log, and the hosts that were asked for."""
     assert CHROMIUM is not None
     net_log = profile / "net.json"
-    options = [*QUIET, f"--user-data-dir={profile}", f"--log-net-log={net_log}", "--dump-dom"]
+    options = [*QUIET, f"--virtual-time-budget={budget_ms}", f"--user-data-dir={profile}", f"--log-net-log={net_log}", "--dump-dom"]
     done = subprocess.run([CHROMIUM, *options, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, done.stderr, set(re.findall(r'"url":"https?://([^/"]+)', net_log.read_text(errors="replace")))
 
@@ -85,6 +84,34 @@ def test_the_page_says_what_summary_json_says(folder: Path, page: tuple[str, str
         assert f"{document['budget'][part] / 2**30:,.2f} GiB" in page[0]
     for result in document["results"]:
         assert escape(result["verdict"]["text"], quote=False) in page[0]
+
+
+def moved(folder: Path, profile: Path, action: str) -> list[str]:
+    """Return the number of frames, the one that the memory map shows after `action`, a promise, and what its buttons say."""
+    script = f"""<script>
+    const map = document.getElementById("figure-map");
+    const last = map.layout.sliders[0].steps.length - 1, cells = trace => JSON.stringify(trace.customdata.bdata);
+    {action}.then(() => {{
+      const frames = map._transitionData._frames.map(frame => cells(frame.data[0]));
+      const buttons = [...map.querySelectorAll(".updatemenu-button")].map(button => button.textContent).join("");
+      document.body.dataset.map = [frames.length, frames.lastIndexOf(cells(map.data[0])), buttons].join(" ");
+    }});
+    </script>"""
+    page = folder / "moved.html"
+    page.write_text((folder / "report.html").read_text(encoding="utf-8").replace("</body>", script + "</body>"), encoding="utf-8")
+    dom, log, _ = browse(page, profile, budget_ms=30_000)
+    assert not [line for line in log.splitlines() if "CONSOLE" in line]
+    found = re.search(r'data-map="(.*?)"', dom)
+    assert found is not None
+    return found[1].split()
+
+
+def test_the_slider_of_the_memory_map_shows_its_frames(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It stands at the first frame and does not run away; its last step shows the last one. The play button is drawn."""
+    at_start = moved(folder, tmp_path_factory.mktemp("start"), "Promise.resolve()")
+    slid = moved(folder, tmp_path_factory.mktemp("slid"), "Plotly.animate(map, ...map.layout.sliders[0].steps[last].args)")
+    assert (at_start[:2], slid[:2]) == (["12", "0"], ["12", "11"])
+    assert at_start[2] == "▶❚❚"
 
 
 def test_names_are_text_and_never_markup(page: tuple[str, str, list[str]]) -> None:

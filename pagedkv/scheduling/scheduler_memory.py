@@ -1,0 +1,99 @@
+"""The memory under a scheduler as a memory map wants to see it: who runs, and where the tokens of each lie."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pagedkv.arrays import NO_SLOTS, Int64Array
+from pagedkv.block_table import block_slots
+from pagedkv.errors import ConfigError
+from pagedkv.kv_request import KVRequest
+from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.kv_rows import KVRows
+from pagedkv.scheduling.radix_rows import RadixRows
+from pagedkv.scheduling.step import StepScheduler
+from pagedkv.snapshot import Mapped
+from pagedkv.step_allocation import RequestByRequest
+
+
+def memory_of(scheduler: StepScheduler) -> Mapped:
+    """Return the memory of the batch that `scheduler` runs now, request by request; tokens of a step in flight are not computed.
+
+    Raises:
+        ConfigError: If it is memory of a kind that cannot be looked at.
+    """
+    allocator = scheduler.allocator
+    if isinstance(allocator, RequestByRequest | KVRows):
+        return allocator.allocator
+    if isinstance(allocator, PagedStepAllocator):
+        return _PagedRows(scheduler, allocator)
+    if isinstance(allocator, RadixRows):
+        return _RadixRows(scheduler, allocator)
+    raise ConfigError(f"no memory map of {allocator.name}: it does not say where tokens lie")
+
+
+class _Rows:
+    """What both kinds of rows have in common."""
+
+    placement = "block"
+    num_groups = 1
+    rounding_slots = 0
+
+    def __init__(self, scheduler: StepScheduler, allocator: PagedStepAllocator | RadixRows) -> None:
+        requests = scheduler.requests.arrays
+        self.unit_slots = allocator.unit_slots
+        self.usable_slots, self.free_slots = allocator.usable_slots, allocator.free_slots
+        self.num_slots = self.usable_slots + self.unit_slots
+        self.state_slots = allocator.state_units * self.unit_slots
+        self._requests: list[KVRequest] = []
+        self._rows: dict[KVRequest, int] = {}
+        for index in scheduler.arrays.running[: scheduler.num_running].tolist():
+            record = requests[index]
+            request = KVRequest(request_id=index, num_tokens=int(record["num_known_tokens"]))
+            request.num_computed_tokens = int(record["num_computed_tokens"])
+            self._requests.append(request)
+            self._rows[request] = int(record["row"])
+
+    def live_requests(self) -> Sequence[KVRequest]:
+        """Return who runs, in the order of the batch."""
+        return self._requests
+
+    def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
+        """Return the slots of its blocks."""
+        del group
+        return block_slots(self._table(self._rows[request]), self.unit_slots)
+
+    def _table(self, row: int) -> Int64Array:
+        raise NotImplementedError
+
+
+class _PagedRows(_Rows):
+    def __init__(self, scheduler: StepScheduler, allocator: PagedStepAllocator) -> None:
+        super().__init__(scheduler, allocator)
+        self._allocator = allocator
+
+    def cached_slots(self) -> Int64Array:
+        """Return the slots of free blocks that carry a key."""
+        pool = self._allocator.pool
+        keyed = pool.cache.blocks()
+        return block_slots(keyed[pool.ref_cnt[keyed] == 0], self.unit_slots)
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots of blocks that somebody holds, be it for state."""
+        return block_slots(np.flatnonzero(self._allocator.pool.ref_cnt), self.unit_slots)
+
+    def _table(self, row: int) -> Int64Array:
+        return self._allocator.tables.of(row).astype(np.int64)
+
+
+class _RadixRows(_Rows):
+    def __init__(self, scheduler: StepScheduler, allocator: RadixRows) -> None:
+        super().__init__(scheduler, allocator)
+        self._allocator = allocator
+
+    def cached_slots(self) -> Int64Array:
+        """Return the slots of nodes that nobody locks."""
+        return self._allocator.cache.cached_slots() if self._allocator.enable_caching else NO_SLOTS
+
+    def _table(self, row: int) -> Int64Array:
+        return self._allocator.tables[row, : self._allocator.units_held[row]].astype(np.int64)
