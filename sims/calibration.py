@@ -17,6 +17,8 @@ FILE = Path(__file__).with_name("step_constants.toml")
 """What `python -m pagedkv.sims.fit_step_time` writes."""
 
 Status = Literal["validated", "not validated"]
+_NOT_QUANTIZED_BITS = 16
+"""Weights as wide as this are multiplied by the vendor's library, not by an engine's kernels for quantized ones."""
 _SAME_CODE = {"ollama": "llama-cpp"}
 """Engines that run another's kernels."""
 
@@ -85,6 +87,8 @@ def calibration_for(
         if weights is None and not group["any_weights"]:
             continue
         its = group["any_weights"] if weights is None else weights
+        if weights is None and weight_format.bits_per_weight >= _NOT_QUANTIZED_BITS:
+            its = {**its, "linear_flops": prior.linear_flops / clock}
         why = list(_doubts(group, weights, engine, weight_format, kv_cache_dtype, other_engine=other_engine))
         wide = group["widened"] if why else 1.0
         values = {**group["constants"], **{name: its[name] for name in ("weight_read_bytes_per_s", "linear_flops")}}
@@ -143,7 +147,10 @@ def _doubts(
     if other_engine:
         yield f"no rows of {engine} here: those of {group['engine']} stand in"
     if weights is None:
-        yield f"no rows with {weight_format.name} weights: the mean of {', '.join(group['weights'])} stands in"
+        stand_in = f"the mean of {', '.join(group['weights'])} stands in"
+        if weight_format.bits_per_weight >= _NOT_QUANTIZED_BITS:
+            stand_in += ", but for arithmetic, where the catalogue's figure does"
+        yield f"no rows with {weight_format.name} weights: {stand_in}"
     elif weights["num_models"] < 2:
         yield f"its rows with {weight_format.name} weights are of a single model"
     elif group["too_few"]:

@@ -80,6 +80,16 @@ def test_the_nearest_stands_in_and_says_so(engine: str, weights: str, kv: str, h
         assert found.constants == catalogue_constants(load_hardware(hardware), load_weight_format(weights))
 
 
+def test_weights_that_are_not_quantized_are_multiplied_as_the_catalogue_says() -> None:
+    wide, mean = known("llama-cpp", "bf16"), known("llama-cpp", "q6_k")
+    assert wide.constants.linear_flops == load_hardware("dgx-spark").effective_flops(load_weight_format("bf16"))
+    assert wide.constants.weight_read_bytes_per_s == mean.constants.weight_read_bytes_per_s
+    assert "but for arithmetic" in wide.why
+    derated = load_hardware("dgx-spark").derated(0.5)
+    half = calibration_for(derated, "llama-cpp", load_weight_format("bf16"), "auto", model=LLAMA, clock=0.5)
+    assert half.constants.linear_flops == pytest.approx(wide.constants.linear_flops / 2)
+
+
 def test_what_is_less_known_has_a_wider_interval() -> None:
     exact, mean = known("llama-cpp", "q8_0"), known("llama-cpp", "q6_k")
     assert mean.decode_spread == pytest.approx(2 * exact.decode_spread)
