@@ -15,6 +15,7 @@ from pagedkv.sims.console_classes import class_tables
 from pagedkv.sims.console_models import model_tables, models_memory
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
+from pagedkv.sims.error_interval import calibration_lines
 from pagedkv.sims.results import Results
 from pagedkv.sims.scenario import Scenario
 from pagedkv.units import gib
@@ -32,6 +33,7 @@ def show(results: Results, console: Console) -> None:
         _comparison(results, console.width),
         *class_tables(results.document()),
         *model_tables(results.document()),
+        _calibration(results),
         _verdict(results),
     ):
         console.print(part)
@@ -161,6 +163,13 @@ def _groups(widths: list[int], room: int) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def _calibration(results: Results) -> RenderableType:
+    """Say how far the constants of step times may be off."""
+    first, *rest = calibration_lines(results.document())
+    style = "dim" if results.scenario.deployment.calibration.status == "validated" else "yellow"
+    return Group(Text(first, style), *(Padding(Text(line), (0, 0, 0, 2)) for line in rest))
 
 
 def _verdict(results: Results) -> RenderableType:

@@ -17,6 +17,7 @@ from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims.calibration import Calibration, calibration_for
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.drafting import Drafting, drafting_of
 from pagedkv.sims.engine_flags import refuse_flags_of_others
@@ -45,6 +46,8 @@ class Deployment:
     scheduler: SchedulerSettings
     pool: KVPoolSettings
     step_time: RooflineStepTime
+    calibration: Calibration
+    """What its constants rest on, and how far they may be off."""
 
     def scheduler_over(self, allocator: str) -> StepScheduler:
         """Return a scheduler with nobody in it, over `allocator`."""
@@ -84,6 +87,9 @@ def deploy(serving: ServingConfig) -> Deployment:
     drafting = drafting_of(serving, model, weight_format)
     limits = engine.scheduler_settings(serving, model, hardware)
     kv_spec = model.kv_spec(serving.kv_cache_dtype)
+    calibration = calibration_for(
+        hardware, engine.name, weight_format, serving.kv_cache_dtype, model=model, clock=serving.clock_derate or 1.0
+    )
     return Deployment(
         config=_without_usual(serving, engine, model, hardware, limits),
         engine=engine,
@@ -101,7 +107,9 @@ def deploy(serving: ServingConfig) -> Deployment:
             kv_spec=kv_spec,
             enforce_eager=engine.runs_eagerly(serving),
             drafting=drafting,
+            constants=calibration.constants,
         ),
+        calibration=calibration,
     )
 
 

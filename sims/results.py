@@ -8,6 +8,7 @@ from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import ATTAIN, time_text
 from pagedkv.sims.engine_flags import ENGINE_FLAGS
+from pagedkv.sims.error_interval import error_intervals
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
 from pagedkv.sims.simulation import Progress, Run, run
@@ -50,6 +51,7 @@ class Results:
             "schema_version": SCHEMA_VERSION,
             "config": resolved_config(scenario),
             "budget": budget_document(scenario),
+            "calibration": scenario.deployment.calibration.document(),
             "results": [
                 {
                     "allocator": name,
@@ -58,6 +60,9 @@ class Results:
                     "model": scenario.model_name,
                     "hardware": scenario.deployment.hardware.name,
                     **result.figures,
+                    "error_interval": error_intervals(
+                        result.figures, scenario.deployment.calibration, [run.recorder for run in result.runs]
+                    ),
                     "verdict": {
                         "status": result.verdict.status,
                         "fits": result.verdict.fits,
