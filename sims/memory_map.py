@@ -18,6 +18,8 @@ from pagedkv.snapshot import NOBODY, MemorySnapshot, UnitState
 
 MOST_CELLS = 4096
 """A map of more shows every n-th unit, and says so."""
+MOST_NUMBERED = 64
+"""In a map of no more cells, each shows its unit's number."""
 _REQUEST_COLOURS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"),
     *("#4f9ccf", "#f2c14e", "#57bfa0", "#e0a9cc", "#f08a4b", "#9bd3f5"),
@@ -162,18 +164,15 @@ def _traces(
     category[: len(cells)] = [3 + colours[owner] if owner != NOBODY else plain[UnitState(state)] for state, owner in held]
     data = np.full((height * width, cells.shape[1]), -1, np.int16 if cells.max(initial=0) < 1 << 15 else np.int32)  # a small page
     data[: len(cells)] = cells
-    text = None
-    if (cells[:, 3] > 1).any():
-        shared = [f"×{count}" if count > 1 else "" for count in cells[:, 3]] + [""] * (height * width - len(cells))
-        text = np.array(shared).reshape(height, width)
+    text = _text(cells, height * width)
     number = len(palette)
     scale = [[edge, colour] for i, colour in enumerate(palette) for edge in (i / number, (i + 1) / number)]
     heatmap = go.Heatmap(
         z=category.reshape(height, width),
         customdata=data.reshape(height, width, -1),
-        text=text,
+        text=None if text is None else np.array(text).reshape(height, width),
         texttemplate="%{text}",
-        textfont={"size": 9, "color": "#ffffff"},
+        textfont={"size": 12 if len(cells) <= MOST_NUMBERED else 9},  # no colour: black or white, whichever is legible
         hovertemplate=_HOVER,
         zmin=-0.5,
         zmax=number - 0.5,
@@ -183,14 +182,31 @@ def _traces(
         ygap=1,
     )
     partly = np.flatnonzero(cells[:, 5] > 0)
+    size, width_px, below_px = (12, 2, 7) if len(cells) <= MOST_NUMBERED else (7, 1.2, 0)
     hatch = go.Scatter(
         x=partly % width,
         y=partly // width,
         mode="markers",
-        marker={"symbol": "line-ne", "size": 7, "line": {"width": 1.2, "color": "#ffffff" if dark else "#1b1f24"}},
+        marker={
+            "symbol": "line-ne",
+            "size": size,
+            "line": {"width": width_px, "color": "#ffffff" if dark else "#1b1f24"},
+            "standoff": below_px,
+        },
         hoverinfo="skip",
     )
     return [heatmap, hatch, *([_table(snapshot, dark=dark)] if tables else [])]
+
+
+def _text(cells: Cells, places: int) -> list[str] | None:
+    """Return what stands in each of `places` cells: how many share it, and its number if there are few; None if nothing does."""
+    numbered = len(cells) <= MOST_NUMBERED
+    if not numbered and not (cells[:, 3] > 1).any():
+        return None
+    shared = [f"×{count}" if count > 1 else "" for count in cells[:, 3]]
+    # Above the middle of the cell, the hatching is below it.
+    names = [f"{unit} {times}<br> " for unit, times in zip(cells[:, 0], shared, strict=True)] if numbered else shared
+    return names + [""] * (places - len(cells))
 
 
 def _colour_numbers(snapshot: MemorySnapshot) -> list[int]:
@@ -231,7 +247,7 @@ def _controls(labels: Sequence[str]) -> dict[str, Any]:
             {
                 "steps": [{"label": label, "method": "animate", "args": [[str(i)], jump]} for i, label in enumerate(labels)],
                 "currentvalue": {"prefix": "at "},
-                "pad": {"t": 10, "l": 110},
+                "pad": {"t": 10, "l": 110, "r": 40},
             }
         ],
         "updatemenus": [
