@@ -77,6 +77,8 @@ class HardwareSpec:
     """`--gpu-memory-utilization` where the user names none."""
     max_utilization_seen: Figure = field(metadata={"unit": "share of visible memory"})
     """The highest `--gpu-memory-utilization` known to start; planning above it is refused."""
+    disk_read_bandwidth: Figure | None = field(default=None, metadata={"unit": "bytes/s"})
+    """What one thread reads from the machine's disk, one large block after the other; None: nobody said. A GPU has no disk."""
     small_compute_device: bool = False
     """Whether vLLM keeps its small batch defaults in spite of much memory: GB10 (by compute) and A100 (by name)."""
 

@@ -34,6 +34,8 @@ MODEL_MACHINES: Mapping[str, str] = MappingProxyType({"unified": "dgx-spark", "d
 _UNITS = {spec.name: spec.metadata["unit"] for spec in fields(HardwareSpec) if spec.metadata}
 _BY_DTYPE = ("spec_flops", "reached_flops")
 _UNIFIED_ONLY = ("os_reserve", "memory_floor")
+_NEVER_ESTIMATED = ("disk_read_bandwidth",)
+"""Where a table does not give it, it is not known: disks have little to do with the device."""
 _TYPES = {"title": str, "small_compute_device": bool}
 
 
@@ -97,7 +99,7 @@ def _with_estimates(name: str, given: Mapping[str, Any], model_machine: Hardware
         )
         for dtype, figure in given["spec_flops"].items()
     } | given.get("reached_flops", {})
-    for key in sorted(_UNITS.keys() - complete.keys()):
+    for key in sorted(_UNITS.keys() - complete.keys() - {*_NEVER_ESTIMATED}):
         if key in _UNIFIED_ONLY and given["memory_kind"] == "discrete":
             continue
         if model_machine is None:

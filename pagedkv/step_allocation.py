@@ -11,7 +11,7 @@ import numpy as np
 
 from pagedkv.allocation import Allocator, Grouped, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int32Array
+from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
@@ -88,35 +88,62 @@ class RequestByRequest:
         self.units_held: Int32Array = np.zeros(allocator.max_num_seqs, np.int32)
         self.admission_slots = allocator.admission_slots
         self._requests: list[KVRequest | None] = [None] * allocator.max_num_seqs
+        self._num_slots: Int64Array = np.zeros(allocator.max_num_seqs, np.int64)
+        """By row: tokens that have slots; its `KVRequest` hears of them when the allocator is asked again."""
+        # Within what a row holds already, an allocator has nothing to decide, but to give back what has left a window.
+        self._in_units = allocator.unit_slots > 1 and not isinstance(allocator, Grouped)
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
-        """Grant slots in order until one entry does not fit; return its index. What was reserved at admission needs no call."""
-        entries = batch[first:last].tolist()
-        for i, (index, num_new, num_slots, num_known, admission_slots, _, row) in enumerate(entries, first):
-            request = self._requests[row]
-            if request is None:
-                request = KVRequest(request_id=index, num_tokens=num_known, admission_slots=admission_slots)
-                reserved = False
-            else:
-                self.allocator.note_computed(request)
-                request.num_tokens, reserved = num_known, request.admission_slots > 0
-            if not reserved:
-                granted = self.allocator.allocate_slots(request, num_new, has_scheduled_reqs=i > 0)
-                self.units_held[row] = self.allocator.num_slots_held(request)  # a refusal may give back what left a window
-                if granted is None:
-                    return i
-                self._requests[row] = request
-            request.num_computed_tokens = num_slots
+        """Grant slots in order until one entry does not fit; return its index. What a row holds already needs no call."""
+        rows, slots = batch["row"][first:last], batch["num_slots_needed"][first:last]
+        asks = np.arange(first, last) if not self._in_units else first + np.flatnonzero(slots > self.units_held[rows])
+        for i in asks.tolist():
+            if not self._ask(batch[i].item(), has_scheduled_reqs=i > 0):
+                self._num_slots[rows[: i - first]] = slots[: i - first]
+                return i
+        self._num_slots[rows] = slots
         return last
+
+    def _ask(self, entry: tuple[int, ...], *, has_scheduled_reqs: bool) -> bool:
+        """Ask for the slots of one entry; return whether it gets them."""
+        index, num_new, num_slots, num_known, admission_slots, _, row = entry
+        request = self._requests[row]
+        if request is None:
+            request = KVRequest(request_id=index, num_tokens=num_known, admission_slots=admission_slots)
+        elif request.admission_slots > 0:
+            return True
+        else:
+            self._tell(row, request)
+            request.num_tokens = num_known
+        granted = self.allocator.allocate_slots(request, num_new, has_scheduled_reqs=has_scheduled_reqs)
+        self.units_held[row] = self.allocator.num_slots_held(request)  # a refusal may give back what left a window
+        if granted is None:
+            return False
+        self._requests[row] = request
+        request.num_computed_tokens = num_slots
+        return True
+
+    def _tell(self, row: int, request: KVRequest) -> None:
+        """Let `request` and the allocator hear of the tokens that were computed since they were asked."""
+        request.num_computed_tokens = int(self._num_slots[row])
+        request.num_tokens = max(request.num_tokens, request.num_computed_tokens)
+        self.allocator.note_computed(request)
+
+    def up_to_date(self) -> Allocator:
+        """Return the allocator, after its requests have heard of all tokens that have slots."""
+        for row, request in enumerate(self._requests):
+            if request is not None:
+                self._tell(row, request)
+        return self.allocator
 
     def free(self, row: int) -> None:
         """Take back all that `row` holds. Its last step is computed."""
         request = self._requests[row]
         if request is not None:
-            self.allocator.note_computed(request)
+            self._tell(row, request)
             self.allocator.free(request)
             self._requests[row] = None
-            self.units_held[row] = 0
+            self.units_held[row] = self._num_slots[row] = 0
 
     def slots_used(self, row: int, num_tokens: int, num_final_tokens: int) -> tuple[int, int]:
         """Return how many slots of `row` have tokens and how many await some, where layer groups keep their own: `Grouped`."""

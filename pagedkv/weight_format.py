@@ -107,6 +107,16 @@ _FORMATS = (
         source="OCP Microscaling 1.0: E2M1 with an 8-bit scale per 32 weights, 4 + 8/32; in vLLM for routed experts",
     ),
     WeightFormat(
+        name="mxfp4+q8_0",
+        bits_per_weight=4.25,
+        wide_bits=32,
+        dense_bits=8.5,
+        head_bits=8.5,
+        embedding_bits=8.5,
+        compute_dtype="bf16",
+        source="llama.cpp's gpt-oss: routed experts as mxfp4, all else as q8_0; 11.27 GiB for 20b",
+    ),
+    WeightFormat(
         name="mxfp4+fp8",
         bits_per_weight=4.25,
         wide_bits=16,

@@ -9,11 +9,12 @@ from typing import TypeAlias
 from pagedkv.activation_peak import DENSE_PEAK_WIDTH, EXPERT_PEAK_WIDTH, SAMPLER_BYTES_PER_LOGIT
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.sims.calibration import fitted_groups
 from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.deployment import PAGE_BYTES
 from pagedkv.sims.routing.prefix_affine import BALANCE_ABS_THRESHOLD, BALANCE_REL_THRESHOLD
 from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
-from pagedkv.sims.step_time import EAGER_S_PER_LAYER
+from pagedkv.sims.step_constants import EAGER_S_PER_LAYER
 from pagedkv.sims.verdict import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
 from pagedkv.weight_format import WEIGHT_FORMATS
 
@@ -61,7 +62,7 @@ def code_rows() -> tuple[Row, ...]:
         ("experts touched by a step over n tokens", "1 − (1 − k/E)^n of them", "estimated", "uniform routing"),
         (
             "a step's time",
-            "max(weights, linear) + max(KV, attention) + overheads",
+            "(weights^p + linear^p)^(1/p) + (KV^p + attention^p)^(1/p) + states + overheads; without a fit the longer of each pair",
             "estimated",
             "roofline, the halves in sequence",
         ),
@@ -118,10 +119,26 @@ def code_rows() -> tuple[Row, ...]:
     )
 
 
+def fitted_rows() -> Iterator[Row]:
+    """Yield the constants that were fitted to published rows, by machine, engine and weight type."""
+    for group in fitted_groups():
+        source = f"{group['source']}, fitted {group['date']}"
+        where = f"{group['engine']} on {group['machine']}"
+        for name, value in group["constants"].items():
+            yield f"{where}: {name}", f"{value:,.4g}", "measured", source
+        for fmt, its in group["weights"].items():
+            for name in ("weight_read_bytes_per_s", "linear_flops"):
+                models = f"{its['num_figures']} figures of {its['num_models']} model{'s' if its['num_models'] > 1 else ''}"
+                yield f"{where}, {fmt}: {name}", f"{its[name]:,.4g}", "measured", f"{models}: {source}"
+
+
 def markdown() -> str:
     """Return the generated part of docs/assumptions.md."""
     lines = ["## In the code", "", "| what | value | tag | source |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in code_rows()]
+    lines += ["", "## Fitted step times", "", "How, and how well: [validation.md](validation.md). In SI units.", ""]
+    lines += ["| what | value | tag | source |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in fitted_rows()]
     lines += ["", "## In the catalogues", ""]
     for name in hardware_names():
         lines += [f"### {load_hardware(name).title} (`{name}`)", "", "| what | value | tag | source |", "|---|---|---|---|"]

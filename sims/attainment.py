@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagedkv.sims.goodput import GOAL_METRICS, Goal
-from pagedkv.sims.metrics import Latencies
+from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.simulation import Run
 

@@ -17,6 +17,7 @@ from cyclopts.config import Dict
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.cli_engines import compare_engines
+from pagedkv.sims.cli_generate import generate
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -30,7 +31,7 @@ app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | fuzz | bench-kernels",
+    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | generate | fuzz | bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,
@@ -46,6 +47,7 @@ def simulate(
     json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
     out: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     report: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    watch: Annotated[bool, Parameter(group=OUTPUT)] = False,
     config: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
 ) -> None:
     """Serve simulated users with paged and with contiguous KV allocation, and say where the memory goes.
@@ -55,6 +57,7 @@ def simulate(
         out: Write to this folder: config.toml, summary.json, requests.csv, timeline.csv, report.html, metrics.prom (vLLM's metrics
             for Prometheus) and trace.json (for Perfetto).
         report: Write report.html, one offline page with the pictures, to this file.
+        watch: Before the answer, show the first allocator's memory block by block while simulated time runs.
         config: Take settings from a config.toml, such as --out writes; flags override it, and its paths are relative to it.
     """
     from pagedkv.sims.export import prepare_file, prepare_folder, to_json, write, write_atomically
@@ -65,6 +68,8 @@ def simulate(
     del config  # read by cyclopts before the other flags: see main
     asked = SimulationConfig(load=load, serving=serving, measurement=measurement)
     if "," in serving.engine:
+        if watch:
+            raise ConfigError("--watch shows one engine: name one with --engine")
         compare_engines(asked, json=json, out=out, report=report)
         return
     scenario = resolve(asked)
@@ -75,6 +80,14 @@ def simulate(
     for flag, file in files.items():
         if file is not None:
             prepare_file(file, flag=flag)
+    if watch:
+        from rich.console import Console
+
+        from pagedkv.sims.live_view import check_watchable, watch_run
+
+        if json == "-":
+            raise ConfigError("--watch and --json - both write to stdout: leave one out, or give --json a file")
+        watch_run(scenario, check_watchable(scenario), Console(highlight=False))
     with ProgressOnStderr(scenario.allocators, repeats=measurement.repeats) as progress:
         results = run_all(scenario, progress=progress)
     if folder is not None:
@@ -148,6 +161,9 @@ def bench_kernels(
         write_json(result, json)
     if not all(row.get("correct", True) for row in result["rows"]):
         sys.exit(1)
+
+
+tools.command(generate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

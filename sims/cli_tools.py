@@ -11,9 +11,12 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from pagedkv.sims import cli_questions
-from pagedkv.sims.cli_output import LOAD, OUTPUT, SERVING, check_json, print_view, write_json
+from pagedkv.sims.cli_output import LOAD, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.config_words import DEFAULT_PARAMETER
+
+BAR_MISSED = 3
+"""Exit status of a validation in which a bar is missed."""
 
 # An app of its own: cyclopts drops the keys of a configuration file that are names of commands, and "hardware" is both.
 tools = App(name="simulate", default_parameter=DEFAULT_PARAMETER, suppress_keyboard_interrupt=False)
@@ -138,6 +141,43 @@ def fuzz(
         write_json({"results": [result.document() for result in results]}, json)
     if any(result.failure for result in results):
         sys.exit(1)
+
+
+@tools.command
+def validate(
+    *,
+    data: str | None = None,
+    sections: str | None = None,
+    hardware: str | None = None,
+    rows: bool = False,
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """Compare the simulator with measurements: published rows, a real vLLM run, three studies. Exit status 3 if a bar is missed.
+
+    Args:
+        data: A folder like shared/data, a CSV of your own rows with the columns of dgx_spark_benchmarks.csv, or a folder with a
+            vLLM log (meta.json, requests.jsonl, timeseries.csv) [default: ../shared/data beside a checkout].
+        sections: Comparisons, a comma list: published_rows, vllm_log, sosp23, mooncake, watermark [default: all].
+        hardware: The machine of your rows or log [default: dgx-spark for rows; the one that a log names].
+        rows: Print every row, too.
+        json: Write the result document to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.console_validate import show_validation
+    from pagedkv.sims.progress import ProgressOnStderr
+    from pagedkv.sims.validation.run import SECTIONS
+    from pagedkv.sims.validation.run import validate as compare
+
+    check_json(json)
+    path = output_path(data, "--data")
+    names = SECTIONS if sections is None else tuple(name.strip() for name in sections.split(","))
+    with ProgressOnStderr(names, repeats=1) as progress:
+        validation = compare(path, only=names, hardware=hardware, telling=lambda name, share: progress(name, 0, share))
+    if json is None:
+        print_view(lambda console: show_validation(validation, console, rows=rows))
+    else:
+        write_json(validation.document(), json)
+    if not validation.holds:
+        sys.exit(BAR_MISSED)
 
 
 for question in (

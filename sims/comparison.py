@@ -27,7 +27,7 @@ def comparison(document: dict[str, Any]) -> list[Row]:
         return Row(label=label, values=values, depth=depth)
 
     rows = [
-        row("status", *(c["verdict"]["status"] for c in columns)),
+        *([row("status", *(c["verdict"]["status"] for c in columns))] if columns[0]["verdict"] is not None else []),
         row("running, mean (max)", *(f"{_number(c['running_mean'])} ({c['running_max']})" for c in columns)),
         row("waiting, mean", *(_number(c["waiting_mean"]) for c in columns)),
         row("output tokens/s", *(_interval(c, "output_tokens_per_s", ".0f") for c in columns)),

@@ -65,12 +65,13 @@ class CompiledEngine:
         env.process(self._serve())
 
     def submit(
-        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0, model: int = 0
     ) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
 
         `content` is what it shares with others: see `Scheduler.add`. `user_class` is only recorded.
         """
+        del model
         if self._progress[NEXT_ARRIVAL] < self._progress[NUM_KNOWN]:
             raise ConfigError("requests of the future are known already: submit them all at once, or each when it arrives")
         request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, content=content)
@@ -84,9 +85,16 @@ class CompiledEngine:
         return done
 
     def submit_all(
-        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+        self,
+        arrival_s: Float64Array,
+        prompt_tokens: Int64Array,
+        output_tokens: Int64Array,
+        *,
+        contents: Contents | None = None,
+        models: Int64Array | None = None,
     ) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end. Call it once, before anything has arrived."""
+        del models
         first = self._scheduler.requests.size
         accepted = self._scheduler.add_all(prompt_tokens, output_tokens, contents=contents)
         self._recorder.expect(first, arrival_s[accepted])

@@ -114,7 +114,8 @@ class ServingConfig:
     clock_derate: float | None = None
     """Run the compute units at this share of their rate, e.g. 0.6 for a Spark that throttles [default: 1]."""
     model: str = "llama-3.1-8b"
-    """Model from the catalogue, its Hugging Face id, or a config.json or its folder."""
+    """Model from the catalogue, its Hugging Face id, or a config.json or its folder; Ollama: a comma list, of which users have one
+    each at random, if a workload does not say which."""
     engine: str = "vllm"
     """Engine whose defaults and rules apply: vllm (0.33; vllm@0.19 is an earlier version), sglang, tensorrt-llm, llama-cpp, ollama,
     naive, orca or vattention; a comma list compares them."""
@@ -203,6 +204,13 @@ class ServingConfig:
     """Standard deviation of each request's own acceptance rate [default: 0]."""
     max_queue: int | None = None
     """Ollama: most requests that may wait; more get status 503 [default: 512]."""
+    max_loaded_models: int | None = None
+    """Ollama: most models in memory at once [default: 3]."""
+    keep_alive: str | None = None
+    """Ollama: how long a model stays in memory when nobody uses it, e.g. 5m; 0: not at all, -1: for good. A comma list is one for
+    each model [default: 5m]."""
+    disk_bandwidth: str | None = None
+    """Ollama: rate at which a model is read from disk, e.g. 5GB/s [default: the machine's, if the catalogue has one]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

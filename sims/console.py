@@ -12,9 +12,12 @@ from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import AT_LEAST, Row, advantages, comparison, prefix_note
 from pagedkv.sims.console_classes import class_tables
+from pagedkv.sims.console_models import model_tables, models_memory
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
+from pagedkv.sims.error_interval import calibration_lines
 from pagedkv.sims.results import Results
+from pagedkv.sims.scenario import Scenario
 from pagedkv.units import gib
 
 _BAR_WIDTH = 30
@@ -25,10 +28,12 @@ def show(results: Results, console: Console) -> None:
     """Print the whole answer."""
     for part in (
         _setting(results),
-        waterfall(results.scenario.deployment),
+        _memory(results.scenario),
         *_contiguous_max_holds(results),
         _comparison(results, console.width),
         *class_tables(results.document()),
+        *model_tables(results.document()),
+        _calibration(results),
         _verdict(results),
     ):
         console.print(part)
@@ -42,7 +47,7 @@ def _setting(results: Results) -> RenderableType:
     config = results.document()["config"]
     scenario = results.scenario
     title = Text(
-        f"{scenario.load.title} on {scenario.deployment.hardware.title}, {scenario.deployment.model.title}, {config['engine']}",
+        f"{scenario.load.title} on {scenario.deployment.hardware.title}, {scenario.model_titles}, {config['engine']}",
         "bold",
     )
     if config["workload"] is not None:
@@ -58,7 +63,7 @@ def _setting(results: Results) -> RenderableType:
     facts = (
         f"{load} · lengths {scenario.load.lengths_name} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
         + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
-        + f" · {serving} · max-model-len {config['max_model_len']:,} · "
+        + f" · {serving} · max-model-len {scenario.deployment.scheduler.max_model_len:,} · "
         f"block-size {scenario.deployment.pool.block_size} · {_share(scenario.deployment)}"
         f"max-num-seqs {config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
         f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
@@ -71,6 +76,11 @@ def _share(deployment: Deployment) -> str:
     """Return the engine's own setting of how much memory it takes, if it has one."""
     setting = deployment.engine.setting
     return "" if setting is None else f"{setting} {deployment.budget.utilization:g} · "
+
+
+def _memory(scenario: Scenario) -> RenderableType:
+    """Return how the memory is divided: by one model that stays, or by several that come and go."""
+    return waterfall(scenario.deployment) if scenario.model_serving is None else models_memory(scenario.model_serving)
 
 
 def waterfall(deployment: Deployment) -> RenderableType:
@@ -153,6 +163,13 @@ def _groups(widths: list[int], room: int) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def _calibration(results: Results) -> RenderableType:
+    """Say how far the constants of step times may be off."""
+    first, *rest = calibration_lines(results.document())
+    style = "dim" if results.scenario.deployment.calibration.status == "validated" else "yellow"
+    return Group(Text(first, style), *(Padding(Text(line), (0, 0, 0, 2)) for line in rest))
 
 
 def _verdict(results: Results) -> RenderableType:

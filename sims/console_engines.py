@@ -18,7 +18,7 @@ def show_engines(compared: EngineComparison, console: Console) -> None:
     """Print the comparison."""
     document = compared.document()
     first = next(iter(compared.results.values())).scenario
-    hardware, model = first.deployment.hardware.title, first.deployment.model.title
+    hardware, model = first.deployment.hardware.title, first.model_titles
     console.print(
         Text(f"{first.load.title} on {hardware}, {model}: {len(compared.results)} engines, each with its own defaults", "bold")
     )

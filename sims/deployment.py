@@ -1,6 +1,7 @@
 """A model on a machine under an engine: everything about a simulation but its load. Built once."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pagedkv.allocation import KVPoolSettings
@@ -16,6 +17,7 @@ from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims.calibration import Calibration, calibration_for
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.drafting import Drafting, drafting_of
 from pagedkv.sims.engine_flags import refuse_flags_of_others
@@ -44,6 +46,8 @@ class Deployment:
     scheduler: SchedulerSettings
     pool: KVPoolSettings
     step_time: RooflineStepTime
+    calibration: Calibration
+    """What its constants rest on, and how far they may be off."""
 
     def scheduler_over(self, allocator: str) -> StepScheduler:
         """Return a scheduler with nobody in it, over `allocator`."""
@@ -77,34 +81,15 @@ def deploy(serving: ServingConfig) -> Deployment:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
-    refuse_flags_of_others(serving)
-    model, hardware = load_model(serving.model), load_hardware(serving.hardware)
-    if serving.clock_derate is not None:
-        hardware = hardware.derated(serving.clock_derate)
-    engine = load_engine(serving.engine)
-    _check_shares(serving)
-    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
+    request = memory_request(serving)
+    budget, engine = plan(request), load_engine(serving.engine)
+    model, hardware, weight_format = request.model, request.hardware, request.weight_format
     drafting = drafting_of(serving, model, weight_format)
     limits = engine.scheduler_settings(serving, model, hardware)
-    budget = plan(
-        MemoryRequest(
-            model=model,
-            hardware=hardware,
-            ledger=engine.ledger(serving, hardware, limits),
-            weight_format=weight_format,
-            kv_cache_dtype=serving.kv_cache_dtype,
-            max_model_len=limits.max_model_len,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            enforce_eager=serving.enforce_eager,
-            tensor_parallel_size=serving.tensor_parallel_size,
-            draft=None if drafting is None else drafting.memory,
-            free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
-            os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
-            other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
-        )
-    )
     kv_spec = model.kv_spec(serving.kv_cache_dtype)
+    calibration = calibration_for(
+        hardware, engine.name, weight_format, serving.kv_cache_dtype, model=model, clock=serving.clock_derate or 1.0
+    )
     return Deployment(
         config=_without_usual(serving, engine, model, hardware, limits),
         engine=engine,
@@ -122,7 +107,46 @@ def deploy(serving: ServingConfig) -> Deployment:
             kv_spec=kv_spec,
             enforce_eager=engine.runs_eagerly(serving),
             drafting=drafting,
+            constants=calibration.constants,
         ),
+        calibration=calibration,
+    )
+
+
+def memory_request(serving: ServingConfig) -> MemoryRequest:
+    """Return what the engine's ledger is asked: not checked, and nobody knows yet whether it fits.
+
+    Raises:
+        ConfigError: If model, machine, engine or a setting is none, or several models are named.
+    """
+    refuse_flags_of_others(serving)
+    if "," in serving.model and not Path(serving.model).exists():
+        raise ConfigError(
+            f"--model {serving.model} names several models, and this needs one; simulate --engine ollama loads them on demand"
+        )
+    model, hardware = load_model(serving.model), load_hardware(serving.hardware)
+    if serving.clock_derate is not None:
+        hardware = hardware.derated(serving.clock_derate)
+    engine = load_engine(serving.engine)
+    _check_shares(serving)
+    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
+    drafting = drafting_of(serving, model, weight_format)
+    limits = engine.scheduler_settings(serving, model, hardware)
+    return MemoryRequest(
+        model=model,
+        hardware=hardware,
+        ledger=engine.ledger(serving, hardware, limits),
+        weight_format=weight_format,
+        kv_cache_dtype=serving.kv_cache_dtype,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        enforce_eager=serving.enforce_eager,
+        tensor_parallel_size=serving.tensor_parallel_size,
+        draft=None if drafting is None else drafting.memory,
+        free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
+        os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
+        other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),
     )
 
 

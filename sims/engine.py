@@ -14,6 +14,7 @@ from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance, accept_drafts
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import Outcome
+from pagedkv.sims.shared_machine import SharedMachine
 from pagedkv.sims.step_time import StepTimeModel, total_cost
 
 
@@ -21,18 +22,25 @@ class ServingEngine(Protocol):
     """What a load sends its requests to."""
 
     def submit(
-        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0, model: int = 0
     ) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is turned away: it could never run here, or nobody is up.
 
         The event's value is `Outcome.FAILED` if the process that served it has died. `content` is what it shares with others: see
-        `Scheduler.add`. `user_class` is only recorded: which class of a workload it comes from.
+        `Scheduler.add`. `user_class` is only recorded: which class of a workload it comes from. `model` is the one that it names,
+        by its place among those of the server; an engine has one, and does not look.
         """
 
     def submit_all(
-        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+        self,
+        arrival_s: Float64Array,
+        prompt_tokens: Int64Array,
+        output_tokens: Int64Array,
+        *,
+        contents: Contents | None = None,
+        models: Int64Array | None = None,
     ) -> None:
-        """Let requests arrive at these times, ascending; nobody waits for their end."""
+        """Let requests arrive at these times, ascending; nobody waits for their end. `models` are as in `submit`; None: 0."""
 
 
 def submit_in_time(
@@ -42,13 +50,15 @@ def submit_in_time(
     prompt_tokens: Int64Array,
     output_tokens: Int64Array,
     contents: Contents | None,
+    models: Int64Array | None = None,
 ) -> Generator[simpy.Event, Any, None]:
     """Submit requests to `engine`, each when it arrives: a process of `env`."""
     each = zip(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), strict=True)
     for i, (at_s, prompt, output) in enumerate(each):
         if at_s > env.now:
             yield env.timeout(at_s - env.now)
-        engine.submit(prompt, output, content=None if contents is None else contents.of(i))
+        content = None if contents is None else contents.of(i)
+        engine.submit(prompt, output, content=content, model=0 if models is None else int(models[i]))
 
 
 class Engine:
@@ -61,8 +71,12 @@ class Engine:
         step_time: StepTimeModel,
         recorder: Recorder,
         acceptance: Acceptance = NOTHING_ACCEPTED,
+        machine: SharedMachine | None = None,
     ) -> None:
+        """Start the process on `env`. `machine` is what it shares with others; None: it has one to itself."""
         self._env = env
+        self._machine = machine
+        self._step_end_s = env.now
         self._scheduler = scheduler
         self._step_time = step_time
         self._acceptance = acceptance
@@ -74,32 +88,51 @@ class Engine:
         env.process(self._serve())
 
     def submit(
-        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+        self,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        content: Segments | None = None,
+        user_class: int = 0,
+        model: int = 0,
+        arrived_s: float | None = None,
     ) -> simpy.Event | None:
         """Queue a request; return the event of its end, or None if it is rejected because it could never run here.
 
-        `content` is what it shares with others: see `Scheduler.add`. `user_class` is only recorded.
+        `content` is what it shares with others: see `Scheduler.add`. `user_class` is only recorded. `arrived_s` is when it came,
+        if it has waited elsewhere; None: now.
         """
+        del model
+        came_s = self._env.now if arrived_s is None else arrived_s
         request = self._scheduler.add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, content=content)
         if request is None:
-            self._recorder.rejection(prompt_tokens, output_tokens, self._env.now, user_class)
+            self._recorder.rejection(prompt_tokens, output_tokens, came_s, user_class)
             return None
-        self._recorder.arrival(request, self._env.now, user_class)
+        self._recorder.arrival(request, came_s, user_class)
         done = self._done[request] = self._env.event()
         if not self._arrival.triggered:
             self._arrival.succeed()
         return done
 
     def submit_all(
-        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+        self,
+        arrival_s: Float64Array,
+        prompt_tokens: Int64Array,
+        output_tokens: Int64Array,
+        *,
+        contents: Contents | None = None,
+        models: Int64Array | None = None,
     ) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end. Call it once, before anything has arrived."""
+        del models
         self._env.process(submit_in_time(self._env, self, arrival_s, prompt_tokens, output_tokens, contents))
 
     def close(self) -> None:
-        """Account for the time since the last step, if the engine has nothing to do when the run ends."""
+        """Account for time that is not recorded when the run ends: with nothing to do, or in a step that others slow down."""
         if self._idle_since_s is not None:
             self._recorder.idle(self._idle_since_s, self._env.now)
+        else:
+            self._recorder.linger(self._step_end_s, self._env.now)
 
     def stop(self) -> None:
         """End now, as a process does that is killed: what runs comes to nothing, and whoever waits is told `Outcome.FAILED`."""
@@ -129,9 +162,11 @@ class Engine:
             cost = total_cost(self._step_time.cost(batch, batch.size) for batch in scheduler.forward_passes())
             recorder.look_elsewhere()
             recorder.step(step, env.now, cost)
-            yield env.timeout(cost.total_s)
+            self._step_end_s = env.now + cost.total_s
+            yield env.timeout(cost.total_s) if self._machine is None else self._machine.work(cost.total_s)
             if self._stopped:
                 return
+            recorder.linger(self._step_end_s, env.now)
             accept_drafts(self._acceptance, step.batch, step.num_entries)
             scheduler.complete()
             recorder.tokens(env.now)

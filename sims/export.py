@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from pagedkv.sims.chrome_trace import trace_text
 from pagedkv.sims.config_file import file_text
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
-from pagedkv.sims.results import Results
+from pagedkv.sims.results import Results, rerun_settings
+from pagedkv.sims.simulation import Run
 from pagedkv.sims.vllm_metrics import metrics_text
 
 REQUEST_COLUMNS = [
     *("allocator", "repeat", "request", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens"),
-    *("output_tokens", "num_output_tokens", "num_cached_tokens", "num_preemptions", "outcome", "measured", "class"),
+    *("output_tokens", "num_output_tokens", "num_cached_tokens", "num_preemptions", "outcome", "measured", "class", "model"),
 ]
 TIMELINE_COLUMNS = ["allocator", "repeat", "start_s", "observed_s", "running", "waiting", *(f"kv_{kind}" for kind in KV_KINDS)]
+
+
+LOAD_COLUMNS = ["allocator", "repeat", "model", "context", "held_bytes", "start_s", "ready_s", "end_s", "why_ended"]
 
 
 def to_json(document: dict[str, Any]) -> str:
@@ -66,17 +70,26 @@ def write(results: Results, folder: Path) -> None:
 
     document = results.document()
     files = {
-        "config.toml": file_text(document["config"], folder),
-        "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(results)),
-        "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(results)),
+        "config.toml": file_text(rerun_settings(results.scenario), folder),
+        **run_files({name: result.runs for name, result in results.by_allocator.items()}),
         "metrics.prom": metrics_text([results]),
         "trace.json": trace_text([results]),
         "summary.json": to_json(document),
         "report.html": html(results),
     }
+    if results.scenario.model_serving is not None:
+        files["loads.csv"] = _csv(LOAD_COLUMNS, _load_rows(results))
     prepare_folder(folder)
     for name, text in files.items():
         write_atomically(folder / name, text)
+
+
+def run_files(runs: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Return requests.csv and timeline.csv by name, of the runs of each allocator."""
+    return {
+        "requests.csv": _csv(REQUEST_COLUMNS, _request_rows(runs)),
+        "timeline.csv": _csv(TIMELINE_COLUMNS, _timeline_rows(runs)),
+    }
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -120,9 +133,9 @@ def _csv(header: list[str], rows: Iterator[list[Any]]) -> str:
     return text.getvalue()
 
 
-def _request_rows(results: Results) -> Iterator[list[Any]]:
-    for name, result in results.by_allocator.items():
-        for repeat, run in enumerate(result.runs):
+def _request_rows(runs: Mapping[str, Sequence[Run]]) -> Iterator[list[Any]]:
+    for name, repeats in runs.items():
+        for repeat, run in enumerate(repeats):
             log = run.log
             columns = (
                 _times(log.arrival_s),
@@ -137,19 +150,30 @@ def _request_rows(results: Results) -> Iterator[list[Any]]:
                 [Outcome(outcome).name.lower() for outcome in log.outcome],
                 (log.arrival_s >= run.warmup_s).astype(int).tolist(),
                 [run.class_names[i] for i in log.user_class.tolist()] if run.class_names else [""] * len(log),
+                [""] * len(log) if run.server is None else [run.server.models[i].name for i in log.model.tolist()],
             )
             for request, row in enumerate(zip(*columns, strict=True)):
                 yield [name, repeat, request, *row]
 
 
-def _timeline_rows(results: Results) -> Iterator[list[Any]]:
-    for name, result in results.by_allocator.items():
-        for repeat, run in enumerate(result.runs):
+def _timeline_rows(runs: Mapping[str, Sequence[Run]]) -> Iterator[list[Any]]:
+    for name, repeats in runs.items():
+        for repeat, run in enumerate(repeats):
             starts_s, seconds, means = run.recorder.timeline.means()
             shares = means[:, : len(KV_KINDS)] / run.allocator.usable_slots
             rows = np.column_stack((starts_s, seconds, means[:, RUNNING], means[:, WAITING], shares))
             for row in rows.tolist():
                 yield [name, repeat, *(format(value, ".9g") for value in row)]
+
+
+def _load_rows(results: Results) -> Iterator[list[Any]]:
+    """Yield what each load of a model took of the machine, and when."""
+    for name, result in results.by_allocator.items():
+        for repeat, run in enumerate(result.runs):
+            for load in () if run.server is None else run.server.loads:
+                model = run.server.models[load.model].name if run.server is not None else ""
+                times = ("" if time_s is None else f"{time_s:.6f}" for time_s in (load.start_s, load.ready_s, load.end_s))
+                yield [name, repeat, model, load.context, load.held_bytes, *times, load.why_ended]
 
 
 def _times(times_s: np.ndarray[Any, np.dtype[np.float64]]) -> list[str]:

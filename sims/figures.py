@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from pagedkv.arrays import Float64Array
 from pagedkv.sims.budget_parts import PARTS
-from pagedkv.sims.metrics import Latencies
+from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import Results

@@ -98,9 +98,10 @@ class Fleet:
             self._bring_up(i)
 
     def submit(
-        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0, model: int = 0
     ) -> simpy.Event | None:
         """Queue a request at a replica; return the event of its end, or None if it could never run there, or no replica is up."""
+        del model
         states = [replica.state for replica in self.replicas]
         if not any(state.up for state in states):
             self._refused.append((self._env.now, prompt_tokens, output_tokens, user_class))
@@ -109,9 +110,16 @@ class Fleet:
         return self.replicas[chosen].now.engine.submit(prompt_tokens, output_tokens, content=content, user_class=user_class)
 
     def submit_all(
-        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+        self,
+        arrival_s: Float64Array,
+        prompt_tokens: Int64Array,
+        output_tokens: Int64Array,
+        *,
+        contents: Contents | None = None,
+        models: Int64Array | None = None,
     ) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end."""
+        del models
         self._env.process(submit_in_time(self._env, self, arrival_s, prompt_tokens, output_tokens, contents))
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagedkv.arrays import Float64Array
-from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import (
     GAUGE_SUMS,
     KV_KINDS,
@@ -23,7 +22,7 @@ from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.timeline import NUM_BINS, TimelineArrays
 
 
-def fleet_record(recorders: Sequence[Recorder], *, warmup_s: float, end_s: float) -> RunRecord:
+def fleet_record(recorders: Sequence[RunRecord], *, warmup_s: float, end_s: float) -> RunRecord:
     """Return what `recorders`, one per process that ran, say of a run that was measured from `warmup_s` to `end_s`."""
     counters = np.sum([recorder.arrays.counters for recorder in recorders], axis=0)
     counters[RUNNING_MAX] = max(recorder.running_max for recorder in recorders)  # each has counted the others' in
@@ -39,7 +38,7 @@ def fleet_record(recorders: Sequence[Recorder], *, warmup_s: float, end_s: float
     return RunRecord(arrays, caches_prefixes=recorders[0].caches_prefixes)
 
 
-def _sums(recorders: Sequence[Recorder], window_s: float) -> Float64Array:
+def _sums(recorders: Sequence[RunRecord], window_s: float) -> Float64Array:
     sums: Float64Array = np.sum([recorder.arrays.sums for recorder in recorders], axis=0)
     up_s, waiting_s = sums[OBSERVED_S : OBSERVED_S + 2].tolist()
     if up_s > 0:

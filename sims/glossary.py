@@ -47,6 +47,12 @@ _ENTRIES = (
     _entry("p90", "P90", "90 % of the samples are at most this", "What one request in ten exceeds."),
     _entry("p99", "P99", "99 % of the samples are at most this", "What one request in a hundred exceeds."),
     _entry("ci95", "95 % interval", "mean ± t × s / √n over n repeats", "Where the mean lies, with --repeats from 2 on."),
+    _entry(
+        "error_interval",
+        "error interval",
+        "figure / e^s to figure × e^s, s the calibration's spread",
+        "How far off output tokens/s, mean TPOT and TTFT may be because step times are; nine in ten of a new model's lie inside.",
+    ),
     _entry("goodput_per_s", "goodput, requests/s", "requests that finish within every goal / (E − W)", "Throughput that counts."),
     _entry(
         "goodput_share",

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pagedkv.scheduling.step import Blocker
+from pagedkv.sims.model_record import any_waits_s
 from pagedkv.sims.recording import BLOCKERS
 from pagedkv.sims.simulation import Run
 
-Binding = Literal["kv_memory", "bandwidth", "prefill_compute", "max_num_seqs", "max_model_len"]
+Binding = Literal["kv_memory", "bandwidth", "prefill_compute", "max_num_seqs", "max_model_len", "model_loads"]
 
 LIMIT_NAMES: dict[Binding, str] = {
     "kv_memory": "KV memory",
@@ -15,6 +16,7 @@ LIMIT_NAMES: dict[Binding, str] = {
     "prefill_compute": "prefill compute",
     "max_num_seqs": "max-num-seqs",
     "max_model_len": "max-model-len",
+    "model_loads": "models that take turns in memory",
 }
 _OF_BLOCKER: dict[Blocker, Binding] = {
     Blocker.KV_MEMORY: "kv_memory",
@@ -30,6 +32,9 @@ def queue_blocker(runs: Sequence[Run]) -> Binding | None:
         for blocker, seconds in zip(BLOCKERS, run.recorder.integrals.blocked_s.tolist(), strict=True):
             if blocker in _OF_BLOCKER and seconds > 0:
                 blocked_s[_OF_BLOCKER[blocker]] = blocked_s.get(_OF_BLOCKER[blocker], 0.0) + seconds
+        if run.server is not None and run.server.waits_s:
+            seconds = any_waits_s(run.server.waits_s, run.warmup_s, run.end_s)
+            blocked_s["model_loads"] = blocked_s.get("model_loads", 0.0) + seconds
     return max(blocked_s, key=blocked_s.__getitem__, default=None)
 
 

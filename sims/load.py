@@ -20,6 +20,7 @@ Process: TypeAlias = Generator[simpy.Event, Any, None]
 
 PAUSE_AFTER_ERROR_S = 1.0
 _PREFIX_SEED = 0x70726566
+_MODEL_SEED = 0x6D6F646C
 _DRAWS_AT_ONCE = 64
 
 
@@ -80,6 +81,17 @@ class SharedPrefixes:
 NO_PREFIX = SharedPrefixes(length=0)
 
 
+def model_choices(number: int, seed: int) -> Iterator[int]:
+    """Yield which of `number` models each user, or request, names, without end: at random, all alike. Drawn apart from all else."""
+    rng = np.random.default_rng([_MODEL_SEED, seed])
+    while True:
+        yield from rng.integers(number, size=_DRAWS_AT_ONCE).tolist() if number > 1 else [0] * _DRAWS_AT_ONCE
+
+
+def _models(number: int, seed: int, num_requests: int) -> Int64Array | None:
+    return np.fromiter(model_choices(number, seed), np.int64, count=num_requests) if number > 1 else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedLoop:
     """People who think, ask, wait for the whole answer, and think again. Whoever gets an error waits a second before that."""
@@ -94,6 +106,8 @@ class ClosedLoop:
     """Each user has one of them."""
     num_requests: int | None = None
     """They stop after so many, all together; None: they never end."""
+    num_models: int = 1
+    """Each user has one of so many, at random."""
 
     @property
     def title(self) -> str:
@@ -114,17 +128,25 @@ class ClosedLoop:
         """Start one process per user. Each has its own random stream: what one experiences does not change the others' requests."""
         numbers = count() if self.num_requests is None else iter(range(self.num_requests))
         children, segments = np.random.SeedSequence(seed).spawn(self.users), self.prefixes.segments()
-        for child, choice in zip(children, self.prefixes.choices(seed), strict=False):
-            env.process(self._user(env, engine, np.random.default_rng(child), numbers, segments[choice : choice + 1]))
+        choices, models = self.prefixes.choices(seed), model_choices(self.num_models, seed)
+        for child, choice, model in zip(children, choices, models, strict=False):
+            rng = np.random.default_rng(child)
+            env.process(self._user(env, engine, rng, numbers, segments[choice : choice + 1], model))
 
     def _user(
-        self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator, numbers: Iterator[int], prefix: Segments
+        self,
+        env: simpy.Environment,
+        engine: ServingEngine,
+        rng: np.random.Generator,
+        numbers: Iterator[int],
+        prefix: Segments,
+        model: int,
     ) -> Process:
         for prompt, output in draws(self.lengths, rng):
             yield env.timeout(rng.exponential(self.think_time_s))
             if next(numbers, None) is None:
                 return
-            answered = engine.submit(self.prefixes.length + prompt, output, content=prefix)
+            answered = engine.submit(self.prefixes.length + prompt, output, content=prefix, model=model)
             if answered is None or (yield answered) is Outcome.FAILED:
                 yield env.timeout(PAUSE_AFTER_ERROR_S)
 
@@ -143,6 +165,8 @@ class OpenLoop:
     """Of the requests, without the prefix."""
     prefixes: SharedPrefixes = NO_PREFIX
     """Each request has one of them."""
+    num_models: int = 1
+    """Each request names one of so many, at random."""
 
     @property
     def title(self) -> str:
@@ -167,11 +191,15 @@ class OpenLoop:
         """Start the one process that submits them all, or submit them at once if they end."""
         rng = np.random.default_rng(seed)
         if self.num_requests is None:
-            env.process(self._arrivals(env, engine, rng, self.prefixes.choices(seed)))
+            env.process(self._arrivals(env, engine, rng, seed))
             return
         rows = np.fromiter(islice(self._draws(rng), self.num_requests), np.dtype("f8,i8,i8"), count=self.num_requests)
         engine.submit_all(
-            np.cumsum(rows["f0"]), self.prefixes.length + rows["f1"], rows["f2"].copy(), contents=self._contents(seed, len(rows))
+            np.cumsum(rows["f0"]),
+            self.prefixes.length + rows["f1"],
+            rows["f2"].copy(),
+            contents=self._contents(seed, len(rows)),
+            models=_models(self.num_models, seed, len(rows)),
         )
 
     def _contents(self, seed: int, number: int) -> Contents | None:
@@ -185,11 +213,12 @@ class OpenLoop:
         for prompt, output in draws(self.lengths, rng):
             yield rng.gamma(self.burstiness, scale_s), prompt, output
 
-    def _arrivals(self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator, choices: Iterator[int]) -> Process:
+    def _arrivals(self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator, seed: int) -> Process:
         segments = self.prefixes.segments()
-        for (gap_s, prompt, output), choice in zip(self._draws(rng), choices, strict=False):
+        drawn = zip(self._draws(rng), self.prefixes.choices(seed), model_choices(self.num_models, seed), strict=False)
+        for (gap_s, prompt, output), choice, model in drawn:
             yield env.timeout(gap_s)
-            engine.submit(self.prefixes.length + prompt, output, content=segments[choice : choice + 1])
+            engine.submit(self.prefixes.length + prompt, output, content=segments[choice : choice + 1], model=model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +227,8 @@ class TraceReplay:
 
     trace: Trace
     """What to replay."""
+    num_models: int = 1
+    """Each request names one of so many, at random."""
 
     @property
     def num_requests(self) -> int:
@@ -219,8 +250,8 @@ class TraceReplay:
         return {"trace_format": self.trace.format}
 
     def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
-        """Submit them all; nothing is random here."""
-        del env, seed
-        trace = self.trace
+        """Submit them all; nothing is random here but which of several models they name."""
+        del env
+        trace, models = self.trace, _models(self.num_models, seed, len(self.trace))
         contents = None if trace.content is None else trace.content.contents(trace.prompt_tokens)
-        engine.submit_all(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, contents=contents)
+        engine.submit_all(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, contents=contents, models=models)

@@ -1,52 +1,22 @@
 """From what a run recorded to the figures that are reported. docs/metrics.md states each as a formula."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.sims.fleet_record import fleet_record
-from pagedkv.sims.goodput import GOAL_METRICS, Goal
+from pagedkv.sims.goodput import Goal
+from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.lower_bounds import raisable
+from pagedkv.sims.model_figures import model_rows
+from pagedkv.sims.model_record import any_waits_s
 from pagedkv.sims.recording import ITL_BIN_RATIO, ITL_SMALLEST_S, KV_KINDS, RUNNING, WAITING
-from pagedkv.sims.records import Outcome, RequestLog
+from pagedkv.sims.records import Outcome
 from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.statistics import summarize, summarize_bins
 from pagedkv.sims.utilization import machine_shares
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latencies:
-    """Of the accepted requests, in seconds. For an unfinished one: what it has at least by the end of the run."""
-
-    ttft_s: Float64Array
-    """First token − arrival."""
-    tpot_s: Float64Array
-    """(Last token − first token) / (output tokens − 1); NaN before the first token and for a request of one output token.
-
-    Of an unfinished one, its pace so far at least: as if its next token came at the end of the run.
-    """
-    e2e_s: Float64Array
-    """Last token − arrival."""
-
-    @classmethod
-    def of(cls, log: RequestLog, end_s: float) -> "Latencies":
-        """Return the latencies of `log`, a run of which ended at `end_s`."""
-        finished = log.outcome == Outcome.FINISHED
-        first_s = np.where(np.isnan(log.first_token_s), end_s, log.first_token_s)
-        last_s = np.where(finished, log.last_token_s, end_s)
-        has_gaps = (log.output_tokens > 1) & ~np.isnan(log.first_token_s)
-        gaps = np.where(has_gaps, np.where(finished, log.output_tokens - 1, log.num_output_tokens), np.nan)
-        return cls(ttft_s=first_s - log.arrival_s, tpot_s=(last_s - first_s) / gaps, e2e_s=last_s - log.arrival_s)
-
-    def meet(self, goals: tuple[Goal, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Return which requests keep every goal (one without a TPOT keeps any TPOT goal)."""
-        kept = np.ones(self.ttft_s.size, bool)
-        for goal in goals:
-            kept &= ~(getattr(self, GOAL_METRICS[goal.metric]) > goal.limit_s)
-        return kept
 
 
 def kv_shares(gauge_integral: Float64Array, observed_s: float, usable_slots: int) -> dict[str, float] | None:
@@ -127,6 +97,9 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
     finished = served.outcome == Outcome.FINISHED
     num_good = int((latencies.meet(goals) & finished).sum())
     observed_s, waiting_s = sums.observed_s.tolist()
+    waiting_share = waiting_s / observed_s if observed_s else None
+    if run.server is not None and window_s:  # whoever waits for a model waits in none of the recorded processes
+        waiting_share = max(waiting_share or 0.0, any_waits_s(run.server.waits_s, run.warmup_s, run.end_s) / window_s)
     usable = run.allocator.usable_slots
     figures: dict[str, Any] = {
         "num_injected": len(log),
@@ -141,10 +114,10 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "running_mean": sums.gauges[RUNNING] / observed_s if observed_s else None,
         "running_max": recorder.running_max,
         "waiting_mean": sums.gauges[WAITING] / observed_s if observed_s else None,
-        "waiting_time_share": waiting_s / observed_s if observed_s else None,
+        "waiting_time_share": waiting_share,
         "kv": kv_shares(sums.gauges, observed_s, usable),
         "kv_when_waiting": kv_shares(sums.gauges_when_waiting, waiting_s, usable),
-        **machine_shares(sums),
+        **machine_shares(sums, of_one_s=None if run.server is None else window_s),
         "ttft_s": summarize(latencies.ttft_s),
         "tpot_s": summarize(latencies.tpot_s[~np.isnan(latencies.tpot_s)]),
         "itl_s": summarize_bins(sums.itl_bins, total=float(sums.itl_sum_s[0]), smallest=ITL_SMALLEST_S, ratio=ITL_BIN_RATIO),
@@ -163,6 +136,8 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
     }
     if run.replicas:
         figures |= {"num_replicas": len(run.replicas), "replicas": [_replica_row(run, i) for i in range(len(run.replicas))]}
+    if run.server is not None:
+        figures["models"] = model_rows(run, run.server, goals)
     if len(run.class_names) > 1:
         figures["classes"] = [_class_row(run, i, goals) for i in range(len(run.class_names))]
     return {name: float(value) if isinstance(value, np.floating) else value for name, value in figures.items()}

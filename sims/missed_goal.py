@@ -9,8 +9,8 @@ import numpy as np
 from pagedkv.arrays import BoolArray
 from pagedkv.sims.attainment import attained
 from pagedkv.sims.goodput import Goal
+from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.limits import Binding, queue_blocker, step_limit
-from pagedkv.sims.metrics import Latencies
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.simulation import Run

@@ -26,6 +26,7 @@ from pagedkv.sims.recording import (
     RecorderArrays,
     gap_bin,
     record_idle,
+    record_longer,
     record_step,
     record_tokens,
     set_gauges,
@@ -135,6 +136,11 @@ class Recorder(RunRecord):
             (*cost,),
         )
 
+    def linger(self, start_s: float, end_s: float) -> None:
+        """Note that the step recorded last takes until `end_s` instead of `start_s`: other processes have the machine too."""
+        if end_s > start_s:
+            record_longer(self.arrays, start_s, end_s)
+
     def _count_groups(self, allocator: RequestByRequest, step: Step) -> None:
         """Count slots by what is in them where a token has one in each group of layers. O(running × groups), not compiled."""
         scheduler, gauges, entries = self._scheduler, self.arrays.gauges, step.num_entries
@@ -206,6 +212,7 @@ class Recorder(RunRecord):
             num_preemptions=requests["num_preemptions"],
             outcome=outcome,
             user_class=user_class,
+            model=np.zeros(size, np.int64),
         )
         rejected = np.array([entry for entry in self._rejected if entry[0] <= self._closed_s]).reshape(-1, 4)
         if not rejected.size:

@@ -182,6 +182,14 @@ def record_step(
 
 
 @lean_jit
+def record_longer(r: RecorderArrays, start_s: float, end_s: float) -> None:
+    """Record that the state recorded last holds from `start_s` to `end_s` too: nothing is computed, nothing is blocked by it."""
+    end_s = min(end_s, r.window_s[1])
+    if end_s > start_s:
+        _integrate(r, start_s, end_s, 0, (0.0, 0.0, 0.0, 0.0, 0.0))
+
+
+@lean_jit
 def record_idle(r: RecorderArrays, start_s: float, end_s: float, free_slots: int, cached_slots: int) -> None:
     """Record that nobody was there from `start_s` to `end_s`."""
     for g in range(NUM_GAUGES):

@@ -54,6 +54,8 @@ class RequestLog:
     outcome: Int8Array
     user_class: Int64Array
     """Which class of a workload it comes from; 0 without one."""
+    model: Int64Array
+    """Which of the server's models it names; 0 with one."""
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -89,4 +91,5 @@ class RequestLog:
             num_preemptions=nothing,
             outcome=np.full(arrival_s.size, outcome, np.int8),
             user_class=rows[:, 2],
+            model=nothing,
         )

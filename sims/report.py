@@ -145,7 +145,7 @@ def _verdict(results: Results, document: dict[str, Any]) -> str:
     first = document["results"][0]["verdict"]
     headline = first["text"].partition(f": {first['status']}")[0]  # a trace's name may hold a colon, too
     served = scenario.deployment
-    model = f"{served.model.title}, {served.weight_format.name} weights"
+    model = f"{scenario.model_titles}, {served.weight_format.name} weights"
     subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"
     return (
         f'<section id="verdict">\n<h1>{escape(headline)}</h1>\n<p class="soft">{escape(subtitle)}</p>\n'

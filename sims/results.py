@@ -7,6 +7,8 @@ from typing import Any
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import ATTAIN, time_text
+from pagedkv.sims.engine_flags import ENGINE_FLAGS
+from pagedkv.sims.error_interval import error_intervals
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
 from pagedkv.sims.simulation import Progress, Run, run
@@ -15,11 +17,11 @@ from pagedkv.sims.verdict import Verdict, judge
 
 SCHEMA_VERSION = 1
 
-_SUMMED = ("num_", "iterations", "request_steps", "simulated_s", "up_s")
-_LARGEST = ("running_max", "num_replicas", "replica")
-"""Of these the largest is taken; the last two are the same in every repeat."""
+_SUMMED = ("num_", "iterations", "request_steps", "simulated_s", "up_s", "load_s")
+_LARGEST = ("running_max", "num_replicas", "replica", "held_bytes", "context")
+"""Of these the largest is taken; replicas are the same in every repeat."""
 _LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
-_ONE_BY_ONE = ("replicas", "classes")
+_ONE_BY_ONE = ("replicas", "classes", "models")
 """Lists of rows: the same ones in every repeat."""
 
 
@@ -49,14 +51,18 @@ class Results:
             "schema_version": SCHEMA_VERSION,
             "config": resolved_config(scenario),
             "budget": budget_document(scenario),
+            "calibration": scenario.deployment.calibration.document(),
             "results": [
                 {
                     "allocator": name,
                     "placement": result.runs[0].allocator.placement,
                     "engine": serving.engine,
-                    "model": scenario.deployment.model.name,
+                    "model": scenario.model_name,
                     "hardware": scenario.deployment.hardware.name,
                     **result.figures,
+                    "error_interval": error_intervals(
+                        result.figures, scenario.deployment.calibration, [run.recorder for run in result.runs]
+                    ),
                     "verdict": {
                         "status": result.verdict.status,
                         "fits": result.verdict.fits,
@@ -140,7 +146,7 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
     """
     settings = flat(scenario.config)
     settings |= {
-        "model": scenario.deployment.model.name,
+        "model": scenario.deployment.model.name if scenario.model_serving is None else scenario.config.serving.model,
         "allocator": list(scenario.allocators),
         "goodput": list(scenario.config.measurement.goodput),
         "max_model_len": scenario.deployment.scheduler.max_model_len,
@@ -154,9 +160,17 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
         "warmup": time_text(scenario.warmup_s),
         "duration": None if scenario.duration_s is None else time_text(scenario.duration_s),
     }
+    if scenario.model_serving is not None:
+        settings["max_model_len"] = scenario.config.serving.max_model_len  # each model has its own
     if settings["trace"] is None and settings["random_input_len"] is None:
         settings["lengths"] = settings["lengths"] or DEFAULT_LENGTHS
     return settings | scenario.load.settings()
+
+
+def rerun_settings(scenario: Scenario) -> dict[str, Any]:
+    """Return `resolved_config` without settings of other engines, which this one would refuse."""
+    engine = scenario.deployment.engine.name.partition("@")[0]
+    return {name: value for name, value in resolved_config(scenario).items() if engine in ENGINE_FLAGS.get(name, (engine,))}
 
 
 def budget_document(scenario: Scenario) -> dict[str, Any]:

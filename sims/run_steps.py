@@ -18,7 +18,7 @@ from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays, drop_head, push_waiting
 from pagedkv.sims.drafting import Acceptance, accept_drafts
 from pagedkv.sims.recording import RecorderArrays, record_idle, record_step, record_tokens, set_gauges
-from pagedkv.sims.step_time import StepCoefficients, whole_step_cost
+from pagedkv.sims.step_formula import StepCoefficients, whole_step_cost
 from pagedkv.step_batch import StepBatch
 
 IDLE, IN_FLIGHT, ENDED, PAUSED = 0, 1, 2, 3

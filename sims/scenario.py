@@ -11,13 +11,17 @@ from pagedkv.sims.config import (
     LOAD_KINDS,
     LoadConfig,
     MeasurementConfig,
+    ServingConfig,
     SimulationConfig,
     parse_seconds,
 )
 from pagedkv.sims.deployment import Deployment, deploy
+from pagedkv.sims.engine_flags import refuse_flags_of_others
 from pagedkv.sims.goodput import Goal, parse_goals
 from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, SharedPrefixes, TraceReplay
+from pagedkv.sims.model_names import ModelNames, is_model_server, model_names
+from pagedkv.sims.model_serving import ModelServing, model_serving
 from pagedkv.sims.replication import Replication, replication
 from pagedkv.sims.routing import DEFAULT_ROUTING
 from pagedkv.sims.traces import read_trace
@@ -55,6 +59,23 @@ class Scenario:
     """Measured time after the warm-up; None: until all requests of the load are answered."""
     replication: Replication
     """How many replicas of the deployment there are, and their faults."""
+    model_serving: ModelServing | None = None
+    """How several models come and go, of which the deployment is the first; None: there is one, and it stays."""
+
+    @property
+    def model_name(self) -> str:
+        """The model's, or those of all with commas."""
+        return ",".join(deployment.model.name for deployment in self.deployments)
+
+    @property
+    def model_titles(self) -> str:
+        """What a sentence calls the model, or all of them."""
+        return ", ".join(deployment.model.title for deployment in self.deployments)
+
+    @property
+    def deployments(self) -> tuple[Deployment, ...]:
+        """By model."""
+        return (self.deployment,) if self.model_serving is None else self.model_serving.deployments
 
 
 def resolve(config: SimulationConfig) -> Scenario:
@@ -63,12 +84,16 @@ def resolve(config: SimulationConfig) -> Scenario:
     Raises:
         ConfigError: For anything that cannot work, with what would.
     """
-    deployment = deploy(config.serving)
+    _check_load_flags(config.load)
+    refuse_flags_of_others(config.serving)
+    names, server = model_names(config), None
+    if is_model_server(config.serving, names.served):
+        server = model_serving(config.serving, names.served)
+    deployment = _deployment(config.serving, names, server)
     usual_allocators = deployment.engine.allocators(config.serving)
     allocators = asked_allocators(config.measurement, usual=usual_allocators)
     goals = parse_goals(config.measurement.goodput)
-    _check_load_flags(config.load)
-    load = _load(config.load, deployment)
+    load = _load(config.load, deployment, names.of_class, (deployment,) if server is None else server.deployments)
     warmup_s, duration_s = _window(config.measurement, load)
     usual = _usual_window(load)
     replicas = replication(config.serving, end_s=None if duration_s is None else warmup_s + duration_s)
@@ -90,7 +115,17 @@ def resolve(config: SimulationConfig) -> Scenario:
         warmup_s=warmup_s,
         duration_s=duration_s,
         replication=replicas,
+        model_serving=server,
     )
+
+
+def _deployment(serving: ServingConfig, names: ModelNames, server: ModelServing | None) -> Deployment:
+    if server is None:
+        same = names.served == names.asked
+        return deploy(serving if same else replace(serving, model=names.served[0]))
+    first = server.models[0].usual
+    asked = {name: getattr(serving, name) for name in ("max_queue", "ctx_size", "max_model_len")}
+    return replace(first, config=replace(first.config, model=names.in_words, **asked))
 
 
 def _without_defaults(load: LoadConfig, resolved: Load) -> LoadConfig:
@@ -173,19 +208,27 @@ def _check_load_flags(load: LoadConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: needs {smallest:g} to {largest:,.0f}")
 
 
-def _load(load: LoadConfig, deployment: Deployment) -> Load:
-    """Return who asks."""
-    max_model_len = deployment.scheduler.max_model_len
+def _load(load: LoadConfig, deployment: Deployment, of_class: tuple[int | None, ...], deployments: tuple[Deployment, ...]) -> Load:
+    """Return who asks. `of_class` are the models that the classes of a workload name, among `deployments`."""
+    longest = tuple(each.scheduler.max_model_len for each in deployments)
+    max_model_len = min(longest)
     if load.workload is not None:
-        return resolve_workload(load, load.workload, max_model_len)
+        several = longest if len(longest) > 1 else ()
+        return resolve_workload(load, load.workload, max_model_len, models=of_class, max_model_lens=several)
     if load.trace is not None:
-        return _trace(load, max_model_len, with_content=deployment.pool.enable_prefix_caching)
+        trace = _trace(load, max_model_len, with_content=deployment.pool.enable_prefix_caching)
+        return replace(trace, num_models=len(deployments))
     prefixes = _prefixes(load, max_model_len)
     lengths = _lengths(load, max_model_len, prefixes.length)
     if load.users is not None:
         think_time_s = DEFAULT_THINK_TIME_S if load.think_time is None else parse_seconds(load.think_time, name="think-time")
         return ClosedLoop(
-            users=load.users, think_time_s=think_time_s, lengths=lengths, prefixes=prefixes, num_requests=load.num_prompts
+            users=load.users,
+            think_time_s=think_time_s,
+            lengths=lengths,
+            prefixes=prefixes,
+            num_requests=load.num_prompts,
+            num_models=len(deployments),
         )
     assert load.request_rate is not None
     return OpenLoop(
@@ -194,6 +237,7 @@ def _load(load: LoadConfig, deployment: Deployment) -> Load:
         num_requests=load.num_prompts,
         lengths=lengths,
         prefixes=prefixes,
+        num_models=len(deployments),
     )
 
 

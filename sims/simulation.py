@@ -16,11 +16,16 @@ from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.fleet import Fleet, Replica, ServingProcess, StartProcess
 from pagedkv.sims.fleet_record import fleet_record
+from pagedkv.sims.model_record import model_record
+from pagedkv.sims.model_runner import ModelLoad, Runner
+from pagedkv.sims.model_server import ModelServer
+from pagedkv.sims.model_serving import ModelServing, ModelVariant
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.routing import ROUTING
 from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.scenario import Scenario
+from pagedkv.sims.shared_machine import SharedMachine
 from pagedkv.sims.step_time import RooflineStepTime, StepTimeModel
 from pagedkv.sims.workload import class_names
 from pagedkv.step_allocation import RowMemory
@@ -62,6 +67,8 @@ class Run:
     """Each replica by itself, if there are several, or faults."""
     class_names: tuple[str, ...] = ()
     """What the log's `user_class` counts, if the load is a workload."""
+    server: ModelServer | None = None
+    """What loaded several models, if they come and go."""
 
     @property
     def measured(self) -> RequestLog:
@@ -81,7 +88,7 @@ def run(
     """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed.
 
     Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same. `watch` looks on, which changes
-    nothing; of several replicas it sees the first.
+    nothing; of several replicas, or models, it sees the first.
     """
     env = Clock(initial_time=0.0)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
@@ -94,6 +101,8 @@ def run(
         engine = _engine(env, scheduler, scenario.deployment.step_time, recorder, acceptance, step_by_step=step_by_step)
         return ServingProcess(scheduler=scheduler, recorder=recorder, engine=engine)
 
+    if scenario.model_serving is not None:
+        return _run_models(scenario, scenario.model_serving, env, allocator_name, end_s, seed, progress, watch)
     if scenario.replication.is_fleet:
         return _run_fleet(scenario, env, start, end_s, seed, progress, watch)
     process = start(end_s)
@@ -143,6 +152,46 @@ def _run_fleet(
     )
 
 
+def _run_models(
+    scenario: Scenario,
+    serving: ModelServing,
+    env: Clock,
+    allocator_name: str,
+    end_s: float,
+    seed: int,
+    progress: Callable[[float], None] | None,
+    watch: Watch | None,
+) -> Run:
+    machine = SharedMachine(env)
+
+    def start(model: int, variant: ModelVariant, load: ModelLoad) -> Runner:
+        assert variant.deployment is not None  # it has been read, so it fits
+        scheduler = variant.deployment.scheduler_over(allocator_name)
+        recorder = Recorder(scheduler, warmup_s=scenario.warmup_s, end_s=end_s)
+        engine = Engine(env, scheduler, variant.deployment.step_time, recorder, machine=machine)
+        served = serving.models[model]
+        return Runner(
+            load=load, name=served.name, scheduler=scheduler, recorder=recorder, engine=engine, keep_alive_s=served.keep_alive_s
+        )
+
+    server, first = ModelServer(env, serving, start), scenario.deployment.scheduler_over(allocator_name)
+    if watch is not None:
+        env.process(_looks(env, watch, lambda: server.scheduler_of(0) or first))
+    scenario.load.start(env, server, seed=seed)
+    _let_time_pass(scenario, env, server, end_s, progress)
+    server.close()
+    return Run(
+        allocator=first.allocator,
+        recorder=model_record(server, first, warmup_s=scenario.warmup_s, end_s=env.now),
+        log=server.log(),
+        end_s=env.now,
+        warmup_s=scenario.warmup_s,
+        drained=math.isinf(end_s),
+        class_names=class_names(scenario.load),
+        server=server,
+    )
+
+
 def _looks(env: Clock, watch: Watch, scheduler: Callable[[], StepScheduler]) -> Generator[simpy.Event, Any, None]:
     for at_s in watch.times_s:
         yield env.timeout(at_s - env.now)
@@ -165,7 +214,7 @@ def _engine(
 
 
 def _let_time_pass(
-    scenario: Scenario, env: Clock, served: Recorder | Fleet, end_s: float, progress: Callable[[float], None] | None
+    scenario: Scenario, env: Clock, served: Recorder | Fleet | ModelServer, end_s: float, progress: Callable[[float], None] | None
 ) -> None:
     """Run until `end_s`, or until every request is answered."""
     if scenario.duration_s is None:
@@ -177,10 +226,10 @@ def _let_time_pass(
             progress(i / _SLICES)
 
 
-def _drain(env: Clock, served: Recorder | Fleet, num_requests: int, progress: Callable[[float], None] | None) -> None:
-    """Run until the last request is answered: then no event is left but faults that are to come."""
+def _drain(env: Clock, served: Recorder | Fleet | ModelServer, num_requests: int, progress: Callable[[float], None] | None) -> None:
+    """Run until the last request is answered: then no event is left but faults, or ends of keep-alives, that are to come."""
     events = 0
-    while env.num_events > (served.num_timers if isinstance(served, Fleet) else 0):
+    while env.num_events > (0 if isinstance(served, Recorder) else served.num_timers):
         env.step()
         events += 1
         if progress is not None and events % _EVENTS_BETWEEN_REPORTS == 0:

@@ -8,19 +8,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.jit import lean_jit
 from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.drafting import Drafting
+from pagedkv.sims.step_constants import EAGER_S_PER_LAYER, StepConstants, catalogue_constants
+from pagedkv.sims.step_formula import NO_WINDOW, RooflineCoefficients, StepCoefficients, whole_step_cost
 from pagedkv.step_batch import StepBatch, empty_batch
 from pagedkv.weight_format import WeightFormat
-
-NO_WINDOW = np.iinfo(np.int64).max
-
-EAGER_S_PER_LAYER = 40e-6
-"""What launching one layer's kernels adds to a step without CUDA graphs: about 10 launches of 4 microseconds. Estimated."""
 
 
 class StepCost(NamedTuple):
@@ -55,152 +50,60 @@ class StepTimeModel(Protocol):
         """Return what a step over the first `num_entries` of `batch` costs."""
 
 
-class RooflineCoefficients(NamedTuple):
-    """One machine running one model, reduced to what a step costs."""
-
-    dense_weight_s: float
-    """Reading the weights that every step reads."""
-    expert_weight_s: float
-    """Reading all routed experts."""
-    expert_share: float
-    """Share of the routed experts that one token uses: k / E."""
-    linear_s_per_token: float
-    """Multiplying with the active weights, output head excluded."""
-    head_s_per_sequence: float
-    """Multiplying with the output head, once per sequence."""
-    windows: Int64Array
-    """By layer group: how many tokens its attention reads at most, or NO_WINDOW."""
-    kv_s_per_token: Float64Array
-    """By layer group: reading or writing the KV of one token in all its layers."""
-    state_s_per_sequence: float
-    """Reading and writing the state of linear-attention and Mamba layers."""
-    attention_s_per_pair: Float64Array
-    """By layer group: one query against one key in all its layers."""
-    step_overhead_s: float
-    """Launching a step: host work and kernel launches."""
-    sequence_overhead_s: float
-    """Host work per sequence of a step."""
-    most_drafts: int
-    """Drafts that a step verifies for a sequence at most: the output head is applied to these too."""
-    weights_reach: float
-    """Bandwidth that reading weights reaches, as a share of the datasheet's."""
-    kv_reach: float
-    """The same for reading KV."""
-    linear_reach: float
-    """Rate that matrix products reach, as a share of the datasheet's."""
-    attention_reach: float
-    """The same for attention."""
-
-
-class StepCoefficients(NamedTuple):
-    """What a step costs with the model, and what drafting for the next one costs."""
-
-    model: RooflineCoefficients
-    draft: RooflineCoefficients
-    """Of what drafts; not looked at without passes."""
-    num_draft_passes: int
-    """Passes of it after each step: the first over the step's own tokens, those behind it over one token of each that decodes."""
-
-
-@lean_jit
-def step_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
-    """Return the fields of `StepCost` for a step. O(entries × layer groups)."""
-    num_tokens, num_sampled = 0, num_entries
-    kv_s = attention_s = 0.0
-    for i in range(num_entries):
-        new, context = batch["num_scheduled_tokens"][i], batch["num_slots_needed"][i]
-        before = context - new
-        num_tokens += new
-        num_sampled += min(max(context - batch["num_known_tokens"][i], 0), c.most_drafts)
-        for g in range(c.windows.size):
-            window = c.windows[g]
-            # Query j (1..new) sees min(before + j, window) keys: a triangle, cut at the window.
-            growing = min(max(window - before, 0), new)
-            pairs = growing * before + growing * (growing + 1) / 2.0 + (new - growing) * float(min(window, context))
-            kv_s += c.kv_s_per_token[g] * (min(before, window) + 2.0 * new)  # keys before are read; new ones written, then read
-            attention_s += c.attention_s_per_pair[g] * pairs
-    kv_s += c.state_s_per_sequence * num_entries
-    touched = 1.0 - (1.0 - c.expert_share) ** num_tokens
-    weights_s = c.dense_weight_s + c.expert_weight_s * touched
-    linear_s = c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_sampled
-    memory_s = (weights_s if weights_s >= linear_s else 0.0) + (kv_s if kv_s >= attention_s else 0.0)
-    compute_s = (linear_s if linear_s > weights_s else 0.0) + (attention_s if attention_s > kv_s else 0.0)
-    traffic_s = weights_s * c.weights_reach + kv_s * c.kv_reach
-    arithmetic_s = linear_s * c.linear_reach + attention_s * c.attention_reach
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * num_entries, traffic_s, arithmetic_s
-
-
-@lean_jit
-def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
-    """Return what a step costs together with the drafts for the next one. O(entries × layer groups)."""
-    memory_s, compute_s, overhead_s, traffic_s, arithmetic_s = step_cost(c.model, batch, num_entries)
-    if c.num_draft_passes > 0:
-        first = step_cost(c.draft, batch, num_entries)
-        further = _decoding_cost(c.draft, batch, num_entries)
-        passes = c.num_draft_passes - 1
-        memory_s += first[0] + passes * further[0]
-        compute_s += first[1] + passes * further[1]
-        overhead_s += first[2] + passes * further[2]
-        traffic_s += first[3] + passes * further[3]
-        arithmetic_s += first[4] + passes * further[4]
-    return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
-
-
-@lean_jit
-def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
-    """Return what one token more of each entry that decodes costs, as `step_cost`; a context a few tokens longer is left out."""
-    decoding = 0
-    kv_s = attention_s = 0.0
-    for i in range(num_entries):
-        context = batch["num_slots_needed"][i]
-        if context >= batch["num_known_tokens"][i]:
-            decoding += 1
-            for g in range(c.windows.size):
-                kv_s += c.kv_s_per_token[g] * min(context, c.windows[g])
-                attention_s += c.attention_s_per_pair[g] * min(context, c.windows[g])
-    if decoding == 0:
-        return 0.0, 0.0, 0.0, 0.0, 0.0
-    kv_s += c.state_s_per_sequence * decoding
-    weights_s = c.dense_weight_s + c.expert_weight_s * (1.0 - (1.0 - c.expert_share) ** decoding)
-    linear_s = (c.linear_s_per_token + c.head_s_per_sequence) * decoding
-    memory_s = (weights_s if weights_s >= linear_s else 0.0) + (kv_s if kv_s >= attention_s else 0.0)
-    compute_s = (linear_s if linear_s > weights_s else 0.0) + (attention_s if attention_s > kv_s else 0.0)
-    traffic_s = weights_s * c.weights_reach + kv_s * c.kv_reach
-    arithmetic_s = linear_s * c.linear_reach + attention_s * c.attention_reach
-    return memory_s, compute_s, c.step_overhead_s + c.sequence_overhead_s * decoding, traffic_s, arithmetic_s
-
-
 def _most_tokens_read(group: LayerGroup) -> int:
     """Return how many tokens a query reads at most; a chunk counts as a sliding window of its length."""
     selected = NO_WINDOW if group.index_topk is None else group.index_topk * group.compression
     return min(group.window or NO_WINDOW, selected)
 
 
-def _coefficients(
-    model: ModelSpec, hardware: HardwareSpec, *, weight_format: WeightFormat, kv_spec: KVCacheSpec
+def coefficients(
+    model: ModelSpec, *, weight_format: WeightFormat, kv_spec: KVCacheSpec, constants: StepConstants
 ) -> RooflineCoefficients:
-    """Return what `model` costs on `hardware`, without what a step costs the host."""
-    read_s_per_byte = 1 / hardware.read_bandwidth_bytes_per_s
-    kv_s_per_byte = 1 / hardware.kv_read_bandwidth_bytes_per_s
-    flop_s = 1 / hardware.effective_flops(weight_format)
-    attention_flop_s = 1 / hardware.effective_flops(None)
+    """Return what `model` costs with `constants`, but for what a step costs the host."""
+    read_s_per_byte, flop_s = 1 / constants.weight_read_bytes_per_s, 1 / constants.linear_flops
+    state_bytes = 2 * kv_spec.state_bytes_per_sequence
     return RooflineCoefficients(
         dense_weight_s=model.dense_streamed_bytes(weight_format) * read_s_per_byte,
         expert_weight_s=model.expert_bytes(weight_format) * read_s_per_byte,
         expert_share=model.experts_per_token / model.num_experts if model.num_experts else 0.0,
+        routing_exponent=constants.routing_exponent,
         linear_s_per_token=(model.flops_per_token - 2 * model.head_params) * flop_s,
         head_s_per_sequence=2 * model.head_params * flop_s,
         windows=np.array([_most_tokens_read(group) for group in model.layer_groups]),
-        state_s_per_sequence=2 * kv_spec.state_bytes_per_sequence * kv_s_per_byte,
-        kv_s_per_token=np.array(kv_spec.group_bytes_per_token) * kv_s_per_byte,
-        attention_s_per_pair=np.array(model.group_attention_flops_per_pair) * attention_flop_s,
+        kv_s_per_token=np.array(kv_spec.group_bytes_per_token) / constants.kv_read_bytes_per_s,
+        state_s=state_bytes / constants.state_bytes_per_s,
+        further_state_s=state_bytes / constants.further_state_bytes_per_s,
+        state_s_per_token=state_bytes / constants.state_scan_bytes_per_s,
+        attention_s_per_pair=np.array(model.group_attention_flops_per_pair) / constants.attention_flops,
         step_overhead_s=0.0,
+        batched_overhead_s=constants.batched_layer_overhead_s * model.num_layers,
         sequence_overhead_s=0.0,
+        overlap=constants.overlap,
         most_drafts=0,
-        weights_reach=hardware.read_bandwidth_bytes_per_s / hardware.memory_bandwidth.value,
-        kv_reach=hardware.kv_read_bandwidth_bytes_per_s / hardware.memory_bandwidth.value,
-        linear_reach=hardware.effective_flops(weight_format) / hardware.peak_flops(weight_format),
-        attention_reach=hardware.effective_flops(None) / hardware.peak_flops(None),
+        weights_reach=0.0,
+        kv_reach=0.0,
+        state_traffic_s=0.0,
+        linear_reach=0.0,
+        attention_reach=0.0,
+    )
+
+
+def _of_datasheet(
+    c: RooflineCoefficients,
+    hardware: HardwareSpec,
+    *,
+    weight_format: WeightFormat,
+    kv_spec: KVCacheSpec,
+    constants: StepConstants,
+) -> RooflineCoefficients:
+    """Return `c` with what its constants are of the datasheet's rates."""
+    bandwidth = hardware.memory_bandwidth.value
+    return c._replace(
+        weights_reach=constants.weight_read_bytes_per_s / bandwidth,
+        kv_reach=constants.kv_read_bytes_per_s / bandwidth,
+        state_traffic_s=2 * kv_spec.state_bytes_per_sequence / bandwidth,
+        linear_reach=constants.linear_flops / hardware.peak_flops(weight_format),
+        attention_reach=constants.attention_flops / hardware.peak_flops(None),
     )
 
 
@@ -208,7 +111,7 @@ class RooflineStepTime:
     """Each half of the network, matrix products and attention, is bound by memory or by arithmetic; the halves follow each other.
 
     Weights: all that a step reads, with the share 1 - (1 - k/E)**tokens of a mixture's experts. KV: the context of every
-    sequence, windowed layers only their window. Constants come from the hardware catalogue, with their sources.
+    sequence, windowed layers only their window. Without `constants`, those of the hardware catalogue, with their sources.
     """
 
     def __init__(
@@ -220,19 +123,27 @@ class RooflineStepTime:
         kv_spec: KVCacheSpec,
         enforce_eager: bool = False,
         drafting: Drafting | None = None,
+        constants: StepConstants | None = None,
     ) -> None:
-        whole = _coefficients(model, hardware, weight_format=weight_format, kv_spec=kv_spec)._replace(
-            step_overhead_s=hardware.step_overhead_s + (EAGER_S_PER_LAYER * model.num_layers if enforce_eager else 0.0),
-            sequence_overhead_s=hardware.sequence_overhead_s,
+        if constants is None:
+            constants = catalogue_constants(hardware, weight_format)
+        layer_s = constants.layer_overhead_s + (EAGER_S_PER_LAYER if enforce_eager else 0.0)
+        whole = coefficients(model, weight_format=weight_format, kv_spec=kv_spec, constants=constants)._replace(
+            step_overhead_s=constants.step_overhead_s + layer_s * model.num_layers,
+            sequence_overhead_s=constants.sequence_overhead_s,
             most_drafts=0 if drafting is None else drafting.num_tokens,
         )
+        whole = _of_datasheet(whole, hardware, weight_format=weight_format, kv_spec=kv_spec, constants=constants)
         self._drafting = drafting
         draft, passes = whole, 0
         if drafting is not None and drafting.model is not None:
             spec = replace(kv_spec, groups=drafting.model.layer_groups)
-            draft = _coefficients(drafting.model, hardware, weight_format=drafting.weight_format, kv_spec=spec)
-            if enforce_eager:
-                draft = draft._replace(step_overhead_s=EAGER_S_PER_LAYER * drafting.model.num_layers)
+            its = constants
+            if drafting.weight_format != weight_format:
+                its = replace(constants, linear_flops=hardware.effective_flops(drafting.weight_format))
+            draft = coefficients(drafting.model, weight_format=drafting.weight_format, kv_spec=spec, constants=its)
+            draft = draft._replace(step_overhead_s=layer_s * drafting.model.num_layers)
+            draft = _of_datasheet(draft, hardware, weight_format=drafting.weight_format, kv_spec=spec, constants=its)
             passes = drafting.num_passes
         self.coefficients = StepCoefficients(whole, draft, passes)
 

@@ -66,6 +66,8 @@ class UserClass:
     """Their share of --users."""
     request_rate_per_s: float | None = None
     """Open loop: requests per second, if every session is held to its end."""
+    model: str | None = None
+    """The model that they ask; None: the server's one, or one of its several at random."""
     sessions: int | None = None
     """How many each user has before leaving; None: without end."""
 

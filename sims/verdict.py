@@ -12,8 +12,9 @@ from pagedkv.sims.attainment import attained, terms
 from pagedkv.sims.closed_loop import is_batch, people
 from pagedkv.sims.command import changed, command_line
 from pagedkv.sims.config import ATTAIN, SimulationConfig
+from pagedkv.sims.engines.ollama import lower_context
+from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.limits import LIMIT_NAMES, Binding, queue_blocker, step_limit
-from pagedkv.sims.metrics import Latencies
 from pagedkv.sims.missed_goal import MissedGoal, missed_goal
 from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.scenario import Scenario, resolve
@@ -74,7 +75,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
     if figures["num_injected"] == 0:
         reasons.append("no request arrived after the warm-up")
     if status == "rejecting":
-        reasons.append(f"{figures['num_rejected']:,} of {figures['num_injected']:,} requests can never run here")
+        why_not = "are turned away" if scenario.model_serving is not None else "can never run here"
+        reasons.append(f"{figures['num_rejected']:,} of {figures['num_injected']:,} requests {why_not}")
     if status == "failed":
         how = "failed when a replica was down" if scenario.replication.faults else "were given up"
         reasons.append(f"{figures['num_failed']:,} of {figures['num_injected']:,} requests {how}")
@@ -132,7 +134,6 @@ class MeanWaits:
         E2E is unloaded_s × (time that requests have spent) / (unloaded time of what they have got so far), so that requests which
         the end of the run cuts off count as slow as they are.
         """
-        budget = scenario.deployment.scheduler.max_num_batched_tokens
         queued_s = spent_s = earned_s = unloaded_s = 0.0
         number = 0
         for run in runs:
@@ -142,9 +143,10 @@ class MeanWaits:
             queued_s += float((np.where(np.isnan(log.scheduled_s), run.end_s, log.scheduled_s) - log.arrival_s).sum())
             spent_s += float(Latencies.of(log, run.end_s).e2e_s.sum())
             number += len(log)
-            step_time, columns = scenario.deployment.step_time, ("prompt_tokens", "num_cached_tokens", "output_tokens")
-            lengths = zip(*(getattr(log, name).tolist() for name in (*columns, "num_output_tokens")), strict=True)
-            for prompt, cached, output, got in lengths:
+            columns = ("prompt_tokens", "num_cached_tokens", "output_tokens", "num_output_tokens", "model")
+            for prompt, cached, output, got, model in zip(*(getattr(log, name).tolist() for name in columns), strict=True):
+                step_time = scenario.deployments[model].step_time
+                budget = scenario.deployments[model].scheduler.max_num_batched_tokens
                 unloaded = step_time.unloaded_e2e_s(prompt, output, num_cached_tokens=cached, max_num_batched_tokens=budget)
                 unloaded_s += unloaded
                 if got == output:
@@ -208,7 +210,9 @@ def _binding(
     if rejecting:
         log = runs[0].log.of(Outcome.REJECTED)
         longest = (log.prompt_tokens + log.output_tokens).max(initial=0)
-        return "max_model_len" if longest > scenario.deployment.scheduler.max_model_len else "kv_memory"
+        if longest > min(deployment.scheduler.max_model_len for deployment in scenario.deployments):
+            return "max_model_len"
+        return "kv_memory" if scenario.model_serving is None else queue_blocker(runs) or "kv_memory"  # or the queue is full
     if queueing and waits.queued_s > waits.slowed_s and (blocker := queue_blocker(runs)) is not None:
         return blocker
     slots_only = queue_blocker(runs) == "max_num_seqs"  # memory that is reserved for every slot is always full
@@ -240,6 +244,8 @@ def _next_command(
             remedies = [{"quantization": narrower}]
         elif binding == "max_num_seqs":
             remedies = [{"max_num_seqs": 2 * scenario.deployment.scheduler.max_num_seqs}]
+        elif binding == "model_loads" and (lower := lower_context(scenario.deployment.scheduler.max_model_len)):
+            remedies = [{"ctx_size": lower}]
     more = 2.0 if fits else 0.5
     if why is not None and (why.prompts_alone_miss or load.users == 1):
         remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]

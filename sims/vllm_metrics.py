@@ -71,7 +71,7 @@ def _comments(shown: Sequence[Column]) -> list[str]:
 
 
 def _labels(column: Column) -> Labels:
-    model_name = column.scenario.deployment.model.name
+    model_name = column.scenario.model_name
     return {"model_name": model_name, "engine": column.engine, "allocator": column.allocator, "repeat": str(column.repeat)}
 
 

@@ -17,7 +17,7 @@ import simpy
 from pagedkv.arrays import Int64Array
 from pagedkv.scheduling.content import NO_SEGMENTS, Segments, shared_segments
 from pagedkv.sims.engine import ServingEngine
-from pagedkv.sims.load import PAUSE_AFTER_ERROR_S, Load, Process
+from pagedkv.sims.load import PAUSE_AFTER_ERROR_S, Load, Process, model_choices
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.user_class import Turn, UserClass
 
@@ -74,6 +74,12 @@ class Workload:
     """A session ends before a follow-up that would be longer, prompt and output: the engine would refuse it."""
     drops_over_length: bool = False
     """Whether a session whose first request is longer is left out, instead of sent and refused."""
+    models: tuple[int | None, ...] = ()
+    """By class: the model that it asks, by its place among the server's; None: each user has one at random. Empty: there is one."""
+    max_model_lens: tuple[int, ...] = ()
+    """By class, where models differ: what holds for it instead of `max_model_len`."""
+    num_models: int = 1
+    """Of the server."""
 
     @property
     def num_requests(self) -> int | None:
@@ -128,26 +134,37 @@ class Workload:
         allowance = _Allowance(math.inf if self.num_requests_asked is None else self.num_requests_asked)
         members = [0] * len(self.classes)
         fixed = (place for place, user_class in enumerate(self.classes) for _ in range(user_class.users or 0))
-        for place in (*fixed, *self._joining()):
+        for place, drawn in zip((*fixed, *self._joining()), model_choices(self.num_models, seed), strict=False):
             rng = np.random.default_rng([_SEED, seed, place, members[place]])
-            env.process(self._user(env, engine, rng, allowance, place, members[place]))
+            env.process(self._user(env, engine, rng, allowance, place, members[place], self._model(place, drawn)))
             members[place] += 1
         for place, user_class in enumerate(self.classes):
             if user_class.request_rate_per_s is not None:
                 env.process(self._arrivals(env, engine, seed, allowance, place, user_class.request_rate_per_s))
+
+    def _model(self, place: int, drawn: int) -> int:
+        named = self.models[place] if self.models else None
+        return drawn if named is None else named
 
     def _joining(self) -> list[int]:
         places = [place for place, user_class in enumerate(self.classes) if user_class.share is not None]
         return [places[i] for i in shares_of(self.users or 0, [self.classes[place].share or 0.0 for place in places])]
 
     def _user(
-        self, env: simpy.Environment, engine: ServingEngine, rng: np.random.Generator, allowance: _Allowance, place: int, user: int
+        self,
+        env: simpy.Environment,
+        engine: ServingEngine,
+        rng: np.random.Generator,
+        allowance: _Allowance,
+        place: int,
+        user: int,
+        model: int,
     ) -> Process:
         user_class = self.classes[place]
         system_prompt = self._system_prompt(place, rng)
         for i, session in enumerate(islice(user_class.draw_sessions(rng), user_class.sessions)):
             stream = _SESSION | place << _CLASS_BIT | user << _USER_BIT | i
-            yield from self._session(env, engine, session, allowance, place, system_prompt, stream)
+            yield from self._session(env, engine, session, allowance, place, system_prompt, stream, model)
             if not allowance.left:
                 return
 
@@ -155,14 +172,16 @@ class Workload:
         self, env: simpy.Environment, engine: ServingEngine, seed: int, allowance: _Allowance, place: int, requests_per_s: float
     ) -> Process:
         user_class, rng = self.classes[place], np.random.default_rng([_ARRIVALS_SEED, seed, place])
-        for i, session in enumerate(user_class.draw_sessions(rng)):
+        models = model_choices(self.num_models, seed)
+        for i, (session, drawn) in enumerate(zip(user_class.draw_sessions(rng), models, strict=False)):
             system_prompt = self._system_prompt(place, rng)
             yield env.timeout(rng.exponential(user_class.turns.mean / requests_per_s))
             if not allowance.left:
                 return
             at_once = [session[0]._replace(pause_s=0.0), *session[1:]]
             stream = _SESSION | place << _CLASS_BIT | i
-            env.process(self._session(env, engine, at_once, allowance, place, system_prompt, stream))
+            model = self._model(place, drawn)
+            env.process(self._session(env, engine, at_once, allowance, place, system_prompt, stream, model))
 
     def _system_prompt(self, place: int, rng: np.random.Generator) -> Segments:
         user_class = self.classes[place]
@@ -180,12 +199,14 @@ class Workload:
         place: int,
         system_prompt: Segments,
         stream: int,
+        model: int,
     ) -> Process:
         history = self.classes[place].system_prompt_tokens
+        most = self.max_model_lens[place] if self.max_model_lens else self.max_model_len
         for i, (pause_s, new_tokens, output_tokens) in enumerate(session):
             prompt_tokens = history + new_tokens
             history = prompt_tokens + output_tokens
-            if history > self.max_model_len and (i > 0 or self.drops_over_length):
+            if history > most and (i > 0 or self.drops_over_length):
                 return
             yield env.timeout(pause_s)
             if not allowance.take():
@@ -193,7 +214,7 @@ class Workload:
             content = system_prompt
             if len(session) > 1:
                 content = np.concatenate((system_prompt, shared_segments(np.array([stream]), np.array([history]))))
-            answered = engine.submit(prompt_tokens, output_tokens, content=content, user_class=place)
+            answered = engine.submit(prompt_tokens, output_tokens, content=content, user_class=place, model=model)
             if answered is None or (yield answered) is Outcome.FAILED:
                 yield env.timeout(PAUSE_AFTER_ERROR_S)
                 return

@@ -33,8 +33,17 @@ def check_workload_flags(load: LoadConfig) -> None:
             )
 
 
-def resolve_workload(load: LoadConfig, name: str, max_model_len: int) -> Workload:
+def resolve_workload(
+    load: LoadConfig, name: str, max_model_len: int, *, models: tuple[int | None, ...] = (), max_model_lens: tuple[int, ...] = ()
+) -> Workload:
     """Return the workload `name` with the users of `load`.
+
+    Args:
+        load: What is asked for.
+        name: Its name, or its file.
+        max_model_len: Of every model.
+        models: By class: which of several models it names; None: any.
+        max_model_lens: By model, if there are several.
 
     Raises:
         ConfigError: If there is none, it is wrong, it needs users or has no use for them, or a class has no request that fits.
@@ -49,8 +58,9 @@ def resolve_workload(load: LoadConfig, name: str, max_model_len: int) -> Workloa
             "leave it out, or give classes a share instead of users"
         )
     drops = load.over_length == "drop"
-    for user_class in classes:
-        _check_fits(user_class, name, max_model_len, drops=drops)
+    own = tuple(max_model_len if model is None else max_model_lens[model] for model in models) if max_model_lens else ()
+    for user_class, most in zip(classes, own or (max_model_len,) * len(classes), strict=True):
+        _check_fits(user_class, name, most, drops=drops)
     return Workload(
         name=name,
         classes=classes,
@@ -58,6 +68,9 @@ def resolve_workload(load: LoadConfig, name: str, max_model_len: int) -> Workloa
         num_requests_asked=load.num_prompts,
         max_model_len=max_model_len,
         drops_over_length=drops,
+        models=models if max_model_lens else (),
+        max_model_lens=own,
+        num_models=max(len(max_model_lens), 1),
     )
 
 

@@ -18,7 +18,7 @@ _BUILT_IN = Path(__file__).with_name("workloads")
 _TOP_KEYS = ("class", "description")
 _KEYS = (
     *("name", "users", "share", "request_rate", "think_time", "tool_time", "turns", "sessions", "system_prompt"),
-    *("prompt", "output", "follow_up", "source"),
+    *("prompt", "output", "follow_up", "model", "source"),
 )
 _HOW_MANY = ("users", "share", "request_rate")
 _SHARES_TOLERANCE = 1e-3
@@ -123,6 +123,7 @@ def _user_class(table: Mapping[str, Any], file: _Place, number: int, folder: Pat
         users=_optional(table, "users", where, lambda value, at: _whole(value, at, most=MOST_USERS)),
         share=_optional(table, "share", where, lambda value, at: _real(value, at, least=1e-6, most=1)),
         request_rate_per_s=_optional(table, "request_rate", where, lambda value, at: _real(value, at, least=1e-6, most=1e6)),
+        model=_optional(table, "model", where, _model),
         sessions=_optional(table, "sessions", where, lambda value, at: _whole(value, at, most=MOST_TOKENS)),
     )
 
@@ -176,6 +177,12 @@ def _real(value: Any, where: _Place, *, least: float, most: float) -> float:
     if type(value) not in (int, float) or not least <= value <= most:
         raise where.error(f"{value!r} is not a number from {least:g} to {most:,g}")
     return float(value)
+
+
+def _model(value: Any, where: _Place) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise where.error(f'{value!r} is no model: write a name such as "llama-3.1-8b" (simulate models lists them)')
+    return value
 
 
 def _seconds(value: Any, where: _Place) -> float:

@@ -38,7 +38,8 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
 
 SETTINGS = st.fixed_dictionaries(
     {},
-    optional={f.name: values(f.type) for section in (LoadConfig, ServingConfig, MeasurementConfig) for f in fields(section)},
+    optional={f.name: values(f.type) for section in (LoadConfig, ServingConfig, MeasurementConfig) for f in fields(section)}
+    | {"engine": TEXT.filter(lambda text: "," not in text)},  # a comma list is a comparison of engines
 )
 
 

@@ -270,8 +270,8 @@ def test_a_user_pauses_for_a_second_after_an_error() -> None:
     class Failing:
         """Turns the first request away, fails the second after two seconds, and answers the others after three."""
 
-        def submit(self, prompt_tokens: int, output_tokens: int, *, content: Any = None) -> simpy.Event | None:
-            del prompt_tokens, output_tokens, content
+        def submit(self, prompt_tokens: int, output_tokens: int, *, content: Any = None, model: int = 0) -> simpy.Event | None:
+            del prompt_tokens, output_tokens, content, model
             asked_s.append(env.now)
             if len(asked_s) == 1:
                 return None

@@ -5,7 +5,7 @@ import pytest
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.goodput import GOAL_METRICS, Goal, parse_goals
-from pagedkv.sims.metrics import Latencies
+from pagedkv.sims.latencies import Latencies
 
 
 def test_goals_are_metric_and_milliseconds() -> None:

@@ -26,8 +26,10 @@ class Answering:
         self.by_sender: dict[object, Requests] = defaultdict(list)
         self.answered_s: dict[object, list[float]] = defaultdict(list)
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None) -> simpy.Event | None:
-        del content
+    def submit(
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, model: int = 0
+    ) -> simpy.Event | None:
+        del content, model
         sender = self.env.active_process
         self.by_sender[sender].append((self.env.now, prompt_tokens, output_tokens))
         seconds = self.service_s(output_tokens)
@@ -35,9 +37,15 @@ class Answering:
         return None if seconds is None else self.env.timeout(seconds)
 
     def submit_all(
-        self, arrival_s: Float64Array, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None
+        self,
+        arrival_s: Float64Array,
+        prompt_tokens: Int64Array,
+        output_tokens: Int64Array,
+        *,
+        contents: Contents | None = None,
+        models: Int64Array | None = None,
     ) -> None:
-        del contents
+        del contents, models
         self.env.process(self._arrive(zip(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), strict=True)))
 
     def _arrive(self, rows: Iterable[tuple[float, int, int]]) -> Generator[simpy.Event, None, None]:

@@ -18,7 +18,8 @@ from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.goodput import parse_goals
-from pagedkv.sims.metrics import Latencies, kv_shares, measure
+from pagedkv.sims.latencies import Latencies
+from pagedkv.sims.metrics import kv_shares, measure
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import ITL_BIN_RATIO, KV_KINDS
 from pagedkv.sims.records import Outcome, RequestLog
@@ -355,6 +356,7 @@ def test_lower_bounds_of_unfinished_requests() -> None:
         num_preemptions=np.zeros(4, np.int64),
         outcome=np.array([Outcome.FINISHED, Outcome.UNFINISHED, Outcome.UNFINISHED, Outcome.FINISHED], np.int8),
         user_class=np.zeros(4, np.int64),
+        model=np.zeros(4, np.int64),
     )
     latencies = Latencies.of(log, end_s=10.0)
     assert latencies.ttft_s.tolist() == [1.0, 2.0, 7.0, 1.0]

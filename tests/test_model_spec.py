@@ -123,7 +123,7 @@ def test_a_step_reads_all_but_input_tables_and_untouched_experts(model: ModelSpe
     untouched = 0.0
     if model.num_experts:
         untouched = model.expert_bytes(weight_format) * (1 - model.experts_per_token / model.num_experts) ** tokens
-    assert read == pytest.approx(resident - tables * table_bits / 8 - untouched, rel=1e-9)
+    assert read == pytest.approx(resident - tables * table_bits / 8 - untouched, rel=1e-9, abs=1.0)  # a whole number of bytes
     assert model.streamed_weight_bytes(weight_format, tokens + 0.5) >= read
 
 

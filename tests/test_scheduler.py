@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.scheduling.content import NO_SEGMENTS
 from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.waiting import NUM_RUNNING, WAITING_HEAD
@@ -262,3 +264,90 @@ def test_prefixes_are_shared_in_paged_memory_only() -> None:
         Scheduler(SchedulerSettings(max_model_len=32), step_allocator("radix", replace(pool, enable_prefix_caching=False))).add_all(
             np.array([1]), np.array([1])
         )
+
+
+def with_keys(*, num_blocks: int = 100, **limits: Any) -> Scheduler:
+    settings = SchedulerSettings(**{"max_num_seqs": 8, "max_model_len": 64, **limits})
+    pool = KVPoolSettings(num_blocks=num_blocks, block_size=4, max_num_seqs=8, max_model_len=64, enable_prefix_caching=True)
+    return Scheduler(settings, step_allocator("paged", pool))
+
+
+def keys_of(*blocks: int) -> BlockKeys:
+    return np.array([[block, 1 << 62] for block in blocks], np.uint64)
+
+
+def test_a_block_that_outputs_fill_is_found_by_the_key_that_is_told_when_it_is_full() -> None:
+    one = with_keys()
+    assert one.add(prompt_tokens=6, output_tokens=8, keys=keys_of(10), keys_follow=True) == 0
+    for _ in range(2):  # tokens 7 and 8 are known: the second block is full
+        advance(one)
+    one.add_keys(0, keys_of(20))
+    for _ in range(4):
+        advance(one)
+    one.add_keys(0, keys_of(30))
+    advance(one)
+    one.add(prompt_tokens=13, output_tokens=1, keys=keys_of(10, 20, 30), keys_follow=True)
+    assert advance(one) == [(0, 1), (1, 1)]
+    assert one.requests.arrays["num_cached_tokens"][1] == 12
+
+
+def test_a_block_without_a_key_is_found_by_its_own_request_alone() -> None:
+    one = with_keys(num_blocks=8)
+    one.add(prompt_tokens=9, output_tokens=10, keys=keys_of(10, 20), keys_follow=True)
+    one.add(prompt_tokens=6, output_tokens=12, keys=keys_of(50), keys_follow=True)
+    while not one.schedule().num_preempted:
+        one.complete()
+    one.complete()
+    assert one.waiting().tolist() == [1]
+    while one.num_waiting:
+        advance(one)
+    assert one.requests.arrays["num_hit_tokens"][1] >= 8  # its second block, which nobody told a key of
+
+
+def test_keys_must_be_those_of_full_blocks_of_a_request_that_goes_on() -> None:
+    one = with_keys()
+    one.add(prompt_tokens=6, output_tokens=2, keys=keys_of(10), keys_follow=True)
+    one.add(prompt_tokens=6, output_tokens=2, content=NO_SEGMENTS)
+    with pytest.raises(ConfigError, match="needs full blocks"):
+        one.add_keys(0, keys_of(20))
+    with pytest.raises(ConfigError, match="keys_follow"):
+        one.add_keys(1, keys_of(20))
+    for _ in range(2):
+        advance(one)
+    with pytest.raises(ConfigError, match="not done"):
+        one.add_keys(0, keys_of(20))
+
+
+def test_a_text_may_end_before_its_last_token() -> None:
+    one = scheduler()
+    add(one, (4, 10), (4, 10))
+    advance(one)
+    one.schedule()
+    one.end_after(0, 2)
+    one.complete()
+    assert one.finished.tolist() == [0]
+    assert advance(one) == [(1, 1)]
+    for wrong in (3, 11):
+        with pytest.raises(ConfigError, match="needs 4 to 10"):
+            one.end_after(1, wrong)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_whoever_is_aborted_gives_its_blocks_back_at_once(policy: str) -> None:
+    one = scheduler(num_blocks=9, policy=policy)
+    add(one, (8, 9), (8, 9), (30, 2), (3, 2), (20, 2))
+    advance(one)
+    free = one.allocator.free_slots
+    one.schedule()
+    with pytest.raises(ConfigError, match="within a step"):
+        one.abort(0)
+    one.complete()
+    assert one.abort(3)
+    assert one.waiting().tolist() == [2, 4]
+    assert one.abort(0)
+    one.check_integrity()
+    assert one.allocator.free_slots == free + 8 - 4  # request 1 has taken a third block
+    assert not one.abort(0)
+    served = {request for _ in range(60) for request, _ in advance(one)}
+    assert served == {1, 2, 4}
+    assert one.allocator.free_slots == 32

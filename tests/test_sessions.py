@@ -46,7 +46,9 @@ class Notebook:
         self.by_sender: dict[object, list[Sent]] = defaultdict(list)
         self.all: list[Sent] = []
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, content: Segments, user_class: int = 0) -> simpy.Event | None:
+    def submit(
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments, user_class: int = 0, model: int = 0
+    ) -> simpy.Event | None:
         sent = Sent(self.env.now, prompt_tokens, output_tokens, user_class, content)
         self.all.append(sent)
         self.by_sender[self.env.active_process].append(sent)

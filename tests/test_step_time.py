@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pagedkv.catalogue import load_hardware, load_model
 from pagedkv.model_spec import ModelSpec
-from pagedkv.sims.step_time import EAGER_S_PER_LAYER, RooflineStepTime, StepCost
+from pagedkv.sims.step_constants import EAGER_S_PER_LAYER
+from pagedkv.sims.step_time import RooflineStepTime, StepCost
 from pagedkv.step_batch import empty_batch
 from pagedkv.weight_format import load_weight_format
 

@@ -11,13 +11,26 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from pagedkv.runtime.attention import use_paged_attention
+    from pagedkv.runtime.engine import LLMEngine
     from pagedkv.runtime.memory_study import study_memory
     from pagedkv.runtime.paged_cache import PagedCache
+    from pagedkv.runtime.sampling import SamplingParams
     from pagedkv.runtime.storage import PagedKVStorage
     from pagedkv.runtime.storage_layout import StorageLayout, plan_storage
 
-__all__ = ["PagedCache", "PagedKVStorage", "StorageLayout", "plan_storage", "study_memory", "use_paged_attention"]
+__all__ = [
+    "LLMEngine",
+    "PagedCache",
+    "PagedKVStorage",
+    "SamplingParams",
+    "StorageLayout",
+    "plan_storage",
+    "study_memory",
+    "use_paged_attention",
+]
 _HOME = {
+    "LLMEngine": "engine",
+    "SamplingParams": "sampling",
     "PagedCache": "paged_cache",
     "PagedKVStorage": "storage",
     "StorageLayout": "storage_layout",

@@ -1,16 +1,13 @@
 """One layer's view of a paged cache: what transformers calls with new keys and values."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from pagedkv.errors import ConfigError
 from pagedkv.runtime.forward_plan import ForwardPlan
-from pagedkv.runtime.storage import FP8
-
-if TYPE_CHECKING:
-    from pagedkv.runtime.paged_cache import PagedCache
+from pagedkv.runtime.storage import FP8, PagedKVStorage
 
 ATTENTION = "pagedkv"
 """Name of the attention function in transformers."""
@@ -18,13 +15,31 @@ LAYER_TAG = "pagedkv_layer"
 """Attribute of the keys that `PagedLayer.update` returns: how the attention function, which gets them, finds the cache."""
 
 
+class LayersOwner(Protocol):
+    """The cache that a layer belongs to: who holds which blocks."""
+
+    config: Any
+    """The model's."""
+    storage: PagedKVStorage
+    """Where keys and values lie."""
+    backend: str
+    """Which kernel attends."""
+
+    @property
+    def is_forkable(self) -> bool:
+        """Whether sequences can share blocks and be cut."""
+
+    def plan_step(self, first_column: int, batch: int, columns: int, attention_mask: torch.Tensor | None) -> ForwardPlan:
+        """Return the plan of the forward pass over these columns."""
+
+
 class PagedLayer(CacheLayerMixin):
-    """One layer's view of a `PagedCache`.
+    """One layer's view of a cache in blocks.
 
     `update` only names the layer: new keys and values are written by the attention function, which knows what is padding.
     """
 
-    def __init__(self, cache: "PagedCache", index: int) -> None:
+    def __init__(self, cache: LayersOwner, index: int) -> None:
         super().__init__()
         self.cache, self.index, self.num_columns = cache, index, 0
         place = cache.storage.layout.places[index]

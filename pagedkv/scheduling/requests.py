@@ -77,8 +77,12 @@ class RequestTable:
         admission_slots: int,
         priority: int = 0,
         content: Segments = NO_SEGMENTS,
+        room: int = 0,
     ) -> int:
-        """Append a request and return its index; what lies behind `content` is its own."""
+        """Append a request and return its index; what lies behind `content` is its own.
+
+        There will be `room` for so many segments in all, if that is more than it has: see `add_segments`.
+        """
         index = self.size
         if index == self.arrays.size:
             self.arrays = np.concatenate((self.arrays, _no_requests(index)))
@@ -86,11 +90,17 @@ class RequestTable:
         self.arrays["output_tokens"][index] = output_tokens
         self.arrays["admission_slots"][index] = admission_slots
         self.arrays["priority"][index] = priority
-        if content.size:
-            self.arrays["first_segment"][index] = self._append(content)
+        if content.size or room:
+            self.arrays["first_segment"][index] = self._append(content, room)
             self.arrays["num_segments"][index] = content.size
         self.size = index + 1
         return index
+
+    def add_segments(self, request: int, segments: Segments) -> None:
+        """Let `request` go on through `segments`, for which it has room: what was its own is found by others from now on."""
+        first = int(self.arrays["first_segment"][request]) + int(self.arrays["num_segments"][request])
+        _copy_segments(self.segments, first, segments)
+        self.arrays["num_segments"][request] += segments.size
 
     def extend(self, prompt_tokens: Int64Array, output_tokens: Int64Array, contents: Contents | None = None) -> None:
         """Append requests that grow."""
@@ -107,8 +117,8 @@ class RequestTable:
             arrays["num_segments"][first:last] = contents.num_segments
         self.size = last
 
-    def _append(self, segments: Segments) -> int:
-        first, last = self._num_segments, self._num_segments + segments.size
+    def _append(self, segments: Segments, room: int = 0) -> int:
+        first, last = self._num_segments, self._num_segments + max(segments.size, room)
         if last > self.segments.size:
             grown = np.empty(max(last, 2 * self.segments.size), SEGMENT)
             _copy_segments(grown, 0, self.segments)

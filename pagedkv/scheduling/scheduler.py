@@ -13,7 +13,7 @@ from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.jit import fixed_types
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.completion import complete_paged_step, complete_step
-from pagedkv.scheduling.content import Contents, Segments, content_of
+from pagedkv.scheduling.content import Contents, Segments, content_of, keyed_segments
 from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.step import BLOCKERS, Step
@@ -26,8 +26,10 @@ from pagedkv.scheduling.waiting import (
     blocker_of,
     drop_head,
     goes_before,
+    leave_running,
     push_waiting,
     stop_running,
+    withdraw_waiting,
 )
 from pagedkv.step_allocation import StepAllocator
 from pagedkv.step_batch import StepBatch, empty_batch
@@ -38,6 +40,7 @@ POLICIES = ("fcfs", "priority")
 _schedule_step = fixed_types(schedule_step)
 _complete_paged_step = fixed_types(complete_paged_step)
 _push_waiting = fixed_types(push_waiting)
+_withdraw_waiting = fixed_types(withdraw_waiting)
 _plan_step = fixed_types(plan_step)
 _admit = fixed_types(admit)
 _complete_step = fixed_types(complete_step)
@@ -160,6 +163,10 @@ class Scheduler:
         )
         self._num_sampled = self._num_finished = self.num_output_tokens = 0
         self._nobody: Int64Array = np.zeros(0, np.int64)
+        self._keys_follow = set[int]()
+        """Requests whose keys come as their tokens do."""
+        self._in_flight = False
+        """A step is decided and not completed."""
 
     @property
     def caches_prefixes(self) -> bool:
@@ -209,6 +216,7 @@ class Scheduler:
         priority: int = 0,
         content: Segments | None = None,
         keys: BlockKeys | None = None,
+        keys_follow: bool = False,
     ) -> int | None:
         """Put a request into the queue and return its index; None if it could never run here.
 
@@ -219,6 +227,7 @@ class Scheduler:
             content: What it shares with others, from its start on; the rest is its own, and only it will find that when it comes
                 back after a preemption. Not looked at without prefix caching.
             keys: In place of `content`, keys of all its blocks that will ever be full: (prompt + output - 1) // block_size of them.
+            keys_follow: The keys are those of the prompt's full blocks: `add_keys` gives the others when their tokens are known.
 
         Raises:
             ConfigError: If a length is below 1, the content is out of order, or keys are given that cannot be used.
@@ -230,10 +239,11 @@ class Scheduler:
         admission_slots = self.allocator.admission_slots(prompt_tokens, output_tokens)
         if admission_slots is None:
             return None
+        keys_follow = keys_follow and self._caches
         content = content_of(
             content,
             keys,
-            num_tokens=prompt_tokens + output_tokens,
+            num_tokens=prompt_tokens + (1 if keys_follow else output_tokens),
             block_size=self.allocator.unit_slots,
             caches_prefixes=self._caches,
         )
@@ -243,12 +253,63 @@ class Scheduler:
             admission_slots=admission_slots,
             priority=priority,
             content=content,
+            room=(prompt_tokens + output_tokens - 1) // self.allocator.unit_slots if keys_follow else 0,
         )
+        if keys_follow:
+            self._keys_follow.add(request)
         # Preempted requests come back to the queue: there must be room for everyone who runs.
         if self.num_waiting + self.num_running + 1 >= self.arrays.waiting.size:
             self._grow_queue()
         _push_waiting(self.arrays, self.requests.arrays, request, self.limits.by_priority)
         return request
+
+    def add_keys(self, request: int, keys: BlockKeys) -> None:
+        """Tell the keys of the next blocks of `request` that are full, in order: of each before it is scheduled to its last token.
+
+        A block that is computed without one is found by this request alone, when it comes back after a preemption.
+
+        Raises:
+            ConfigError: If it is done or was not added with `keys_follow`, or there are more keys than full blocks.
+        """
+        if request not in self._keys_follow:
+            raise ConfigError(f"keys for request {request}: needs one that was added with keys_follow, and is not done")
+        known, segments = self.requests.arrays["num_known_tokens"][request], keyed_segments(keys, self.allocator.unit_slots)
+        first = int(self.requests.arrays["num_segments"][request])
+        if (first + len(keys)) * self.allocator.unit_slots > known:
+            raise ConfigError(f"keys of {first} + {len(keys)} blocks for a request of {known} known tokens: needs full blocks")
+        segments["end_token"] += first * self.allocator.unit_slots
+        self.requests.add_segments(request, segments)
+
+    def end_after(self, request: int, num_output_tokens: int) -> None:
+        """Let `request` generate no more than so many tokens, fewer than it was added with: the last one ends its text.
+
+        For the token that comes next, say so before `complete()`.
+
+        Raises:
+            ConfigError: If it has as many already, or was to generate fewer.
+        """
+        known = self.requests.arrays[request]
+        sofar, most = int(known["num_known_tokens"] - known["prompt_tokens"]), int(known["output_tokens"])
+        if not sofar < num_output_tokens <= most:
+            raise ConfigError(f"request {request} cannot end after {num_output_tokens} tokens: needs {sofar + 1} to {most}")
+        self.requests.arrays["output_tokens"][request] = num_output_tokens
+
+    def abort(self, request: int) -> bool:
+        """Take `request` out for good, give back what it holds at once, and return whether it was there; not within a step.
+
+        Of its blocks those that are full stay findable. O(running + waiting).
+
+        Raises:
+            ConfigError: If a step is decided and not completed: its forward pass uses these blocks.
+        """
+        if self._in_flight:
+            raise ConfigError(f"request {request} cannot be aborted within a step: call complete() first")
+        self._keys_follow.discard(request)
+        requests, running = self.requests.arrays, self.arrays.running[: self.num_running]
+        if (place := np.flatnonzero(running == request)).size:
+            self.allocator.free(leave_running(self.arrays, requests, int(place[0])))
+            return True
+        return bool(_withdraw_waiting(self.arrays, requests, request, self.limits.by_priority))
 
     def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
         """Make requests known that will arrive later, in this order; return which of them can run here. Paged memory only.
@@ -277,8 +338,11 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Decide the next step and take its slots. The returned object is overwritten by the next call."""
-        if self._paged is not None:
-            return self._schedule_paged(self._paged)
+        step = self._schedule_one_by_one() if self._paged is None else self._schedule_paged(self._paged)
+        self._in_flight = step.num_entries > 0
+        return step
+
+    def _schedule_one_by_one(self) -> Step:
         state, requests, batch = self.arrays, self.requests.arrays, self._step.batch
         num_running, num_entries = _plan_step(state, requests, self.limits, batch)
         granted = self.allocator.allocate_slots(batch, 0, num_entries, num_running)
@@ -327,11 +391,14 @@ class Scheduler:
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
         requests, (batch, _, _, sampled, finished) = self.requests.arrays, self.step_arrays
+        self._in_flight = False
         if self._paged is not None:
             pool, rules = self._paged.arrays, self._paged.rules
             self._num_sampled, self.num_output_tokens, self._num_finished = _complete_paged_step(
                 self.arrays, requests, pool, rules, batch, self._step.num_entries, sampled, finished
             )
+            if self._keys_follow:
+                self._keys_follow.difference_update(self.finished.tolist())
             return
         self._num_sampled, self.num_output_tokens, self._num_finished = _complete_step(
             self.arrays, requests, batch, self._step.num_entries, sampled, finished

@@ -23,7 +23,9 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
         ConfigError: If it is memory of a kind that cannot be looked at.
     """
     allocator = scheduler.allocator
-    if isinstance(allocator, RequestByRequest | KVRows):
+    if isinstance(allocator, RequestByRequest):
+        return allocator.up_to_date()
+    if isinstance(allocator, KVRows):
         return allocator.allocator
     if isinstance(allocator, PagedStepAllocator):
         return _PagedRows(scheduler, allocator)

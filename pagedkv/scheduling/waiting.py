@@ -98,6 +98,20 @@ def drop_head(state: SchedulerArrays, requests: RequestArrays, by_priority: bool
 
 
 @lean_jit
+def withdraw_waiting(state: SchedulerArrays, requests: RequestArrays, request: int, by_priority: bool) -> bool:  # noqa: FBT001
+    """Take `request` out of the queue, wherever it is; return whether it was there. O(waiting), or O(waiting log waiting)."""
+    found, size, head = False, state.counts[NUM_WAITING], state.counts[WAITING_HEAD]
+    state.counts[NUM_WAITING] = 0
+    for i in range(size):  # everybody queues again, in the places of those that have been read
+        other = state.waiting[(head + i) % state.waiting.size]
+        if other == request:
+            found = True
+        else:
+            push_waiting(state, requests, other, by_priority)
+    return found
+
+
+@lean_jit
 def start_running(state: SchedulerArrays, requests: RequestArrays, request: int, row: int) -> None:
     """Let `request`, which has left the queue, run in `row`, behind the others. O(1)."""
     requests["row"][request] = row
@@ -106,8 +120,8 @@ def start_running(state: SchedulerArrays, requests: RequestArrays, request: int,
 
 
 @lean_jit
-def stop_running(state: SchedulerArrays, requests: RequestArrays, place: int, by_priority: bool) -> int:  # noqa: FBT001
-    """Let the running request at `place` wait again, its computed tokens forgotten; return the row that it leaves. O(running)."""
+def leave_running(state: SchedulerArrays, requests: RequestArrays, place: int) -> int:
+    """Take the running request at `place` out; return the row that it leaves, which still holds its memory. O(running)."""
     last = state.counts[NUM_RUNNING] - 1
     request = state.running[place]
     row = requests["row"][request]
@@ -117,9 +131,17 @@ def stop_running(state: SchedulerArrays, requests: RequestArrays, place: int, by
     state.free_rows[last] = row
     requests["row"][request] = NO_ROW
     requests["num_computed_tokens"][request] = 0
+    return int(row)
+
+
+@lean_jit
+def stop_running(state: SchedulerArrays, requests: RequestArrays, place: int, by_priority: bool) -> int:  # noqa: FBT001
+    """Let the running request at `place` wait again, its computed tokens forgotten; return the row that it leaves. O(running)."""
+    request = state.running[place]
+    row = leave_running(state, requests, place)
     requests["num_preemptions"][request] += 1
     return_waiting(state, requests, request, by_priority)
-    return int(row)
+    return row
 
 
 NOBODY_WAITS, KV_MEMORY, MAX_NUM_SEQS, TOKEN_BUDGET = 0, 1, 2, 3

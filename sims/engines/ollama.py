@@ -86,6 +86,11 @@ class Ollama(OneVersion):
         return LlamaCppScheduler(settings, memory)
 
 
+def lower_context(context: int) -> int | None:
+    """Return the next lower of the contexts that Ollama chooses by itself; None below the lowest."""
+    return next((lower for _, lower in _CONTEXT_BY_MEMORY[1:] if lower < context), None)
+
+
 def default_context(visible_bytes: int) -> int:
     """Return the context of a slot that Ollama chooses for a device of this size."""
     return next(context for from_gib, context in _CONTEXT_BY_MEMORY if visible_bytes >= from_gib * GIB)

@@ -1,0 +1,133 @@
+"""Computes a scheduler's step with a model of transformers: all tokens in one row, keys and values in blocks."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache
+
+from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.errors import ConfigError
+from pagedkv.runtime.attention import use_paged_attention
+from pagedkv.runtime.forward_plan import ForwardPlan, plan_tokens
+from pagedkv.runtime.paged_layer import PagedLayer
+from pagedkv.runtime.storage import PagedKVStorage
+from pagedkv.step_batch import StepBatch
+
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies follow the longest sequence of the forward pass: others in the batch would change a text."""
+
+
+class StepCache(Cache):
+    """What transformers sees of the blocks: a cache for one row of tokens, of which each step begins anew."""
+
+    def __init__(self, config: Any, storage: PagedKVStorage, backend: str) -> None:
+        self.config, self.storage, self.backend = config, storage, backend
+        self._plan: ForwardPlan | None = None
+        super().__init__(layers=[PagedLayer(self, index) for index in range(len(storage.layout.places))])
+
+    @property
+    def is_forkable(self) -> bool:
+        """No: who shares and what is cut, the scheduler decides."""
+        return False
+
+    def begin(self, plan: ForwardPlan) -> None:
+        """Let the next forward pass be this one."""
+        self._plan = plan
+        for layer in self.layers:
+            layer.num_columns = 0
+
+    def plan_step(self, first_column: int, batch: int, columns: int, attention_mask: torch.Tensor | None) -> ForwardPlan:
+        """Return the plan that was begun; every layer asks."""
+        plan = self._plan
+        assert plan is not None and attention_mask is None  # noqa: PT018
+        assert (first_column, batch, columns) == (0, 1, plan.last_column)
+        return plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """What a step computes, entry by entry."""
+
+    last: Int64Array
+    """Tokens of its sequence that are in the cache after the step."""
+    counts: Int64Array
+    """Those of them that the step computes."""
+    samples: Int64Array
+    """Entries whose last token is the last one known: the next is sampled."""
+
+    @classmethod
+    def of(cls, batch: StepBatch) -> "StepInput":
+        """Return what the entries of `batch` say."""
+        last = batch["num_slots_needed"].copy()
+        return cls(
+            last=last, counts=batch["num_scheduled_tokens"].copy(), samples=np.flatnonzero(last == batch["num_known_tokens"])
+        )
+
+
+class ModelRunner:
+    """Runs a model over blocks that somebody else gives out.
+
+    Several entries of a step may share blocks, even those that the step itself fills: each layer writes all new keys and values
+    before anybody attends.
+    """
+
+    def __init__(self, model: Any, storage: PagedKVStorage, *, backend: str = "auto") -> None:
+        """Let `model` attend over `storage` from now on.
+
+        Raises:
+            ConfigError: If it cannot, or its tokens would depend on who else is in the batch.
+        """
+        check_packs(model)
+        use_paged_attention(model)
+        self.model, self.storage = model, storage
+        self._cache = StepCache(model.config, storage, backend)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def logits(self, step: StepInput, texts: Sequence[Int32Array], tables: Int32Array) -> torch.Tensor:
+        """Compute a step and return the logits of the next tokens [samples, vocabulary].
+
+        Args:
+            step: What is computed.
+            texts: By entry: the token ids of its sequence, at least up to `step.last`.
+            tables: By entry: its blocks [entries, max_blocks], int32, -1 behind those that it holds.
+        """
+        device = self.storage.device
+        first = step.last - step.counts
+        spans = list(zip(texts, first.tolist(), step.last.tolist(), strict=True))
+        tokens = np.concatenate([text[begin:end] for text, begin, end in spans]).astype(np.int64)
+        positions = np.concatenate([np.arange(begin, end) for _, begin, end in spans])
+        places = torch.from_numpy(np.cumsum(step.counts)[step.samples] - 1).to(device)
+        sizes = self.storage.layout.block_sizes
+        self._cache.begin(plan_tokens(step.counts, step.last, tables=[tables], block_sizes=sizes, device=device))
+        with torch.no_grad():
+            out = self.model(
+                input_ids=torch.from_numpy(tokens)[None].to(device),
+                position_ids=torch.from_numpy(positions)[None].to(device),
+                cache=self._cache,
+                use_cache=True,
+                **({"logits_to_keep": places} if self._keeps_logits else {}),
+            )
+        logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, places]
+        return logits
+
+
+def check_packs(model: Any) -> None:
+    """Refuse models that cannot compute several sequences in one row.
+
+    Raises:
+        ConfigError: With the reason, and what works.
+    """
+    name = type(model.config).__name__
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(f"{name}: the model takes no position_ids, so sequences cannot stand in one row: use PagedCache for it")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kinds = {str(each.get("rope_type")) for each in (rope, *(part for part in rope.values() if isinstance(part, dict)))}
+    if strange := kinds.intersection(_BATCH_DEPENDENT_ROPE):
+        raise ConfigError(
+            f"{name}: rotary embeddings of type {', '.join(sorted(strange))} follow the longest sequence of a batch: a text would "
+            "depend on its company. Use PagedCache for one sequence, or a model with another type, e.g. 'default' or 'yarn'"
+        )

@@ -1,0 +1,167 @@
+"""Which constants apply to a machine, an engine, a weight type and a KV type, how well they are known, and what they rest on."""
+
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.model_spec import ModelSpec
+from pagedkv.sims.step_constants import StepConstants, catalogue_constants
+from pagedkv.weight_format import WeightFormat
+
+FILE = Path(__file__).with_name("step_constants.toml")
+"""What `python -m pagedkv.sims.fit_step_time` writes."""
+
+Status = Literal["validated", "not validated"]
+_NOT_QUANTIZED_BITS = 16
+"""Weights as wide as this are multiplied by the vendor's library, not by an engine's kernels for quantized ones."""
+_SAME_CODE = {"ollama": "llama-cpp"}
+"""Engines that run another's kernels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Constants, and what is known of them."""
+
+    constants: StepConstants
+    basis: str
+    """The rows or figures that they come from."""
+    status: Status
+    """Whether rows of several models with this weight type confirm them."""
+    why: str
+    """Why they are not validated, and what stands in; empty if they are."""
+    num_figures: int
+    """Published figures that they were fitted to."""
+    num_models: int
+    """Models that those are of."""
+    date: str
+    """When they were fitted; empty for a machine's own figures."""
+    decode_spread: float
+    """How far a decode rate may be off, as a logarithm: from / e^x to × e^x; nine of ten figures of models left out lay within."""
+    prefill_spread: float
+    """The same for a prefill rate."""
+
+    def document(self) -> dict[str, Any]:
+        """Return what the result document says of it."""
+        return {
+            "status": self.status,
+            "basis": self.basis,
+            "why": self.why or None,
+            "num_figures": self.num_figures,
+            "num_models": self.num_models,
+            "date": self.date or None,
+            "decode_factor": math.exp(self.decode_spread),
+            "prefill_factor": math.exp(self.prefill_spread),
+        }
+
+
+def calibration_for(
+    hardware: HardwareSpec,
+    engine: str,
+    weight_format: WeightFormat,
+    kv_cache_dtype: str,
+    *,
+    model: ModelSpec,
+    clock: float = 1.0,
+    build: str = "",
+) -> Calibration:
+    """Return what applies: the group of this very kind, else the nearest, else the machine's own figures, with wider spreads.
+
+    Args:
+        hardware: The machine, derated or not.
+        engine: The preset's name, such as vllm@0.19.
+        weight_format: How the weights are stored.
+        kv_cache_dtype: How the cache is stored.
+        model: What runs: models with states are known less well.
+        clock: The share of its compute clock at which the machine runs.
+        build: Older builds of the engine, by the name that the constants' file has for them; empty: current ones.
+    """
+    state = "state_" if model.kv_spec("auto").state_bytes_per_sequence else ""
+    prior = catalogue_constants(hardware, weight_format)
+    for group, other_engine in _groups(hardware.name, engine):
+        weights = group["weights"].get(weight_format.name)
+        if weights is None and not group["any_weights"]:
+            continue
+        its = group["any_weights"] if weights is None else weights
+        if weights is None and weight_format.bits_per_weight >= _NOT_QUANTIZED_BITS:
+            its = {**its, "linear_flops": prior.linear_flops / clock}
+        why = list(_doubts(group, weights, engine, weight_format, kv_cache_dtype, other_engine=other_engine))
+        wide = group["widened"] if why else 1.0
+        values = {**group["constants"], **{name: its[name] for name in ("weight_read_bytes_per_s", "linear_flops")}}
+        values |= {name: values[name] * factor for name, factor in group.get("versions", {}).get(build, {}).items()}
+        values |= {name: values[name] * clock for name in ("linear_flops", "attention_flops") if name in values}
+        return Calibration(
+            constants=replace(prior, **values),
+            basis=f"{group['engine']} on {group['machine']}: {group['source']}",
+            status="not validated" if why else "validated",
+            why="; ".join(why),
+            num_figures=group["num_figures"],
+            num_models=group["num_models"],
+            date=group["date"],
+            decode_spread=wide * group["spread"][f"{state}decode"],
+            prefill_spread=wide * group["spread"][f"{state}prefill"],
+        )
+    unknown = _table()["catalogue"]
+    return Calibration(
+        constants=prior,
+        basis=f"the catalogue's figures of {hardware.name}",
+        status="not validated",
+        why=f"no published rows of {engine} with {weight_format.name} weights on {hardware.name} to fit to or compare with; "
+        f"the interval is how far such figures are off on {unknown['machine']}",
+        num_figures=0,
+        num_models=0,
+        date="",
+        decode_spread=unknown["decode"],
+        prefill_spread=unknown["prefill"],
+    )
+
+
+def fitted_groups() -> list[Mapping[str, Any]]:
+    """Return every group of fitted constants, as the file has it."""
+    return list(_table()["group"])
+
+
+def _groups(machine: str, engine: str) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """Yield the groups of a machine from the nearest on, and whether they are of another engine or version."""
+    of_machine = [group for group in _table()["group"] if group["machine"] == machine]
+    name = _SAME_CODE.get(engine, engine)
+    yield from ((group, engine != name) for group in of_machine if group["engine"] == name)
+    base = name.partition("@")[0]
+    yield from ((group, True) for group in of_machine if group["engine"] != name and group["engine"].partition("@")[0] == base)
+
+
+def _doubts(
+    group: Mapping[str, Any],
+    weights: Mapping[str, Any] | None,
+    engine: str,
+    weight_format: WeightFormat,
+    kv_cache_dtype: str,
+    *,
+    other_engine: bool,
+) -> Iterator[str]:
+    """Yield why constants of `group` are less than validated for what is asked."""
+    if other_engine:
+        yield f"no rows of {engine} here: those of {group['engine']} stand in"
+    if weights is None:
+        stand_in = f"the mean of {', '.join(group['weights'])} stands in"
+        if weight_format.bits_per_weight >= _NOT_QUANTIZED_BITS:
+            stand_in += ", but for arithmetic, where the catalogue's figure does"
+        yield f"no rows with {weight_format.name} weights: {stand_in}"
+    elif weights["num_models"] < 2:
+        yield f"its rows with {weight_format.name} weights are of a single model"
+    elif group["too_few"]:
+        yield f"its {group['num_figures']} figures are too few for {group['num_constants']} constants"
+    if kv_cache_dtype not in group["kv_cache_dtypes"]:
+        yield f"its rows have a KV cache in {' or '.join(group['kv_cache_dtypes'])}, not {kv_cache_dtype}"
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    table = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    known = {spec.name for spec in fields(StepConstants)}
+    assert all(set(group["constants"]) < known for group in table["group"])
+    return table

@@ -1,0 +1,224 @@
+"""The command that really runs a model: part of the composition root, and the only one that loads torch."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from cyclopts import Parameter
+
+from pagedkv.errors import ConfigError
+from pagedkv.sims.cli_output import INTERRUPTED, OUTPUT, check_json, output_path, print_view, write_json
+from pagedkv.sims.generate_config import DEFAULT_KV_CACHE, GenerateConfig
+from pagedkv.units import parse_bytes
+
+if TYPE_CHECKING:
+    from pagedkv.sims.prompt_file import Prompt
+    from pagedkv.sims.real_load import Answer
+    from pagedkv.sims.real_results import Served
+    from pagedkv.sims.simulation import Run
+
+
+def generate(
+    *,
+    asked: Annotated[GenerateConfig, Parameter(name="*")],
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+    out: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+) -> None:
+    """Really run a model for users in a closed loop, by the scheduler and allocator of `simulate`, and report the same figures.
+
+    Ctrl-C ends after the step that runs, and reports what was done until then. Needs torch: pip install 'pagedkv[runtime]'.
+
+    Args:
+        json: Write the result document to this file; - prints it, and nothing else, to stdout.
+        out: Write summary.json, requests.csv, timeline.csv and answers.jsonl to this folder.
+    """
+    from pagedkv.sims.export import prepare_folder
+    from pagedkv.sims.prompt_file import read_prompts
+    from pagedkv.sims.real_results import real_document, write_real
+
+    check_json(json)
+    if asked.stream and json == "-":
+        raise ConfigError("--stream and --json - both print to stdout: give --json a file")
+    if (folder := output_path(out, "--out")) is not None:
+        prepare_folder(folder)
+    prompts = read_prompts(asked.prompts)
+    _check_libraries()
+    loaded = _load(asked, prompts)
+    with _interruptible() as stopped:
+        run, answers = _serve(asked, loaded, stopped)
+        interrupted = stopped()
+    document, decode = real_document(asked, _served(loaded), run), loaded.decode
+    if folder is not None:
+        write_real(folder, document, run, [(answer, None if decode is None else decode(answer.tokens)) for answer in answers])
+    if json is not None:
+        write_json(document, json)
+    if json != "-":
+        from pagedkv.sims.console_generate import show_real
+
+        print_view(lambda console: show_real(document, console))
+    if interrupted:
+        sys.stdout.flush()
+        print("interrupted: these are the figures until then", file=sys.stderr)  # noqa: T201
+        sys.exit(INTERRUPTED)
+
+
+def _check_libraries() -> None:
+    """Raise ConfigError unless torch and transformers can be imported."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"generate needs torch and transformers ({error}): pip install 'pagedkv[runtime]'") from error
+
+
+class _Loaded(NamedTuple):
+    """A model that can serve, and what it is asked."""
+
+    model: Any
+    """Of transformers."""
+    engine: Any
+    """A `pagedkv.runtime.LLMEngine`."""
+    decode: Callable[[list[int]], str] | None
+    """From token ids to text; None without a tokenizer."""
+    tokens: list[list[int]]
+    """By prompt."""
+    max_tokens: list[int]
+    """By prompt: most new ones."""
+
+
+def _load(asked: GenerateConfig, prompts: "list[Prompt]") -> _Loaded:
+    from pagedkv.runtime.engine import LLMEngine
+    from pagedkv.runtime.load_model import load_model, load_tokenizer, random_model
+
+    if asked.model is not None:
+        model, source = load_model(asked.model, dtype=asked.dtype, device=asked.device), asked.model
+    else:
+        assert asked.random_weights is not None
+        source = asked.random_weights
+        model = random_model(source, dtype=asked.dtype, device=asked.device, seed=asked.seed)
+    tokenizer = load_tokenizer(source)
+    tokens = [_tokens(prompt, number, tokenizer) for number, prompt in enumerate(prompts)]
+    blocks, size = asked.num_gpu_blocks_override, asked.kv_cache_memory_bytes or DEFAULT_KV_CACHE
+    engine = LLMEngine(
+        model,
+        num_blocks=blocks,
+        budget_bytes=None if blocks is not None else parse_bytes(size, name="--kv-cache-memory-bytes"),
+        block_size=asked.block_size,
+        max_num_seqs=asked.max_num_seqs,
+        max_num_batched_tokens=asked.max_num_batched_tokens,
+        max_model_len=asked.max_model_len,
+        enable_prefix_caching=asked.enable_prefix_caching,
+    )
+    decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+    return _Loaded(model, engine, decode, tokens, [prompt.max_tokens or asked.max_tokens for prompt in prompts])
+
+
+def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) -> "tuple[Run, list[Answer]]":
+    from pagedkv.runtime.load_model import end_tokens
+    from pagedkv.runtime.sampling import SamplingParams
+    from pagedkv.sims.progress import ProgressOnStderr
+    from pagedkv.sims.real_load import serve_prompts, warm_up
+
+    engine, stream, done = loaded.engine, _Stream(loaded.decode) if asked.stream else None, 0
+    ends = () if asked.ignore_eos else end_tokens(loaded.model)
+
+    def submit(number: int) -> int | None:
+        params = SamplingParams(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, seed=asked.seed + number)
+        request: int | None = engine.add_request(
+            loaded.tokens[number], max_tokens=loaded.max_tokens[number], eos_token_id=ends, sampling=params
+        )
+        return request
+
+    with ProgressOnStderr(["generate"], repeats=1) as progress:
+
+        def told(answer: "Answer") -> None:
+            nonlocal done
+            if stream is not None:
+                stream.told(answer)
+            done += answer.finish_reason is not None
+            progress("generate", 0, done / len(loaded.tokens))
+
+        filler = [0] * (2 * asked.block_size - 1)  # two blocks are filled, one of them by what is generated
+        warm_up(engine, lambda: engine.add_request(filler, max_tokens=3, salt="warm-up"), time.perf_counter)
+        progress("generate", 0, 0.0)
+        began_s = time.perf_counter()
+        return serve_prompts(
+            engine,
+            submit,
+            list(zip(map(len, loaded.tokens), loaded.max_tokens, strict=True)),
+            users=asked.users,
+            now=lambda: time.perf_counter() - began_s,
+            told=told,
+            stopped=stopped,
+        )
+
+
+def _served(loaded: _Loaded) -> "Served":
+    from pagedkv.sims.real_results import Served
+
+    config, storage = loaded.model.config, loaded.engine.storage
+    return Served(
+        model=config.name_or_path or config.model_type,
+        hardware=_device_name(storage.device),
+        num_blocks=storage.num_blocks,
+        block_bytes=storage.block_bytes,
+        scheduler=loaded.engine.scheduler.settings,
+        weight_bytes=sum(each.numel() * each.element_size() for each in loaded.model.parameters()),
+    )
+
+
+def _tokens(prompt: "Prompt", number: int, tokenizer: Any) -> list[int]:
+    """Return the token ids of a prompt."""
+    if prompt.text is None:
+        return list(prompt.tokens)
+    if tokenizer is None:
+        raise ConfigError(f"prompt {number} is a text, and the model's folder has no tokenizer: write token ids, e.g. 12 7 105")
+    return list(tokenizer(prompt.text)["input_ids"])
+
+
+def _device_name(device: Any) -> str:
+    import platform
+
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+class _Stream:
+    """Prints a text as it grows, and nothing that the next token may still change; without a tokenizer, token ids."""
+
+    def __init__(self, decode: Callable[[list[int]], str] | None) -> None:
+        self._decode, self._shown, self._prompt = decode, 0, -1
+
+    def told(self, answer: "Answer") -> None:
+        """Print what is new."""
+        if answer.prompt != self._prompt:
+            self._prompt, self._shown = answer.prompt, 0
+        text = " ".join(map(str, answer.tokens)) if self._decode is None else self._decode(answer.tokens)
+        if not text.endswith("\ufffd") or answer.finish_reason is not None:
+            sys.stdout.write(text[self._shown :])
+            self._shown = len(text)
+        if answer.finish_reason is not None:
+            sys.stdout.write("\n\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether Ctrl-C was pressed; pressed again, it interrupts at once."""
+    pressed = False
+
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

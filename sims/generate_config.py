@@ -1,0 +1,71 @@
+"""What `generate` is asked for. Every field is a flag, by vLLM's names where it has one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pagedkv.errors import ConfigError
+
+DEFAULT_KV_CACHE = "4GiB"
+"""Source: VLLM_CPU_KVCACHE_SPACE of vLLM's CPU backend, 4 GiB unless set (docs/getting_started/installation/cpu)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """A model that really runs, and who asks it."""
+
+    prompts: Path
+    """File of prompts: a text (or token ids) a line, or .jsonl with {"prompt": ..., "max_tokens": ...}."""
+    model: Path | None = None
+    """Folder with config.json, safetensors and a tokenizer."""
+    random_weights: Path | None = None
+    """Instead: a config.json, or its folder, of a model with random weights."""
+    users: int = 1
+    """Each asks the next prompt as soon as the answer before it is there."""
+    max_tokens: int = 16
+    """Most tokens of an answer. Default as of vLLM's SamplingParams."""
+    ignore_eos: bool = False
+    """Go on behind tokens that end a text."""
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_k: int = 0
+    """Draw from the likeliest so many; 0: all."""
+    top_p: float = 1.0
+    """Draw from the likeliest that together reach this probability."""
+    seed: int = 0
+    """Of random weights and of what is drawn."""
+    dtype: str = "auto"
+    """Type of the weights: float32, bfloat16, float16; auto: the configuration's."""
+    device: str = "auto"
+    """cpu or cuda; auto: a GPU if there is one."""
+    block_size: int = 16
+    """Tokens per block."""
+    kv_cache_memory_bytes: str | None = None
+    """Size of the KV cache [default: 4GiB]."""
+    num_gpu_blocks_override: int | None = None
+    """Number of KV blocks, instead of what the memory holds."""
+    max_model_len: int | None = None
+    """Longest prompt + output [default: what the model takes, and the cache holds]."""
+    max_num_seqs: int = 256
+    """Most requests that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens of a step."""
+    enable_prefix_caching: bool = True
+    """Keep what was computed, for prompts that begin alike."""
+    stream: bool = False
+    """Print the answer as it comes (one user)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            ConfigError: With what would work.
+        """
+        if (self.model is None) == (self.random_weights is None):
+            raise ConfigError("give one of --model FOLDER and --random-weights CONFIG")
+        for name in ("users", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
+            raise ConfigError("--kv-cache-memory-bytes and --num-gpu-blocks-override contradict each other: give one")
+        if self.stream and self.users > 1:
+            raise ConfigError(f"--stream goes with one user, not with --users {self.users}: texts would be mixed")

@@ -1,0 +1,65 @@
+"""Prompts from a file: a text a line, or JSON lines of texts, token ids, or objects with a `prompt`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pagedkv.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What somebody asks."""
+
+    text: str | None = None
+    """As text; or else `tokens`."""
+    tokens: tuple[int, ...] = ()
+    """As token ids."""
+    max_tokens: int | None = None
+    """Most new tokens; None: what all have."""
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of a file.
+
+    A name that ends in .jsonl has a JSON value a line: "text", [1, 2, 3], or {"prompt": either, "max_tokens": 20}. Any other file
+    has a prompt a line; one of numbers alone is token ids. Empty lines count for nothing.
+
+    Raises:
+        ConfigError: With the line that is no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"cannot read --prompts {str(path)!r}: {reason}") from error
+    read = _of_json if path.suffix == ".jsonl" else _of_text
+    prompts = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompts {str(path)!r} has no prompt: write one a line")
+    return prompts
+
+
+def _of_text(line: str, where: str) -> Prompt:
+    words = line.split()
+    if all(word.isascii() and word.isdigit() for word in words):
+        return Prompt(tokens=tuple(map(int, words)))
+    return Prompt(text=line)
+
+
+def _of_json(line: str, where: str) -> Prompt:
+    try:
+        value: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: {error}; needs a JSON value a line") from error
+    max_tokens = None
+    if isinstance(value, dict):
+        max_tokens, value = value.get("max_tokens"), value.get("prompt")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise ConfigError(f"{where}: max_tokens is {max_tokens!r}: needs a whole number of 1 or more")
+    if isinstance(value, str) and value:
+        return Prompt(text=value, max_tokens=max_tokens)
+    if isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value):
+        return Prompt(tokens=tuple(value), max_tokens=max_tokens)
+    raise ConfigError(f'{where}: needs a text, a list of token ids, or {{"prompt": either of them}}')

@@ -1,0 +1,171 @@
+"""Fits the constants of a step to published figures: an engine's own, and those of each weight type around the engine's mean."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.sims.step_constants import StepConstants, catalogue_constants
+from pagedkv.sims.validation.least_squares import least_squares, softened
+from pagedkv.sims.validation.points import Point
+from pagedkv.sims.validation.work import CONSTANTS, Work, as_row
+from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat
+
+OFFSET_SPREAD: Mapping[str, float] = MappingProxyType({"weight_read_bytes_per_s": 0.15, "linear_flops": 0.30})
+"""Constants of a weight type, and how far they may lie from the engine's mean before data says so: spread of the logarithm."""
+_VERSION_SPREAD = 0.5
+_WEAK_SPREAD = 1.0
+_EXPECTED_ERROR = {"decode": 0.05, "prefill": 0.10}
+"""What a good model misses by: figures count in units of it."""
+_SOFT_FROM = 3.0
+"""Units beyond which a figure counts linearly."""
+_STARTS = {
+    "overlap": 4.0,
+    "routing_exponent": 0.7,
+    "layer_overhead_s": 10e-6,
+    "batched_layer_overhead_s": 60e-6,
+    "state_scan_bytes_per_s": 1e12,
+}
+"""Where to begin with constants for which the catalogue has none that a logarithm could move."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which constants an engine's rows decide; all others are the machine's."""
+
+    engine: str
+    shared: tuple[str, ...] = ()
+    """Constants that all weight types share."""
+    by_format: tuple[str, ...] = tuple(OFFSET_SPREAD)
+    """Constants of each weight type."""
+    by_version: tuple[str, ...] = ()
+    """Constants by which older builds differ."""
+
+
+PLANS = (
+    Plan(
+        engine="llama-cpp",
+        shared=(
+            "kv_read_bytes_per_s",
+            "attention_flops",
+            "step_overhead_s",
+            "layer_overhead_s",
+            "batched_layer_overhead_s",
+            "sequence_overhead_s",
+            "state_bytes_per_s",
+            "further_state_bytes_per_s",
+            "state_scan_bytes_per_s",
+            "overlap",
+            "routing_exponent",
+        ),
+        by_version=("linear_flops", "attention_flops"),
+    ),
+    Plan(engine="vllm", shared=("kv_read_bytes_per_s", "sequence_overhead_s")),
+    Plan(engine="sglang"),
+)
+"""By engine with enough rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fit:
+    """Fitted constants."""
+
+    plan: Plan
+    hardware: HardwareSpec
+    formats: tuple[str, ...]
+    """Weight types with rows."""
+    versions: tuple[str, ...]
+    """Builds with rows besides the current ones."""
+    x: Float64Array
+    """Logarithms against the prior, in the order of `names`."""
+
+    @property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """What each parameter is: (constant, weight type or version; empty: shared, or the mean of all weight types)."""
+        plan = self.plan
+        return (
+            *((name, "") for name in (*plan.shared, *plan.by_format)),
+            *((name, fmt) for name in plan.by_format for fmt in self.formats),
+            *((name, f"@{version}") for name in plan.by_version for version in self.versions),
+        )
+
+    @property
+    def num_constants(self) -> int:
+        """Constants that the rows decide: a weight type's own, and not the mean besides."""
+        return len(self.names) - len(self.plan.by_format)
+
+    def unfitted(self) -> "Fit":
+        """Return the prior: what is assumed without any row."""
+        return replace(self, x=np.zeros_like(self.x))
+
+    def spreads(self) -> Float64Array:
+        """Return the prior's standard deviation of each parameter."""
+        return np.array(
+            [_VERSION_SPREAD if of.startswith("@") else OFFSET_SPREAD[name] if of else _WEAK_SPREAD for name, of in self.names]
+        )
+
+    def rows(self, points: Sequence[Point]) -> Float64Array:
+        """Return the constants of each point, as `Work.rates` takes them."""
+        keys = [(point.subject.weight_format.name, point.version) for point in points]
+        by_key = {key: as_row(self._constants(points[keys.index(key)], *key)) for key in set(keys)}
+        return np.stack([by_key[key] for key in keys])
+
+    def _constants(self, point: Point, fmt: str, version: str) -> StepConstants:
+        return self.constants(catalogue_constants(self.hardware, point.subject.weight_format), fmt, version)
+
+    def constants(self, prior: StepConstants, fmt: str, version: str = "") -> StepConstants:
+        """Return the constants of a weight type; one without rows gets the engine's mean. `prior` is what is not fitted."""
+        values = {name: getattr(prior, name) for name in CONSTANTS}
+        mean = catalogue_constants(self.hardware, self.prior_format)
+        for (name, of), x in zip(self.names, self.x, strict=True):
+            if of not in ("", fmt, f"@{version}"):
+                continue
+            if of == "":
+                values[name] = _STARTS.get(name, getattr(mean, name))
+            if name == "overlap":
+                values[name] = 1.0 + (values[name] - 1.0) * float(np.exp(x))
+            else:
+                values[name] *= float(np.exp(x))
+        values["routing_exponent"] = min(values["routing_exponent"], 1.0)
+        return StepConstants(**values)
+
+    @property
+    def prior_format(self) -> WeightFormat:
+        """The weight type whose catalogue figures the fit starts from, whichever one is asked for."""
+        return WEIGHT_FORMATS["bf16"]
+
+
+def fit(plan: Plan, hardware: HardwareSpec, points: Sequence[Point], work: Work, *, near: Fit | None = None) -> Fit:
+    """Return the constants that bring `points`, all of the plan's engine, closest to what was measured.
+
+    Args:
+        plan: What is free.
+        hardware: The machine, whose figures are the prior.
+        points: The figures.
+        work: Their work.
+        near: A fit to begin from, such as one with more rows.
+    """
+    formats = tuple(sorted({point.subject.weight_format.name for point in points})) if near is None else near.formats
+    versions = tuple(sorted({point.version for point in points} - {""})) if near is None else near.versions
+    empty = Fit(plan=plan, hardware=hardware, formats=formats, versions=versions, x=np.zeros(0))
+    measured = np.log([point.measured_tok_s for point in points])
+    unit = np.array([_EXPECTED_ERROR[point.kind] for point in points])
+    spreads = empty.spreads()
+
+    def at(x: Float64Array) -> Fit:
+        return Fit(plan=plan, hardware=hardware, formats=formats, versions=versions, x=x)
+
+    def residuals(x: Float64Array) -> Float64Array:
+        off = (np.log(work.rates(at(x).rows(points))) - measured) / unit
+        return np.concatenate([softened(off, _SOFT_FROM), x / spreads])
+
+    return at(least_squares(residuals, np.zeros(spreads.size) if near is None else near.x))
+
+
+def without(work: Work, points: Sequence[Point], model: str) -> tuple[list[Point], Work]:
+    """Return the points of all other models, and their work."""
+    kept: Int64Array = np.array([i for i, point in enumerate(points) if point.subject.model.name != model], np.int64)
+    return [points[i] for i in kept], work.where(kept)

@@ -1,0 +1,47 @@
+"""Figures that no machine can reach: flagged, never fitted."""
+
+import numpy as np
+
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.sims.step_constants import catalogue_constants
+from pagedkv.sims.step_time import coefficients
+from pagedkv.sims.validation.points import Point
+
+_WIDER = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16"), "bf16": ("bf16",), "fp32": ("bf16",)}
+_INT8_FACTOR = 2.0
+"""Kernels that multiply 8-bit integers reach twice the 16-bit rate: llama.cpp's do."""
+
+
+def impossible(point: Point, hardware: HardwareSpec) -> str | None:
+    """Return why a figure cannot be: it needs more than the datasheet's bandwidth or arithmetic; None: it can.
+
+    Of a mixture's experts only those of one token count as read, so that nothing believable is flagged.
+    """
+    model, fmt = point.subject.model, point.subject.weight_format
+    prior = catalogue_constants(hardware, fmt)
+    unit = coefficients(model, weight_format=fmt, kv_spec=model.kv_spec(point.kv_cache_dtype), constants=prior)
+    seconds = point.tokens / point.measured_tok_s
+    num_steps = sum(steps.count for steps in point.steps)
+    read = (unit.dense_weight_s + unit.expert_weight_s * unit.expert_share) * prior.weight_read_bytes_per_s
+    kv_per_token = np.array(unit.kv_s_per_token) * prior.kv_read_bytes_per_s
+    for steps in point.steps:
+        for entry in steps.batch:
+            before = np.minimum(unit.windows, entry["num_slots_needed"] - entry["num_scheduled_tokens"])
+            read += steps.count / num_steps * float((kv_per_token * before).sum())
+    bandwidth = num_steps * read / seconds
+    if bandwidth > hardware.memory_bandwidth.value:
+        return (
+            f"impossible: {point.measured_tok_s:,.5g} {point.kind} tokens/s would read {bandwidth / 1e9:,.0f} GB/s, more than the "
+            f"{hardware.memory_bandwidth.value / 1e9:,.0f} GB/s of {hardware.name}"
+        )
+    new = sum(steps.count * int(steps.batch["num_scheduled_tokens"].sum()) for steps in point.steps)
+    flops = new * unit.linear_s_per_token * prior.linear_flops / seconds
+    peak = max(hardware.spec_flops[dtype].value for dtype in _WIDER[fmt.compute_dtype] if dtype in hardware.spec_flops)
+    if fmt.compute_dtype == "bf16" and fmt.bits_per_weight <= 9:
+        peak *= _INT8_FACTOR
+    if flops > peak:
+        return (
+            f"impossible: {point.measured_tok_s:,.5g} {point.kind} tokens/s would compute {flops / 1e12:,.0f} TFLOPS, more than "
+            f"the {peak / 1e12:,.0f} of {hardware.name} with {fmt.name} weights"
+        )
+    return None

@@ -1,0 +1,168 @@
+"""What a published figure measured, as steps of an engine: the tokens of each sequence and their context."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
+from pagedkv.sims.validation.row_models import Exclusion, RowModel, excluded, kv_cache_dtype_of, model_of, version_of
+from pagedkv.step_batch import StepBatch, empty_batch
+
+Kind = Literal["prefill", "decode"]
+KINDS: tuple[Kind, ...] = ("prefill", "decode")
+
+ENGINES = (
+    ("trt-llm", "tensorrt-llm"),
+    ("tensorrt", "tensorrt-llm"),
+    ("llama", "llama-cpp"),
+    ("ollama", "ollama"),
+    ("vllm", "vllm"),
+    ("sglang", "sglang"),
+)
+"""How a publisher's word for an engine begins, in lower case, and its name here."""
+
+CHAT_TOKENS = 200
+"""Context of a decode figure of which only the tokens generated are known: 300 of them, half on average, after a short question."""
+ASSUMED_PROMPT = 2048
+"""Tokens of a prompt where the publisher does not say: what most do."""
+ASSUMED_OUTPUT = 128
+"""Tokens that a decode figure averages over where the publisher does not say."""
+_CHUNK_TOKENS = {"llama-cpp": 512, "ollama": 512}
+"""Most tokens of a step: llama.cpp's default --ubatch-size; other engines take 2,048 and more."""
+_USUAL_CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Steps alike."""
+
+    count: int
+    """How many of them."""
+    batch: StepBatch
+    """What each computes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One figure of a row, and what it takes to predict it."""
+
+    row: BenchmarkRow
+    kind: Kind
+    engine: str
+    """The engine's name here."""
+    version: str
+    """Which of its builds, empty for current ones."""
+    kv_cache_dtype: str
+    """Type of its KV cache."""
+    subject: RowModel
+    """What ran."""
+    measured_tok_s: float
+    """As published."""
+    tokens: int
+    """Tokens that the steps make, or read of prompts."""
+    steps: tuple[Steps, ...]
+    assumed: str
+    """What the row does not say and is assumed; empty: nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotCompared:
+    """One figure of a row that is not compared, and why."""
+
+    row: BenchmarkRow
+    kind: Kind
+    reason: str
+
+
+def points_of(rows: list[BenchmarkRow]) -> tuple[list[Point], list[NotCompared]]:
+    """Return every figure of `rows` that can be compared, and those that cannot."""
+    points: list[Point] = []
+    left_out: list[NotCompared] = []
+    for row in rows:
+        for kind in KINDS:
+            if (rate := row.prefill_tok_s if kind == "prefill" else row.decode_tok_s) is None:
+                continue
+            found = _point(row, kind, rate)
+            if isinstance(found, Point):
+                points.append(found)
+            else:
+                left_out.append(NotCompared(row=row, kind=kind, reason=found.reason))
+    return points, left_out
+
+
+def _point(row: BenchmarkRow, kind: Kind, rate: float) -> Point | Exclusion:
+    reason = excluded(row, kind)
+    if reason is not None:
+        return reason
+    engine = engine_of(row.engine)
+    if engine is None:
+        return Exclusion(
+            reason=f"unknown engine {row.engine!r}: needs a name that begins with {', '.join(word for word, _ in ENGINES)}"
+        )
+    subject = model_of(row, engine)
+    if isinstance(subject, Exclusion):
+        return subject
+    prompt, depth, assumed = _lengths(row, kind)
+    steps = tuple(_prefill(row, engine, prompt, depth) if kind == "prefill" else _decode(row.batch, depth))
+    return Point(
+        row=row,
+        kind=kind,
+        engine=engine,
+        version=version_of(row, engine),
+        kv_cache_dtype=kv_cache_dtype_of(row),
+        subject=subject,
+        measured_tok_s=rate,
+        tokens=row.batch * (prompt if kind == "prefill" else 1),
+        steps=steps,
+        assumed=assumed,
+    )
+
+
+def engine_of(words: str) -> str | None:
+    """Return the engine's name here, None if it is not one of those modelled."""
+    return next((name for word, name in ENGINES if words.lower().startswith(word)), None)
+
+
+def _lengths(row: BenchmarkRow, kind: Kind) -> tuple[int, int, str]:
+    """Return the prompt's tokens, and those cached before it or, for decode, in the middle of the answer."""
+    note = row.note.lower()
+    batched = "batched-bench" in row.engine
+    if kind == "prefill":
+        depth = 0 if batched or row.context_depth is None or row.context_depth == row.prompt_tokens else row.context_depth
+        assumed = "" if row.prompt_tokens else f"prompts of {ASSUMED_PROMPT:,} tokens"
+        return row.prompt_tokens or ASSUMED_PROMPT, depth, assumed
+    if "bench" in row.engine:  # llama-bench and llama-batched-bench: 32 tokens behind the depth
+        return 0, (row.context_depth or 0) + 16, ""
+    if "300 output tokens" in note:
+        return 0, CHAT_TOKENS, f"{CHAT_TOKENS} tokens of context on average"
+    if row.context_depth is not None and row.prompt_tokens is not None:
+        before = row.context_depth if row.context_depth == row.prompt_tokens else row.context_depth + row.prompt_tokens
+        return 0, before + ASSUMED_OUTPUT // 2, "" if "128" in note else f"answers of {ASSUMED_OUTPUT} tokens"
+    if row.context_depth is not None:
+        return 0, row.context_depth + ASSUMED_OUTPUT // 2, f"answers of {ASSUMED_OUTPUT} tokens"
+    return 0, ASSUMED_PROMPT + ASSUMED_OUTPUT // 2, f"prompts of {ASSUMED_PROMPT:,} and answers of {ASSUMED_OUTPUT} tokens"
+
+
+def _chunk_tokens(row: BenchmarkRow, engine: str) -> int:
+    """Return the most tokens of a step: ggml's own benchmarks on this machine ran with -b 2048 -ub 2048."""
+    return _USUAL_CHUNK_TOKENS if "bench" in row.engine else _CHUNK_TOKENS.get(engine, _USUAL_CHUNK_TOKENS)
+
+
+def _decode(batch: int, context: int) -> Iterator[Steps]:
+    entries = empty_batch(batch)
+    entries["num_scheduled_tokens"], entries["num_slots_needed"], entries["num_known_tokens"] = 1, context, context
+    yield Steps(count=1, batch=entries)
+
+
+def _prefill(row: BenchmarkRow, engine: str, prompt: int, depth: int) -> Iterator[Steps]:
+    """Yield the chunks in which `row.batch` prompts are computed: several short prompts share a step, a long one takes several."""
+    limit = _chunk_tokens(row, engine)
+    together = max(1, min(row.batch, limit // prompt))
+    whole, rest = divmod(row.batch, together)
+    for count, sequences in ((whole, together), (1 if rest else 0, rest)):
+        for start in range(0, prompt if count else 0, limit):
+            chunk = min(limit, prompt - start)
+            entries = empty_batch(sequences)
+            entries["num_scheduled_tokens"], entries["num_slots_needed"] = chunk, depth + start + chunk
+            entries["num_known_tokens"] = depth + prompt
+            yield Steps(count=count, batch=entries)

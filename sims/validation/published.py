@@ -1,0 +1,218 @@
+"""Published rows against the constants that a simulation uses: every residual, by engine and model, and models left out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pagedkv.errors import ConfigError
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.sims.calibration import Calibration, calibration_for
+from pagedkv.sims.validation.benchmark_rows import BenchmarkRow, read_rows
+from pagedkv.sims.validation.fitting import PLANS, fit
+from pagedkv.sims.validation.left_out import Spreads, Trial, trials
+from pagedkv.sims.validation.peaks import impossible
+from pagedkv.sims.validation.points import Kind, NotCompared, Point, points_of
+from pagedkv.sims.validation.row_models import reason_for
+from pagedkv.sims.validation.work import Work, as_row
+
+MEAN_BARS: dict[Kind, float] = {"decode": 0.06, "prefill": 0.15}
+"""Largest mean error of an engine's figures."""
+ROW_BAR = 0.30
+"""Largest error of a figure without a stated reason."""
+LEFT_OUT_FACTOR = 1.5
+"""How much larger the mean error of left-out models may be."""
+EXCLUDED_BAR = 0.10
+"""Largest share of rows that are left out."""
+COVERAGE_BAR = 0.85
+"""Least share of left-out figures within their interval."""
+MORE_ROWS_THAN_CONSTANTS = 3
+"""An engine needs so many rows more than constants."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """A published figure and ours."""
+
+    point: Point
+    calibration: Calibration
+    simulated_tok_s: float
+    left_out_tok_s: float | None
+    """By constants that saw no row of its model; None: not tried."""
+    reason: str
+    """Why it may be far off; empty: unknown."""
+
+    @property
+    def error(self) -> float:
+        """Relative error of the rate."""
+        return self.simulated_tok_s / self.point.measured_tok_s - 1
+
+    @property
+    def left_out_error(self) -> float | None:
+        """The same with its model left out."""
+        return None if self.left_out_tok_s is None else self.left_out_tok_s / self.point.measured_tok_s - 1
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        row = self.point.row
+        return {
+            "line": row.line,
+            "source": row.source,
+            "engine": self.point.engine,
+            "build": self.point.version or None,
+            "model": self.point.subject.model.name,
+            "model_known_by": self.point.subject.source,
+            "weights": self.point.subject.weight_format.name,
+            "kind": self.point.kind,
+            "batch": row.batch,
+            "prompt_tokens": row.prompt_tokens,
+            "context_depth": row.context_depth,
+            "measured_tok_s": self.point.measured_tok_s,
+            "simulated_tok_s": self.simulated_tok_s,
+            "error": self.error,
+            "left_out_error": self.left_out_error,
+            "assumed": self.point.assumed or None,
+            "calibration": self.calibration.status,
+            "reason": self.reason or None,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """Whether an engine's rows can validate anything."""
+
+    engine: str
+    num_rows: int
+    num_models: int
+    num_constants: int
+    """Constants that its rows decide; 0 where none are fitted."""
+
+    @property
+    def doubts(self) -> str:
+        """Why not; empty: they can."""
+        needed = self.num_constants + MORE_ROWS_THAN_CONSTANTS
+        if not self.num_constants:
+            return f"not validated: {self.num_rows} row{'s' if self.num_rows > 1 else ''}, too few to fit constants to"
+        if self.num_rows < needed:
+            return f"not validated: {self.num_rows} rows, needs {needed} for {self.num_constants} constants"
+        return "" if self.num_models > 1 else "not validated: rows of a single model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What became of a file of rows."""
+
+    path: Path
+    rows: list[BenchmarkRow]
+    residuals: list[Residual]
+    not_compared: list[NotCompared]
+    """Figures left out, with reasons; those that no machine of this kind can reach among them."""
+    engines: list[EngineStatus]
+    coverage: float | None
+    """Share of left-out figures within the interval of the other models; None: nothing was left out."""
+
+    @property
+    def excluded_share(self) -> float:
+        """Share of the rows, those marked as not verified aside, of which no figure is compared."""
+        verified = {row.line for row in self.rows if row.verified}
+        return len(verified - {residual.point.row.line for residual in self.residuals}) / len(verified) if verified else 0.0
+
+    def of(self, engine: str, kind: Kind) -> list[Residual]:
+        """Return the residuals of one engine and kind."""
+        return [residual for residual in self.residuals if residual.point.engine == engine and residual.point.kind == kind]
+
+
+def compare_rows(path: Path, hardware: HardwareSpec, *, leave_out: bool = True) -> Published:
+    """Return the residuals of a file of rows on `hardware`.
+
+    Raises:
+        ConfigError: If the file is not such a file, or none of its rows can be compared; with what is needed.
+    """
+    rows = read_rows(path)
+    points, not_compared = points_of(rows)
+    believed: list[Point] = []
+    for point in points:
+        reason = impossible(point, hardware)
+        if reason is None:
+            believed.append(point)
+        else:
+            not_compared.append(NotCompared(row=point.row, kind=point.kind, reason=reason))
+    if not believed:
+        raise ConfigError(f"{path}: none of its {len(rows)} rows can be compared; the first: {not_compared[0].reason}")
+    used = [
+        calibration_for(
+            hardware,
+            point.engine,
+            point.subject.weight_format,
+            point.kv_cache_dtype,
+            model=point.subject.model,
+            build=point.version,
+        )
+        for point in believed
+    ]
+    rates = Work.of(believed).rates(np.stack([as_row(each.constants) for each in used]))
+    statuses = list(_statuses(believed))
+    tried = _tried(believed, hardware) if leave_out else {}
+    residuals = [
+        Residual(
+            point=point,
+            calibration=its,
+            simulated_tok_s=float(rate),
+            left_out_tok_s=tried[id(point)].rate_tok_s if id(point) in tried else None,
+            reason=reason_for(point.row, point.kind),
+        )
+        for point, its, rate in zip(believed, used, rates, strict=True)
+    ]
+    return Published(
+        path=path,
+        rows=rows,
+        residuals=residuals,
+        not_compared=not_compared,
+        engines=statuses,
+        coverage=Spreads(list(tried.values())).coverage() if tried else None,
+    )
+
+
+def _statuses(points: Sequence[Point]) -> list[EngineStatus]:
+    plans = {plan.engine: plan for plan in PLANS}
+    statuses = []
+    for engine in sorted({point.engine for point in points}):
+        own = [point for point in points if point.engine == engine]
+        formats = {point.subject.weight_format.name for point in own}
+        builds = {point.version for point in own} - {""}
+        plan = plans.get(engine)
+        count = 0
+        if plan is not None:
+            count = len(plan.shared) + len(plan.by_format) * len(formats) + len(plan.by_version) * len(builds)
+        statuses.append(
+            EngineStatus(
+                engine=engine,
+                num_rows=len({point.row.line for point in own}),
+                num_models=len({point.subject.model.name for point in own}),
+                num_constants=count,
+            )
+        )
+    return statuses
+
+
+def _tried(points: Sequence[Point], hardware: HardwareSpec) -> dict[int, Trial]:
+    """Return the trials of every engine with more rows than constants, by the identity of their points."""
+    plans = {plan.engine: plan for plan in PLANS}
+    tried: dict[int, Trial] = {}
+    for status in _statuses(points):
+        if status.num_constants and status.num_rows >= status.num_constants + MORE_ROWS_THAN_CONSTANTS:
+            own = [point for point in points if point.engine == status.engine]
+            work = Work.of(own)
+            whole = fit(plans[status.engine], hardware, own, work)
+            tried |= {id(trial.point): trial for trial in trials(whole, own, work)}
+    return tried
+
+
+def mean_error(residuals: Sequence[Residual], *, left_out: bool = False) -> float:
+    """Return the mean absolute error; not a number without figures."""
+    errors = [residual.left_out_error if left_out else residual.error for residual in residuals]
+    known = [abs(error) for error in errors if error is not None]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,128 @@
+"""What the steps behind published figures do, counted once, so that a fit can price them with many constants: arrays, compiled."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.jit import lean_jit
+from pagedkv.sims.step_constants import StepConstants
+from pagedkv.sims.step_formula import StepParts, priced, step_parts, touched_experts
+from pagedkv.sims.step_time import coefficients
+from pagedkv.sims.validation.points import Point
+
+CONSTANTS = tuple(spec.name for spec in fields(StepConstants))
+"""Every constant, in the order of the columns of `Work.seconds`."""
+_COLUMN = {name: i for i, name in enumerate(CONSTANTS)}
+_ONE_A_SECOND = StepConstants(
+    **{name: 0.0 if name.endswith("overhead_s") else 1.0 for name in CONSTANTS if name not in ("overlap", "routing_exponent")},
+    overlap=math.inf,
+)
+(_WEIGHTS, _EXPERTS, _SHARE, _TOKENS, _LINEAR, _KV, _ATTENTION, _STATE, _SEQUENCES, _LAYERS) = range(10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Work:
+    """The steps of some figures, in bytes, operations and counts."""
+
+    quantities: Float64Array
+    """One row per kind of step."""
+    counts: Float64Array
+    """How many steps of that kind there are."""
+    point: Int64Array
+    """Which figure they belong to."""
+    tokens: Float64Array
+    """By figure: tokens made or read."""
+
+    @staticmethod
+    def of(points: Sequence[Point]) -> "Work":
+        """Return the work of `points`. O(steps × entries)."""
+        rows, counts, owner = [], [], []
+        for i, point in enumerate(points):
+            model, fmt = point.subject.model, point.subject.weight_format
+            kv_spec = model.kv_spec(point.kv_cache_dtype)
+            unit = coefficients(model, weight_format=fmt, kv_spec=kv_spec, constants=_ONE_A_SECOND)
+            dense = unit._replace(expert_weight_s=0.0, state_s=0.0, further_state_s=0.0, state_s_per_token=0.0)
+            for steps in point.steps:
+                parts, batch = step_parts(dense, steps.batch, steps.batch.size), steps.batch
+                rows.append(
+                    (
+                        parts.weights,
+                        unit.expert_weight_s,
+                        unit.expert_share,
+                        float(batch["num_scheduled_tokens"].sum()),
+                        parts.linear,
+                        parts.kv,
+                        parts.attention,
+                        unit.state_s,
+                        float(batch.size),
+                        float(model.num_layers),
+                    )
+                )
+                counts.append(float(steps.count))
+                owner.append(i)
+        return Work(
+            quantities=np.array(rows, np.float64).reshape(-1, 10),
+            counts=np.array(counts, np.float64),
+            point=np.array(owner, np.int64),
+            tokens=np.array([point.tokens for point in points], np.float64),
+        )
+
+    def rates(self, constants: Float64Array) -> Float64Array:
+        """Return tokens a second by figure. `constants` has a row per figure and a column per name of `CONSTANTS`."""
+        seconds = np.zeros(self.tokens.size)
+        _add_seconds(self.quantities, self.counts, self.point, constants, seconds)
+        return self.tokens / seconds
+
+    def where(self, chosen: Int64Array) -> "Work":
+        """Return the work of the figures `chosen`, in that order."""
+        place = np.full(self.tokens.size, -1)
+        place[chosen] = np.arange(chosen.size)
+        kept = place[self.point] >= 0
+        return replace(
+            self,
+            quantities=self.quantities[kept],
+            counts=self.counts[kept],
+            point=place[self.point[kept]],
+            tokens=self.tokens[chosen],
+        )
+
+
+def as_row(constants: StepConstants) -> Float64Array:
+    """Return the constants in the order of `CONSTANTS`."""
+    return np.array([getattr(constants, name) for name in CONSTANTS], np.float64)
+
+
+(
+    _READ,
+    _FLOPS,
+    _KV_READ,
+    _ATTENTION_FLOPS,
+    _STEP_S,
+    _LAYER_S,
+    _BATCHED_S,
+    _SEQUENCE_S,
+    _STATE_READ,
+    _FURTHER,
+    _SCAN,
+    _OVERLAP,
+    _ROUTING,
+) = range(len(CONSTANTS))
+
+
+@lean_jit
+def _add_seconds(q: Float64Array, counts: Float64Array, point: Int64Array, constants: Float64Array, total: Float64Array) -> None:
+    """Add to `total` the seconds of each figure: the formula of a step, on quantities instead of a batch."""
+    for i in range(q.shape[0]):
+        c, n = constants[point[i]], q[i, _SEQUENCES]
+        weights = q[i, _WEIGHTS] + q[i, _EXPERTS] * touched_experts(q[i, _SHARE], q[i, _TOKENS], c[_ROUTING])
+        state_s = q[i, _STATE] * (1.0 / c[_STATE_READ] + (n - 1.0) / c[_FURTHER] + q[i, _TOKENS] / c[_SCAN])
+        parts = StepParts(
+            weights / c[_READ], q[i, _LINEAR] / c[_FLOPS], q[i, _KV] / c[_KV_READ], q[i, _ATTENTION] / c[_ATTENTION_FLOPS], state_s
+        )
+        memory_s, compute_s = priced(parts, c[_OVERLAP])
+        layer_s = c[_LAYER_S] + (c[_BATCHED_S] if q[i, _TOKENS] > 1.0 else 0.0)
+        overhead_s = c[_STEP_S] + layer_s * q[i, _LAYERS] + c[_SEQUENCE_S] * n
+        total[point[i]] += counts[i] * (memory_s + compute_s + overhead_s)

@@ -1,0 +1,82 @@
+"""A scheduler that knows lengths only, as the simulator's, beside the one that a running engine has: both must decide alike."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.runtime.engine import LLMEngine
+from pagedkv.scheduling.content import NO_SEGMENTS, Segments, shared_segments
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.step import Step
+from pagedkv.step_batch import STEP_ENTRY
+
+
+class Ask(NamedTuple):
+    """A request, as a simulator and as an engine see it."""
+
+    prompt: list[int]
+    max_tokens: int
+    arrival_step: int
+    content: Segments = NO_SEGMENTS
+    """What the simulator knows of the prompt: which streams it goes through."""
+    priority: int = 0
+
+
+def ragged_asks(count: int, *, system_tokens: tuple[int, ...] = (21, 13, 0), seed: int = 0, vocabulary: int = 97) -> list[Ask]:
+    """Return requests of 1 to 40 tokens and more behind one of a few system prompts, which come in bursts."""
+    rng = np.random.default_rng(seed)
+    systems = [rng.integers(2, vocabulary, length).tolist() for length in system_tokens]
+    asks, step = [], 0
+    for i in range(count):
+        group = i % len(systems)
+        own = [2 + i, *rng.integers(2, vocabulary, int(rng.integers(0, 40))).tolist()]  # no two begin alike behind a system prompt
+        content = shared_segments(np.array([group]), np.array([len(systems[group])])) if systems[group] else NO_SEGMENTS
+        asks.append(Ask(systems[group] + own, int(rng.integers(1, 30)), step, content, int(rng.integers(0, 3))))
+        step += int(rng.integers(0, 3)) if i % 8 else 0
+    return asks
+
+
+class Shadow:
+    """Watches an engine's steps and does each, without tokens, a second time."""
+
+    def __init__(self, engine: LLMEngine, pool: Any) -> None:
+        self.engine, self.steps, self.chunks, self.preemptions = engine, 0, 0, 0
+        self.allocator = PagedStepAllocator(pool)
+        self.scheduler = Scheduler(engine.scheduler.settings, self.allocator)
+        engine.observer = self
+
+    def add(self, ask: Ask, output_tokens: int) -> None:
+        self.scheduler.add(prompt_tokens=len(ask.prompt), output_tokens=output_tokens, content=ask.content, priority=ask.priority)
+
+    def launched(self, step: Step) -> None:
+        own = self.scheduler.schedule()
+        for name in ("num_entries", "num_running_before", "num_preempted", "blocker"):
+            assert getattr(own, name) == getattr(step, name), (self.steps, name)
+        for name in STEP_ENTRY.names:
+            np.testing.assert_array_equal(own.batch[name][: own.num_entries], step.batch[name][: own.num_entries])
+        np.testing.assert_array_equal(self.scheduler.preempted, self.engine.scheduler.preempted)
+        self.compare()
+        self.steps += 1
+        self.preemptions += step.num_preempted
+        batch = step.batch[: step.num_entries]
+        self.chunks += int((batch["num_slots_needed"] < batch["num_known_tokens"]).sum())
+
+    def computed(self, step: Step) -> None:
+        pass
+
+    def completed(self) -> None:
+        self.scheduler.complete()
+        for name in ("sampled", "finished"):
+            np.testing.assert_array_equal(getattr(self.scheduler, name), getattr(self.engine.scheduler, name))
+        self.compare()
+
+    def compare(self) -> None:
+        """Hold block tables, free queue and reference counts together."""
+        mine, its = self.allocator, self.engine.allocator
+        np.testing.assert_array_equal(mine.tables.num_blocks, its.tables.num_blocks)
+        for row in np.flatnonzero(mine.tables.num_blocks):
+            np.testing.assert_array_equal(mine.tables.of(row), its.tables.of(row))
+        np.testing.assert_array_equal(mine.pool.queue, its.pool.queue)
+        np.testing.assert_array_equal(mine.pool.ref_cnt, its.pool.ref_cnt)
+        np.testing.assert_array_equal(self.scheduler.waiting(), self.engine.scheduler.waiting())

@@ -1,0 +1,137 @@
+"""`generate`: users in a closed loop before a model that really runs, from a file to figures."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime needs torch")
+pytest.importorskip("pagedkv.runtime")
+transformers = pytest.importorskip("transformers", reason="the runtime's models are transformers'")
+
+from tiny_models import COMMON, VOCAB, build
+
+from pagedkv.runtime.engine import LLMEngine
+from pagedkv.sims.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a small model's configuration is, and a file of prompts, eleven of token ids and one that is too long."""
+    monkeypatch.chdir(tmp_path)
+    transformers.LlamaConfig(**COMMON | {"num_hidden_layers": 2}).save_pretrained("model")
+    lines = [" ".join(str(2 + (i * j + i) % (VOCAB - 2)) for j in range(5 + 2 * i)) for i in range(11)]
+    Path("prompts.txt").write_text("\n".join([*lines, " ".join(["7"] * 600)]) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+BASE = "generate --random-weights model --prompts prompts.txt --block-size 4 --max-tokens 12"
+
+
+def failing(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit:
+        main(shlex.split(command))
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_figures_are_those_of_a_simulation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(shlex.split(f"{BASE} --users 6 --num-gpu-blocks-override 25 --out out"))
+    shown = capsys.readouterr().out
+    assert "6 users" in shown
+    assert "TTFT P50" in shown
+    document = json.loads((folder / "out" / "summary.json").read_text())
+    result: dict[str, Any] = document["results"][0]
+    assert (result["num_injected"], result["num_finished"], result["num_rejected"]) == (12, 11, 1)
+    assert result["num_preemptions"] > 0
+    assert result["running_max"] <= 6
+    assert sum(result["kv"].values()) == pytest.approx(1)
+    assert 0 < result["ttft_s"]["mean"] <= result["e2e_s"]["mean"]
+    assert document["budget"]["num_blocks"] == 25
+    assert document["budget"]["kv_cache"] == 25 * 4 * document["budget"]["kv_bytes_per_token"]
+    rows = list(csv.DictReader((folder / "out" / "requests.csv").open()))
+    assert [row["outcome"] for row in rows].count("finished") == 11
+    for row in rows:
+        if row["outcome"] == "finished":
+            assert float(row["arrival_s"]) <= float(row["scheduled_s"]) < float(row["first_token_s"]) < float(row["last_token_s"])
+    answers = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [len(answer["tokens"]) for answer in answers] == [12] * 11 + [0]
+    assert answers[-1]["finish_reason"] == "rejected"
+
+
+def test_a_saved_model_says_what_its_own_generate_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build("qwen3")
+    model.save_pretrained("saved")
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
+    Path("two.jsonl").write_text(f'{prompts[0]}\n{{"prompt": {prompts[1]}, "max_tokens": 5}}\n', encoding="utf-8")
+    main(shlex.split("generate --model saved --prompts two.jsonl --max-tokens 9 --num-gpu-blocks-override 20 --json - --out out"))
+    assert json.loads(capsys.readouterr().out)["results"][0]["num_finished"] == 2
+    given = [json.loads(line)["tokens"] for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    for prompt, tokens, count in zip(prompts, given, (9, 5), strict=True):
+        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)[0, len(prompt) :]
+        assert tokens == wanted.tolist()
+
+
+def test_one_users_answers_are_printed_as_they_come(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(shlex.split(f"{BASE} --num-gpu-blocks-override 40 --stream --out out"))
+    shown = capsys.readouterr().out
+    answers = [json.loads(line)["tokens"] for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    assert shown.startswith("".join(" ".join(map(str, tokens)) + "\n\n" for tokens in answers[:11]))
+
+
+def test_an_interrupted_run_reports_what_was_done(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = LLMEngine.step, []
+
+    def interrupted(engine: LLMEngine) -> Any:
+        steps.append(engine)
+        if len(steps) == 25:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(LLMEngine, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit:
+        main(shlex.split(f"{BASE} --users 2 --num-gpu-blocks-override 60 --json x.json"))
+    assert exit.value.code == 130
+    assert "until then" in capsys.readouterr().err
+    result = json.loads((folder / "x.json").read_text())["results"][0]
+    assert result["num_finished"] > 0
+    assert result["num_unfinished"] == 2
+    assert len(steps) == 25
+    engine = steps[-1]
+    engine.scheduler.check_integrity()
+    assert engine.allocator.free_slots == engine.allocator.usable_slots
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"{BASE} --model model", "give one of --model FOLDER and --random-weights"),
+        (f"{BASE} --users 0", "--users is 0"),
+        (f"{BASE} --users 2 --stream", "--stream goes with one user"),
+        (f"{BASE} --temperature -1", "temperature is -1"),
+        (f"{BASE} --dtype fp8", "needs auto, float32"),
+        (f"{BASE} --kv-cache-memory-bytes 1KiB", "holds 0 blocks"),
+        ("generate --random-weights absent --prompts prompts.txt", "needs a config.json"),
+        ("generate --random-weights model --prompts absent.txt", "cannot read --prompts"),
+        ("generate --random-weights model --prompts words.txt", "has no tokenizer: write token ids"),
+        ("generate --random-weights hybrid.json --prompts prompts.txt", "linear_attention"),
+        ("generate --random-weights strange.json --prompts prompts.txt", "model_type 'nonsense'"),
+        ("generate --model model --prompts prompts.txt", "cannot load the weights"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_what_would(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    Path("words.txt").write_text("Hello there\n", encoding="utf-8")
+    Path("hybrid.json").write_text(json.dumps({"model_type": "qwen3_next"}), encoding="utf-8")
+    Path("strange.json").write_text(json.dumps({"model_type": "nonsense"}), encoding="utf-8")
+    assert message in failing(command, capsys)
