@@ -1,0 +1,63 @@
+"""uvicorn around the application: says where it listens, and ends cleanly on SIGINT and SIGTERM."""
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from pagedkv.sims.serve.serve_loop import ServeLoop
+
+_LAST_WORDS_S = 5
+"""How long connections may take to read the ends of their answers. Chosen: longer than a retransmission, shorter than patience."""
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal comes; then answers end, within a grace period by themselves, and then it is over."""
+
+    def __init__(self, app: Any, loop: ServeLoop, *, host: str, port: int, grace_s: float, told: Callable[[str], None]) -> None:
+        """Tell the address to `told` once it listens."""
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            lifespan="on",
+            access_log=False,
+            log_level="warning",
+            timeout_graceful_shutdown=_LAST_WORDS_S,
+        )
+        super().__init__(config)
+        self._loop, self._grace_s, self._told = loop, grace_s, told
+
+    def end(self) -> None:
+        """Shut down, as a signal would. For any thread."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and tell where."""
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                self._told(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let answers end, then close connections."""
+        await self._loop.close(self._grace_s)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End on either signal; unlike uvicorn's own, do not raise it again when all is over: that was a clean end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
