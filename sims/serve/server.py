@@ -13,6 +13,9 @@ from pagedkv.sims.serve.serve_loop import ServeLoop
 
 _LAST_WORDS_S = 5
 """How long connections may take to read the ends of their answers. Chosen: longer than a retransmission, shorter than patience."""
+_KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than clients keep theirs (httpx: 5 s, as uvicorn by default), else both may close
+it while a request is on its way. Source: keepalive_timeout of nginx."""
 
 
 class Server(uvicorn.Server):
@@ -27,6 +30,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             access_log=False,
             log_level="warning",
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
         super().__init__(config)

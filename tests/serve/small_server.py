@@ -93,3 +93,19 @@ def samples(text: str) -> dict[str, float]:
             kept = re.findall(r'(?:le|finished_reason)="[^"]*"', inside)
             found[name.removeprefix("vllm:") + ("{" + ",".join(kept) + "}" if kept else "")] = float(value)
     return found
+
+
+@asynccontextmanager
+async def listening(of: Any = None, *, max_queue: int = 512) -> AsyncIterator[tuple[ServeLoop, str]]:
+    """A loop behind uvicorn on the loopback device, and its address."""
+    from pagedkv.sims.serve.server import Server
+
+    loop, address = ServeLoop(of or engine(), max_queue=max_queue), asyncio.get_running_loop().create_future()
+    app = ServeApp(loop, model_name=MODEL, created=0, max_body_bytes=1 << 20).asgi()
+    server = Server(app, loop, host="127.0.0.1", port=0, grace_s=0.0, told=address.set_result)
+    task = asyncio.create_task(server.serve())
+    try:
+        yield loop, await asyncio.wait_for(address, 30)
+    finally:
+        server.end()
+        await task
