@@ -41,13 +41,15 @@ def serve(
     if max_queue < 1:
         raise ConfigError(f"--max-queue is {max_queue}: needs 1 or more")
     serving = replace(serving, max_queue=None)
+    from pagedkv.sims.serve.server import Server, bound_socket
+
+    listening = bound_socket(asked.host, asked.port)
     engine, name, what = _simulated(asked, serving) if asked.simulated else _real(asked, serving)
 
     import asyncio
 
     from pagedkv.sims.serve.app import ServeApp
     from pagedkv.sims.serve.serve_loop import ServeLoop
-    from pagedkv.sims.serve.server import Server
 
     def told(url: str) -> None:
         print(f"Serving {what} as {name!r} on {url}; Ctrl-C ends it", file=sys.stderr, flush=True)  # noqa: T201
@@ -61,10 +63,8 @@ def serve(
             max_body_bytes=asked.max_body_bytes,
             on_failure=lambda: server.end(),  # noqa: PLW0108  # it is made below
         )
-        server = Server(app.asgi(), loop, host=asked.host, port=asked.port, grace_s=grace_s, told=told)
-        await server.serve()
-        if not server.started:
-            raise ConfigError(f"cannot listen on --host {asked.host} --port {asked.port}: another port may be free, 0 finds one")
+        server = Server(app.asgi(), loop, grace_s=grace_s, told=told)
+        await server.serve([listening])
         return loop
 
     loop = asyncio.run(until_it_ends())

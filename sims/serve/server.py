@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from pagedkv.errors import ConfigError
 from pagedkv.sims.serve.serve_loop import ServeLoop
 
 _LAST_WORDS_S = 5
@@ -18,15 +19,33 @@ _KEEP_ALIVE_S = 75
 it while a request is on its way. Source: keepalive_timeout of nginx."""
 
 
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that has an address and does not listen yet.
+
+    Raises:
+        ConfigError: If the address is taken, or none of this machine's.
+    """
+    bound = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        if bound is not None:
+            bound.close()
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on --host {host} --port {port}: {reason}; --port 0 finds one that is free") from error
+    return bound
+
+
 class Server(uvicorn.Server):
     """Serves until a signal comes; then answers end, within a grace period by themselves, and then it is over."""
 
-    def __init__(self, app: Any, loop: ServeLoop, *, host: str, port: int, grace_s: float, told: Callable[[str], None]) -> None:
-        """Tell the address to `told` once it listens."""
+    def __init__(self, app: Any, loop: ServeLoop, *, grace_s: float, told: Callable[[str], None]) -> None:
+        """Serve on the sockets that `serve` is given, and tell their addresses to `told` once they listen."""
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             lifespan="on",
             access_log=False,
             log_level="warning",
@@ -43,10 +62,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and tell where."""
         await super().startup(sockets)
-        for server in self.servers:
-            for listening in server.sockets:
-                host, port = listening.getsockname()[:2]
-                self._told(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        for listening in sockets or ():
+            host, port = listening.getsockname()[:2]
+            self._told(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers end, then close connections."""

@@ -14,6 +14,7 @@ from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import deploy
 from pagedkv.sims.serve.app import ServeApp
 from pagedkv.sims.serve.serve_loop import ServeLoop
+from pagedkv.sims.serve.server import Server, bound_socket
 from pagedkv.sims.serve.simulated import SimulatedEngine
 from pagedkv.sims.serve.wall_clock import ServeClock, WallClock
 
@@ -98,12 +99,10 @@ def samples(text: str) -> dict[str, float]:
 @asynccontextmanager
 async def listening(of: Any = None, *, max_queue: int = 512) -> AsyncIterator[tuple[ServeLoop, str]]:
     """A loop behind uvicorn on the loopback device, and its address."""
-    from pagedkv.sims.serve.server import Server
-
     loop, address = ServeLoop(of or engine(), max_queue=max_queue), asyncio.get_running_loop().create_future()
     app = ServeApp(loop, model_name=MODEL, created=0, max_body_bytes=1 << 20).asgi()
-    server = Server(app, loop, host="127.0.0.1", port=0, grace_s=0.0, told=address.set_result)
-    task = asyncio.create_task(server.serve())
+    server = Server(app, loop, grace_s=0.0, told=address.set_result)
+    task = asyncio.create_task(server.serve([bound_socket("127.0.0.1", 0)]))
     try:
         yield loop, await asyncio.wait_for(address, 30)
     finally:

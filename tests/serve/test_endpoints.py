@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("starlette", reason="the server is made of starlette: pip install 'pagedkv[serve]'")
+pytest.importorskip("uvicorn", reason="and of uvicorn")
 pytest.importorskip("httpx", reason="the tests' client is httpx")
 
 from small_server import MODEL, Served, engine, samples, served
@@ -72,7 +73,10 @@ def test_a_chat_answers_and_finds_its_history() -> None:
             first = (await server.post("chat/completions", messages=messages, max_completion_tokens=64)).json()
             said = first["choices"][0]["message"]
             assert (said["role"], first["object"]) == ("assistant", "chat.completion")
-            messages += [{"role": "assistant", "content": said["content"]}, {"role": "user", "content": [{"type": "text", "text": "?"}]}]
+            messages += [
+                {"role": "assistant", "content": said["content"]},
+                {"role": "user", "content": [{"type": "text", "text": "?"}]},
+            ]
             second = (await server.post("chat/completions", messages=messages, max_tokens=2)).json()
         known = first["usage"]["total_tokens"] - 1  # the last token was never computed
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == known // 16 * 16

@@ -20,7 +20,10 @@ HELLO: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "conte
 
 @asynccontextmanager
 async def client(**changes: Any) -> "AsyncIterator[tuple[openai.AsyncOpenAI, ServeLoop]]":
-    async with listening(engine(**changes)) as (loop, url), openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as it:
+    async with (
+        listening(engine(**changes)) as (loop, url),
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as it,
+    ):
         yield it, loop
 
 
@@ -55,7 +58,10 @@ def test_streams_of_both_kinds() -> None:
                 usage = chunk.usage
             assert "".join(parts) == whole.choices[0].message.content
             assert (usage.completion_tokens, usage.prompt_tokens) == (12, whole.usage.prompt_tokens)
-            texts = [chunk.choices[0].text async for chunk in await it.completions.create(model=MODEL, prompt="x", max_tokens=4, stream=True)]
+            texts = [
+                chunk.choices[0].text
+                async for chunk in await it.completions.create(model=MODEL, prompt="x", max_tokens=4, stream=True)
+            ]
             assert len(texts) == 4
 
     run(test())

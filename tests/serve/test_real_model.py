@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="a real model needs torch")
 transformers = pytest.importorskip("transformers", reason="and transformers")
 pytest.importorskip("starlette", reason="the server is made of starlette: pip install 'pagedkv[serve]'")
+pytest.importorskip("uvicorn", reason="and of uvicorn")
 pytest.importorskip("httpx", reason="the tests' client is httpx")
 
 import tokenizers
@@ -22,7 +23,9 @@ from pagedkv.sims.serve.real import RealEngine, warm_up
 
 VOCAB = 260
 END = 259
-TEMPLATE = "{% for m in messages %}{{ raise_exception('no wizards') if m.role == 'wizard' }}<{{ m.role }}>{{ m.content }}{% endfor %}>"
+TEMPLATE = (
+    "{% for m in messages %}{{ raise_exception('no wizards') if m.role == 'wizard' }}<{{ m.role }}>{{ m.content }}{% endfor %}>"
+)
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
@@ -54,9 +57,7 @@ def llm(**changes: Any) -> LLMEngine:
 
 
 def real(model: LLMEngine, tokenizer: Any = None, end_tokens: Sequence[int] = ()) -> RealEngine:
-    return RealEngine(
-        model, model_tokenizer(tokenizer), sampling=SamplingParams, end_tokens=tuple(end_tokens), vocab_size=VOCAB
-    )
+    return RealEngine(model, model_tokenizer(tokenizer), sampling=SamplingParams, end_tokens=tuple(end_tokens), vocab_size=VOCAB)
 
 
 PROMPTS = [[(7 * i + j * j) % 250 for j in range(3 + 5 * i)] for i in range(10)]

@@ -59,7 +59,6 @@ def test_what_cannot_be_is_refused_with_what_would_work(flags: str, says: str, c
 def serving(flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     pytest.importorskip("starlette", reason="the server is made of starlette: pip install 'pagedkv[serve]'")
     pytest.importorskip("uvicorn", reason="and of uvicorn")
-    pytest.importorskip("httpx", reason="the tests' client is httpx")
     code = "from pagedkv.sims.cli import main; main()"
     command = [sys.executable, "-c", code, "serve", "--simulated", "--port", "0", *shlex.split(flags)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -82,9 +81,8 @@ def serving(flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     [(signal.SIGINT, "0s", "abort"), (signal.SIGTERM, "0s", "abort"), (signal.SIGTERM, "50s", "length")],
 )
 def test_a_signal_ends_it_and_streams_end_in_their_format(number: signal.Signals, timeout: str, reason: str) -> None:
+    httpx = pytest.importorskip("httpx", reason="the tests' client is httpx")
     with serving(f"--speed 20 --shutdown-timeout {timeout}") as (process, url):
-        import httpx
-
         body = {"prompt": "Tell me", "max_tokens": 300, "stream": True, "stream_options": {"include_usage": True}}
         lines = []
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
@@ -102,10 +100,11 @@ def test_a_signal_ends_it_and_streams_end_in_their_format(number: signal.Signals
         assert process.stderr.read() == ""
 
 
-def test_a_port_that_is_taken_is_an_error_in_words() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+@pytest.mark.parametrize("host", ["127.0.0.1", "no such host", "192.0.2.1"])  # the last is for documentation: nobody has it
+def test_an_address_that_cannot_be_had_is_an_error_in_words(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("starlette", reason="the server is made of starlette: pip install 'pagedkv[serve]'")
+    pytest.importorskip("uvicorn", reason="and of uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(AssertionError, match="it ended before it listened"), serving(f"--port {port}") as _:
-            pass
+        says = failing(f"serve --simulated --host '{host}' --port {port}", capsys)
+    assert f"cannot listen on --host {host} --port {port}" in says

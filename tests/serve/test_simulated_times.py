@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("starlette", reason="the server is made of starlette: pip install 'pagedkv[serve]'")
+pytest.importorskip("uvicorn", reason="and of uvicorn")
 pytest.importorskip("httpx", reason="the tests' client is httpx")
 
 from small_server import VirtualClock, engine, samples
