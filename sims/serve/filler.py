@@ -52,7 +52,7 @@ class FillerTokenizer:
     Example:
         >>> rule = FillerTokenizer()
         >>> len(rule.encode("How many tokens?")), len(rule.encode_chat([("user", "How many tokens?")]))
-        (4, 11)
+        (4, 10)
         >>> rule.encode("How many tokens?")[:2] == rule.encode("How many more?")[:2]
         True
     """
