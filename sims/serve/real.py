@@ -33,6 +33,9 @@ class LanguageModel(Protocol):
     def abort(self, request: int) -> bool:
         """Take a request out."""
 
+    def forget_done(self) -> dict[int, int]:
+        """Forget requests that are done; return the others' new numbers by their old ones."""
+
 
 class RealEngine:
     """Serves by a model. The loop waits for a step in its thread; between steps nothing else touches the model."""
@@ -109,6 +112,10 @@ class RealEngine:
     def abort(self, request: int) -> None:
         """Take a request out; its blocks are free at once."""
         self._model.abort(request)
+
+    def forget_done(self) -> dict[int, int]:
+        """Forget requests that are done; return the others' new numbers by their old ones."""
+        return self._model.forget_done()
 
     async def step(self) -> StepReport:
         """Decide a step, compute it in the engine's thread, and return what came out."""

@@ -11,6 +11,9 @@ from pagedkv.sims.serve.errors import SERVER_ERROR, UNAVAILABLE, ApiError
 from pagedkv.sims.serve.live_metrics import LiveMetrics
 from pagedkv.sims.serve.served_engine import ABORT, ERROR, Ask, Output, ServedEngine, StepReport
 
+FORGET_AT = 4096
+"""Requests that the engine's table holds, done ones included, before these are forgotten: under a megabyte. Chosen."""
+
 
 class Piece(NamedTuple):
     """What an answer's reader gets at a time."""
@@ -150,6 +153,11 @@ class ServeLoop:
             assert answer.request is not None
             self.engine.abort(answer.request)
         self._left.clear()
+        if self.engine.scheduler.requests.size > FORGET_AT + 2 * len(self._active):
+            new = self.engine.forget_done()
+            self._active = {new[old]: answer for old, answer in self._active.items()}
+            for number, answer in self._active.items():
+                answer.request = number
         while self._pending:
             answer = self._pending.popleft()
             answer.request = self.engine.add(answer.ask, answer.arrived_s)

@@ -124,6 +124,9 @@ class ServedEngine(Protocol):
     def abort(self, request: int) -> None:
         """Take a request out, running or waiting, and give its blocks back at once; not within a step."""
 
+    def forget_done(self) -> dict[int, int]:
+        """Forget requests that are done; return the others' new numbers by their old ones. Not within a step."""
+
     async def step(self) -> StepReport:
         """Decide a step, let it be computed, and return what came out; somebody must be there."""
 

@@ -106,6 +106,12 @@ class SimulatedEngine:
         self.scheduler.abort(request)
         del self._answers[request]
 
+    def forget_done(self) -> dict[int, int]:
+        """Forget requests that are done; return the others' new numbers by their old ones."""
+        new = {old: i for i, old in enumerate(self.scheduler.forget_done().tolist())}
+        self._answers = {new[old]: answer for old, answer in self._answers.items()}
+        return new
+
     async def step(self) -> StepReport:
         """Decide a step, wait until it would be computed, and return what came out."""
         scheduler, began_s = self.scheduler, self._begin_s

@@ -88,7 +88,7 @@ def test_two_hundred_streams_at_once_lose_nothing_and_leave_nothing() -> None:
             await settled(loop)
             assert await peak > CLIENTS // 2
             gc.collect()
-            assert not [each for each in gc.get_objects() if isinstance(each, Answer)]
+            assert not [each for each in gc.get_objects() if type(each) is Answer]
             assert len(asyncio.all_tasks()) <= before_tasks
             assert resident_bytes() - before_bytes < 32 << 20  # of 400 answers: a connection or a text that stayed would be more
             counted = samples(loop.metrics.text(MODEL, num_waiting=loop.num_waiting))
@@ -133,5 +133,23 @@ def test_clients_that_are_killed_at_random_leave_a_sound_server() -> None:
         assert counted['request_success_total{finished_reason="length"}'] >= sum(stayed) == 50
         assert counted['request_success_total{finished_reason="abort"}'] > 10
         assert counted['request_success_total{finished_reason="error"}'] == 0
+
+    asyncio.run(test())
+
+
+def test_requests_that_are_done_are_forgotten_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedkv.sims.serve.serve_loop.FORGET_AT", 8)
+
+    async def test() -> None:
+        async with listening(engine(num_gpu_blocks_override=200)) as (loop, url):
+
+            async def user(number: int) -> None:
+                rng = random.Random(number)
+                for _ in range(4):
+                    await stream(url, rng, leave_after=rng.choice([None, None, 20]))
+
+            await asyncio.gather(*map(user, range(40)))
+            await settled(loop)
+            assert loop.engine.scheduler.requests.size < 100
 
     asyncio.run(test())

@@ -63,7 +63,8 @@ def real(model: LLMEngine, tokenizer: Any = None, end_tokens: Sequence[int] = ()
 PROMPTS = [[(7 * i + j * j) % 250 for j in range(3 + 5 * i)] for i in range(10)]
 
 
-def test_greedy_answers_are_the_engines_own_whoever_else_is_there() -> None:
+def test_greedy_answers_are_the_engines_own_whoever_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedkv.sims.serve.serve_loop.FORGET_AT", -20)  # before every step
     expected = [text.tokens for text in llm().generate(PROMPTS, max_tokens=40)]
 
     async def test() -> None:
