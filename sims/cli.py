@@ -19,6 +19,7 @@ from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.cli_engines import compare_engines
 from pagedkv.sims.cli_generate import generate
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
+from pagedkv.sims.cli_serve import serve
 from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.config_file import ASKED_FOR, given, read_settings, with_files, without_other_loads
@@ -31,7 +32,8 @@ app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | generate | fuzz | bench-kernels",
+    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | generate | serve | fuzz | "
+    "bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,
@@ -164,6 +166,7 @@ def bench_kernels(
 
 
 tools.command(generate)
+tools.command(serve)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ Source of names, labels, kinds and bucket bounds: vLLM, vllm/v1/metrics/loggers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -98,8 +98,11 @@ def _request_success(scrapes: list[tuple[Labels, _Scrape]]) -> Family:
         number = dict.fromkeys(FINISHED_REASONS, 0)
         number["length"], number["error"] = len(scrape.finished), len(scrape.run.measured.of(Outcome.FAILED))
         samples += [({**labels, "finished_reason": reason}, value) for reason, value in number.items()]
-    meaning = "Requests that ended, by reason. The length is the load's; error: measured requests that the engine gave up."
+    meaning = f"{_ENDED} The length is the load's; error: measured requests that the engine gave up."
     return Family(name="vllm:request_success_total", kind="counter", help=meaning, samples=samples)
+
+
+_ENDED = "Requests that ended, by reason."
 
 
 def _inter_token_latency(scrape: _Scrape) -> Histogram:
@@ -211,3 +214,11 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[_Scrape], Value]], ...] = (
     ("request_prompt_tokens", "Prompt tokens of finished requests.", lambda s: _lengths(s, s.finished.prompt_tokens)),
     ("request_generation_tokens", "Output tokens of finished requests.", lambda s: _lengths(s, s.finished.num_output_tokens)),
 )
+
+MEANINGS: dict[str, tuple[Literal["counter", "gauge", "histogram"], str]] = {
+    **{name: ("gauge", meaning) for name, meaning, _ in _GAUGES},
+    **{name: ("counter", meaning) for name, meaning, _ in _COUNTERS},
+    "request_success_total": ("counter", _ENDED),
+    **{name: ("histogram", meaning) for name, meaning, _ in _HISTOGRAMS},
+}
+"""Kind and meaning of each metric, by its name without `vllm:`."""

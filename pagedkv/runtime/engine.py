@@ -198,6 +198,12 @@ class LLMEngine:
             return False
         return self.scheduler.abort(request)
 
+    def forget_done(self) -> dict[int, int]:
+        """Forget requests that are done, so that a server can run for good; return the others' new numbers by their old ones."""
+        new = {old: i for i, old in enumerate(self.scheduler.forget_done().tolist())}
+        self._texts = {new[old]: text for old, text in self._texts.items()}
+        return new
+
     def generate(
         self,
         prompts: Sequence[Sequence[int] | npt.NDArray[np.integer[Any]]],

@@ -60,7 +60,7 @@ def _copy_segments(table: Segments, first: int, segments: Segments) -> None:
 
 
 class RequestTable:
-    """All requests since the start. Adding one is O(1) on average; an index names one request for good."""
+    """All requests since the start. Adding one is O(1) on average; an index names one request for good, or until `keep`."""
 
     def __init__(self, *, capacity: int = 1024) -> None:
         self.arrays = _no_requests(capacity)
@@ -116,6 +116,16 @@ class RequestTable:
             arrays["first_segment"][first:last] = contents.first_segment + self._append(contents.segments)
             arrays["num_segments"][first:last] = contents.num_segments
         self.size = last
+
+    def keep(self, kept: Int64Array, room: Int64Array) -> None:
+        """Forget all requests but `kept`, ascending, which are numbered from 0 on now, with `room` for so many segments each."""
+        old, segments = self.arrays[kept], self.segments
+        self.arrays, self.size = _no_requests(max(1024, 2 * kept.size)), kept.size
+        self.arrays[: kept.size] = old
+        self.segments, self._num_segments = NO_SEGMENTS, 0
+        for i, (first, number) in enumerate(zip(old["first_segment"].tolist(), old["num_segments"].tolist(), strict=True)):
+            if number or room[i]:
+                self.arrays["first_segment"][i] = self._append(segments[first : first + number], int(room[i]))
 
     def _append(self, segments: Segments, room: int = 0) -> int:
         first, last = self._num_segments, self._num_segments + max(segments.size, room)

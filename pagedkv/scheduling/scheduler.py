@@ -167,6 +167,8 @@ class Scheduler:
         """Requests whose keys come as their tokens do."""
         self._in_flight = False
         """A step is decided and not completed."""
+        self._unkeyed = False
+        """Blocks may carry keys that are made of a request's index."""
 
     @property
     def caches_prefixes(self) -> bool:
@@ -240,6 +242,7 @@ class Scheduler:
         if admission_slots is None:
             return None
         keys_follow = keys_follow and self._caches
+        self._unkeyed |= self._caches and keys is None
         content = content_of(
             content,
             keys,
@@ -311,6 +314,32 @@ class Scheduler:
             return True
         return bool(_withdraw_waiting(self.arrays, requests, request, self.limits.by_priority))
 
+    def forget_done(self) -> Int64Array:
+        """Forget requests that are done or were taken out, so that a server can run for good; not within a step.
+
+        Return the old numbers of the others, ascending: the i-th of them is request i from now on. What happens to them, and what
+        is found of those that are forgotten, stays the same; keys that follow must have come before their blocks were computed.
+        O(running + waiting).
+
+        Raises:
+            ConfigError: Within a step, or if prefixes are cached and a request came without keys: its blocks are known by its
+                number, which would be another's.
+        """
+        if self._in_flight or self._unkeyed:
+            why = "a step is not completed" if self._in_flight else "some came without block keys, and prefix caching is on"
+            raise ConfigError(f"requests cannot be forgotten: {why}")
+        running, waiting = self.arrays.running[: self.num_running], self.waiting()
+        kept = np.sort(np.concatenate((running, waiting)))
+        records = self.requests.arrays[kept]
+        full = (records["prompt_tokens"] + records["output_tokens"] - 1) // self.allocator.unit_slots
+        self.requests.keep(kept, np.where([request in self._keys_follow for request in kept.tolist()], full, 0))
+        running[:] = np.searchsorted(kept, running)
+        ring, places = self.arrays.waiting, self.arrays.counts[WAITING_HEAD] + np.arange(self.num_waiting)
+        ring[places % ring.size] = np.searchsorted(kept, waiting)
+        self._keys_follow = set(np.searchsorted(kept, sorted(self._keys_follow)).tolist())
+        self._num_sampled = self._num_finished = self._step.num_preempted = 0
+        return kept
+
     def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
         """Make requests known that will arrive later, in this order; return which of them can run here. Paged memory only.
 
@@ -321,6 +350,7 @@ class Scheduler:
             raise ConfigError(f"only paged memory takes requests all at once: add those for {self.allocator.name} one by one")
         if prompt_tokens.size and min(prompt_tokens.min(), output_tokens.min()) < 1:
             raise ConfigError("requests need 1 or more prompt and output tokens")
+        self._unkeyed |= self._caches
         accepted = self._paged.can_ever_fit(prompt_tokens, output_tokens)
         accepted &= prompt_tokens + output_tokens <= self.settings.max_model_len
         if contents is not None and contents.first_segment.size != prompt_tokens.size:

@@ -1,0 +1,151 @@
+"""What the server's loop asks of an engine, simulated or real."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.sims.serve.errors import BAD_REQUEST, ApiError
+
+STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
+"""Why an answer ended. Source: the finish reasons of vLLM's engine, vllm/v1/engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One answer that is asked for, checked."""
+
+    prompt: list[int]
+    """Token ids."""
+    max_tokens: int | None
+    """Most tokens of the answer; None: the client does not say."""
+    min_tokens: int = 0
+    """Fewest tokens of the answer."""
+    ignore_eos: bool = False
+    """Go on behind tokens that end a text."""
+    temperature: float = 1.0
+    """0: always the likeliest token."""
+    top_k: int = 0
+    """Draw from the likeliest so many; 0: all."""
+    top_p: float = 1.0
+    """Draw from the likeliest that together reach this probability."""
+    seed: int | None = None
+    """Same seed, same answer; None: nobody cares."""
+    penalized: bool = False
+    """Probabilities are to be changed by penalties, a bias or min_p."""
+    stop: tuple[str, ...] = ()
+    """Texts before which the answer ends."""
+    cache_salt: str = ""
+    """Only requests of the same salt share blocks."""
+
+
+class Output(NamedTuple):
+    """What a step gave one request."""
+
+    request: int
+    """The number that `ServedEngine.add` gave it."""
+    tokens: list[int]
+    """New token ids; none if the engine has given it up."""
+    finish_reason: str | None
+    """STOP, LENGTH or ERROR if nothing more comes."""
+
+
+class Admission(NamedTuple):
+    """A request that a step took from the queue."""
+
+    request: int
+    num_known_tokens: int
+    """Its prompt, and what it had generated before a preemption."""
+    num_hit_tokens: int
+    """Those of them that the prefix cache had."""
+
+
+class StepReport(NamedTuple):
+    """A step that is over."""
+
+    began_s: float
+    ended_s: float
+    """On the engine's clock."""
+    admitted: list[Admission]
+    num_preempted: int
+    outputs: list[Output]
+
+
+class Decoder(Protocol):
+    """Makes a text of one request's tokens, as they come."""
+
+    def push(self, tokens: Sequence[int], *, last: bool) -> str:
+        """Return what `tokens` add to the text; what the next token may still change comes later, unless this is the last."""
+
+
+class Tokenizer(Protocol):
+    """Between texts and token ids. It may be called from any one thread."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a prompt.
+
+        Raises:
+            ApiError: If there is no tokenizer.
+        """
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Return the token ids of a conversation, (role, content) each, up to where the answer begins.
+
+        Raises:
+            ApiError: If that cannot be: there is no chat template, or it refuses the conversation.
+        """
+
+    def decoder(self) -> Decoder:
+        """Return a decoder with nothing in it."""
+
+
+class ServedEngine(Protocol):
+    """Schedules and computes. The loop calls `add`, `abort` and `step` one after the other, and `now` and `check` at any time."""
+
+    scheduler: Scheduler
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Between texts and token ids."""
+
+    def now(self) -> float:
+        """Return the time on the engine's clock, in seconds from any moment on; never behind the end of the step in flight."""
+
+    def check(self, ask: Ask) -> None:
+        """Refuse what can never be answered here. It changes nothing.
+
+        Raises:
+            ApiError: With why.
+        """
+
+    def add(self, ask: Ask, arrived_s: float) -> int:
+        """Put into the queue what `check` lets pass, and return its number."""
+
+    def abort(self, request: int) -> None:
+        """Take a request out, running or waiting, and give its blocks back at once; not within a step."""
+
+    def forget_done(self) -> dict[int, int]:
+        """Forget requests that are done; return the others' new numbers by their old ones. Not within a step."""
+
+    async def step(self) -> StepReport:
+        """Decide a step, let it be computed, and return what came out; somebody must be there."""
+
+    def close(self) -> None:
+        """Free what threads it has. No step is in flight."""
+
+
+def check_room(scheduler: Scheduler, prompt_tokens: int, output_tokens: int) -> None:
+    """Refuse a request that has no room.
+
+    Raises:
+        ApiError: If it is too long.
+    """
+    settings, allocator = scheduler.settings, scheduler.allocator
+    if prompt_tokens + output_tokens > settings.max_model_len:
+        longest, what = settings.max_model_len, "the longest that is served (--max-model-len)"
+    elif allocator.admission_slots(prompt_tokens, output_tokens) is None:
+        longest, what = allocator.usable_slots + 1, "what the KV cache holds"
+    else:
+        return
+    message = f"{prompt_tokens} tokens of prompt and {output_tokens} of output are more than {longest} in all, {what}"
+    raise ApiError(BAD_REQUEST, message, code="context_length_exceeded")
