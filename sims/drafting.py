@@ -18,6 +18,7 @@ from pagedkv.kv_spec import LayerGroup
 from pagedkv.memory_request import DraftMemory
 from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.config import ServingConfig
+from pagedkv.splitmix import mixed_one
 from pagedkv.step_batch import StepBatch
 from pagedkv.weight_format import WeightFormat
 
@@ -224,13 +225,5 @@ def accept_drafts(acceptance: Acceptance, batch: StepBatch, num_entries: int) ->
 @lean_jit
 def _chance(seed: int, request: int, place: int) -> float:
     """Return a number from 0 to below 1, as good as random. Source: SplitMix64 (Steele et al., OOPSLA 2014), three times."""
-    word = _mixed(np.uint64(place) ^ _mixed(np.uint64(request) ^ _mixed(np.uint64(seed))))
+    word = mixed_one(np.uint64(place) ^ mixed_one(np.uint64(request) ^ mixed_one(np.uint64(seed))))
     return float(word >> np.uint64(11)) * 2.0**-53
-
-
-@lean_jit
-def _mixed(word: np.uint64) -> np.uint64:
-    word = word + np.uint64(0x9E3779B97F4A7C15)
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))

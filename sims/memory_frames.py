@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from pagedkv.errors import ConfigError
 from pagedkv.scheduling.scheduler_memory import memory_of
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.memory_map import Frame
@@ -14,7 +13,7 @@ NUM_FRAMES = 12
 
 
 def frames_of(scenario: Scenario, allocator: str, *, seed: int, end_s: float, number: int = NUM_FRAMES) -> list[Frame]:
-    """Return `number` moments of the run with this seed, evenly spaced up to `end_s`; none if its memory cannot be looked at.
+    """Return `number` moments of the run with this seed, evenly spaced up to `end_s`.
 
     Memory that is not made of blocks is shown in pieces of the size of a block, so that maps can be compared.
     """
@@ -26,8 +25,5 @@ def frames_of(scenario: Scenario, allocator: str, *, seed: int, end_s: float, nu
         frames.append(Frame(label=f"{now_s:.0f} s", snapshot=snapshot(memory, max(unit_slots, memory.unit_slots))))
 
     times_s = np.linspace(0, end_s, number + 1, endpoint=False)[1:].tolist()
-    try:
-        run(scenario, allocator, seed=seed, watch=Watch(times_s=times_s, see=see))
-    except ConfigError:
-        return []
+    run(scenario, allocator, seed=seed, watch=Watch(times_s=times_s, see=see))
     return frames

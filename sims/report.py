@@ -71,7 +71,7 @@ def html(results: Results) -> str:
         _verdict(results, document),
         _section("memory", "Where the memory goes", _figure("budget", figures.waterfall(results), _kv_line(results, document))),
         _section("kv", "KV memory over time", _figure("kinds", figures.kv_over_time(results), _caption_kv())),
-        *_map(results),
+        _map(results),
         _section("occupancy", "Running, waiting, preempted", _figure("requests", figures.occupancy(results), _caption_occupancy())),
         _section("latency", "Latency", _latency(results)),
         _section("comparison", "All figures", _comparison(document)),
@@ -108,19 +108,13 @@ def _figure(name: str, figure: Figure, caption: str) -> str:
     return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"
 
 
-def _map(results: Results) -> list[str]:
-    """Return the section of the memory map: what paging is compared with beside it; none where memory cannot be looked at."""
+def _map(results: Results) -> str:
+    """Return the section of the memory map, what paging is compared with beside it."""
     names = list(results.by_allocator)[:_MOST_MAPS]
     seed = results.scenario.config.measurement.seed
-    panels = {
-        name: frames
-        for name in names
-        if (frames := frames_of(results.scenario, name, seed=seed, end_s=results.by_allocator[name].runs[0].end_s))
-    }
-    if not panels:
-        return []
+    panels = {name: frames_of(results.scenario, name, seed=seed, end_s=results.by_allocator[name].runs[0].end_s) for name in names}
     figure = memory_map(panels, most_cells=_MOST_CELLS)
-    return [_section("map", "The memory, block by block", _figure("map", figure, legend_text()))]
+    return _section("map", "The memory, block by block", _figure("map", figure, legend_text()))
 
 
 def _latency(results: Results) -> str:

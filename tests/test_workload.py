@@ -24,28 +24,7 @@ from pagedkv.sims.workload import Workload, shares_of
 from pagedkv.sims.workload_file import load_workload, workload_names
 
 ROOT = Path(__file__).parents[1]
-
-GOOD = """
-[[class]]
-name = "chat"
-share = 0.75
-think_time = "2s"
-turns = { mean = 3 }
-system_prompt = { tokens = 200, number = 2 }
-prompt = { mean = 100, cv = 1 }
-follow_up = { min = 10, max = 90 }
-output = 40
-
-[[class]]
-name = "agents"
-share = 0.25
-think_time = "3s"
-tool_time = "100ms"
-turns = 4
-prompt = 300
-follow_up = 200
-output = "sharegpt"
-"""
+GOOD = (ROOT / "tests/two_classes.toml").read_text("utf-8")
 
 
 @pytest.fixture(autouse=True)

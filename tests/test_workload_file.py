@@ -16,28 +16,7 @@ from pagedkv.sims.user_class import Turns
 from pagedkv.sims.workload_file import load_workload, workload_names
 
 ROOT = Path(__file__).parents[1]
-
-GOOD = """
-[[class]]
-name = "chat"
-share = 0.75
-think_time = "2s"
-turns = { mean = 3 }
-system_prompt = { tokens = 200, number = 2 }
-prompt = { mean = 100, cv = 1 }
-follow_up = { min = 10, max = 90 }
-output = 40
-
-[[class]]
-name = "agents"
-share = 0.25
-think_time = "3s"
-tool_time = "100ms"
-turns = 4
-prompt = 300
-follow_up = 200
-output = "sharegpt"
-"""
+GOOD = (ROOT / "tests/two_classes.toml").read_text("utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +99,7 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "no name": ('name = "agents"|', ("class 2, name", "missing")),
     "odd name": ('name = "agents"|name = 3', ("class 2, name", "3 is no name")),
     "source of nothing": ("output = 40|output = 40\nsource = { tool_time = 'x' }", ("class chat, source", "tool_time")),
-    "syntax": ("output = 40|output = = 40", ("cannot be read as a workload", "line 10")),
+    "syntax": ("output = 40|output = = 40", ("cannot be read as a workload", "line 9")),
     "no classes": (GOOD + "|", ("no classes", "[[class]]")),
 }
 

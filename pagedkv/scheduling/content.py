@@ -5,7 +5,7 @@ request goes through segments of streams, e.g. a system prompt, then a conversat
 stream of its own. So a full block is known by the stream of its last token and by its index; nothing is hashed or kept per block.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from pagedkv.arrays import Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError
 from pagedkv.jit import fixed_types, lean_jit
+from pagedkv.splitmix import mixed, mixed_one
 
 SEGMENT = np.dtype([("word_a", "<u8"), ("word_b", "<u8"), ("end_token", "<i8")])
 """A part of a request:
@@ -57,7 +58,7 @@ def shared_segments(streams: Int64Array, end_tokens: Int64Array) -> Segments:
     """
     segments = np.zeros(len(streams), SEGMENT)
     words = streams.astype(np.uint64)
-    segments["word_a"], segments["word_b"] = _mixed(words), words | np.uint64(_SHARED)
+    segments["word_a"], segments["word_b"] = mixed(words), words | np.uint64(_SHARED)
     segments["end_token"] = end_tokens
     return segments
 
@@ -87,17 +88,6 @@ def check_segments(segments: Segments) -> None:
         raise ConfigError(f"the segments of a request end at tokens {segments['end_token'].tolist()}: each must have 1 or more")
 
 
-def _mixed(number: Any) -> Any:
-    """Return another number for each, all bits of which depend on all of it. Source: SplitMix64 (Steele et al., OOPSLA 2014)."""
-    number = number + np.uint64(0x9E3779B97F4A7C15)
-    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return number ^ (number >> np.uint64(31))
-
-
-_mixed_one = lean_jit(_mixed)
-
-
 @lean_jit
 def segment_of(segments: Segments, first: int, last: int, end_token: int) -> int:
     """Return which of segments[first:last] the token before `end_token` lies in; `last` behind them. O(log segments)."""
@@ -117,7 +107,7 @@ def stream_of(segments: Segments, place: int, last: int, request: int) -> tuple[
     """Return the words of segments[place]; of the request's own stream if that is `last`, behind its segments."""
     if place < last:
         return segments["word_a"][place], segments["word_b"][place]
-    return _mixed_one(np.uint64(request)), np.uint64(request)
+    return mixed_one(np.uint64(request)), np.uint64(request)
 
 
 def content_of(

@@ -1,5 +1,6 @@
 """The memory under a scheduler as a memory map wants to see it: who runs, and where the tokens of each lie."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
     raise ConfigError(f"no memory map of {allocator.name}: it does not say where tokens lie")
 
 
-class _Rows:
+class _Rows(ABC):
     """What both kinds of rows have in common."""
 
     placement = "block"
@@ -65,8 +66,9 @@ class _Rows:
         del group
         return block_slots(self._table(self._rows[request]), self.unit_slots)
 
+    @abstractmethod
     def _table(self, row: int) -> Int64Array:
-        raise NotImplementedError
+        """Return the blocks of `row`, in the order of its tokens."""
 
 
 class _PagedRows(_Rows):

@@ -1,5 +1,6 @@
 """What several presets need: what an engine of one version has, vLLM's memory rule, the longest request."""
 
+from abc import ABC, abstractmethod
 from typing import NoReturn
 
 from pagedkv.errors import ConfigError
@@ -13,16 +14,16 @@ DEFAULT_MAX_MODEL_LEN = 32_768
 """Where the user says nothing: a context of 128k tokens and more would be reserved for few."""
 
 
-class OneVersion:
+class OneVersion(ABC):
     """What an engine does that is modelled in one version only, and has no rule of admission of vLLM's kind."""
 
     __slots__ = ()
     name: str
     """What a user writes after --engine."""
 
+    @abstractmethod
     def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
         """Return its allocators, what it runs on first."""
-        raise NotImplementedError
 
     def at(self, engine: str) -> NoReturn:
         """Refuse any version.

@@ -88,10 +88,13 @@ def _engine_checks(published: Published, status: EngineStatus) -> Iterator[Check
 
 def _largest(engine: str, kind: Kind, own: Sequence[Residual]) -> Check:
     unexplained = [residual for residual in own if not residual.reason]
-    worst = max((abs(residual.error) for residual in unexplained), default=0.0)
+    what = f"{engine}, {kind}: largest error without a stated reason"
+    if not unexplained:
+        return reported(what, "", "", f"all {len(own)} figures have a stated reason, so that there is nothing to hold")
+    worst = max(abs(residual.error) for residual in unexplained)
     explained = sum(abs(residual.error) > ROW_BAR for residual in own if residual.reason)
     why = f"{explained} more with a stated reason" if explained else ""
-    return at_most(f"{engine}, {kind}: largest error without a stated reason", worst, ROW_BAR, why=why)
+    return at_most(what, worst, ROW_BAR, why=why)
 
 
 def _left_out(engine: str, kind: Kind, own: Sequence[Residual]) -> Iterator[Check]:
