@@ -18,7 +18,8 @@ from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.block_pool import BlockPool
 from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.sims.python_pool import PythonBlockPool
 from pagedkv.step_batch import empty_batch
 

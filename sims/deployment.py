@@ -15,7 +15,7 @@ from pagedkv.memory_budget import MemoryBudget
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
-from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.calibration import Calibration, calibration_for
 from pagedkv.sims.config import ServingConfig

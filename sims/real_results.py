@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.sims.export import prepare_folder, run_files, to_json, write_atomically
 from pagedkv.sims.generate_config import GenerateConfig
 from pagedkv.sims.metrics import measure

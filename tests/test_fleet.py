@@ -12,7 +12,8 @@ import simpy
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.content import NO_SEGMENTS, Segments, shared_segments
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.comparison import comparison
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig

@@ -11,7 +11,8 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.content import NO_SEGMENTS
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.waiting import NUM_RUNNING, WAITING_HEAD
 from pagedkv.step_allocation import step_allocator

@@ -14,7 +14,8 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.catalogue import load_model, model_names
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Step
 from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig

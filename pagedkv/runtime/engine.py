@@ -18,7 +18,8 @@ from pagedkv.runtime.sampling import GREEDY, Sampler, SamplingParams, sample
 from pagedkv.runtime.storage import PagedKVStorage
 from pagedkv.runtime.storage_layout import plan_storage
 from pagedkv.runtime.texts import LENGTH, STOP, Generation, NewToken, Text
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Step
 
 

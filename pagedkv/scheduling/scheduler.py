@@ -1,14 +1,13 @@
 """Continuous batching with vLLM's order of decisions, over any allocator."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
-from pagedkv.errors import ConfigError, IntegrityError, unknown_name
+from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.jit import fixed_types
 from pagedkv.paged_steps import PagedStepAllocator
@@ -16,6 +15,7 @@ from pagedkv.scheduling.completion import complete_paged_step, complete_step
 from pagedkv.scheduling.content import Contents, Segments, content_of, keyed_segments
 from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import BLOCKERS, Step
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
 from pagedkv.scheduling.waiting import (
@@ -34,8 +34,6 @@ from pagedkv.scheduling.waiting import (
 from pagedkv.step_allocation import StepAllocator
 from pagedkv.step_batch import StepBatch, empty_batch
 
-POLICIES = ("fcfs", "priority")
-
 # Their arguments have the same types in every scheduler.
 _schedule_step = fixed_types(schedule_step)
 _complete_paged_step = fixed_types(complete_paged_step)
@@ -44,51 +42,6 @@ _withdraw_waiting = fixed_types(withdraw_waiting)
 _plan_step = fixed_types(plan_step)
 _admit = fixed_types(admit)
 _complete_step = fixed_types(complete_step)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerSettings:
-    """Limits of one step, by vLLM's names."""
-
-    max_num_seqs: int = 256
-    """Most requests in the running batch."""
-    max_num_batched_tokens: int = 2048
-    """Most tokens that a step computes."""
-    max_model_len: int
-    """Longest prompt + output, in tokens."""
-    enable_chunked_prefill: bool = True
-    """Let a prompt be computed in several steps."""
-    long_prefill_token_threshold: int = 0
-    """Most tokens of one request in a step while others are there; 0 means no limit."""
-    num_speculative_tokens: int = 0
-    """Tokens that are drafted for each request that decodes, and verified in its next step (paged memory only); 0: none."""
-    adaptive_long_prefill_threshold: bool = False
-    """Let that limit be max-num-batched-tokens / (running + waiting) where this is more."""
-    policy: str = "fcfs"
-    """Whose turn it is, and who is preempted: "fcfs", or "priority" (the lower the number the more urgent)."""
-
-    def __post_init__(self) -> None:
-        """Refuse limits under which some request could never run.
-
-        Raises:
-            ConfigError: With the values that would work.
-        """
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
-        if self.policy not in POLICIES:
-            raise unknown_name("scheduling-policy", self.policy, POLICIES)
-        if self.num_speculative_tokens < 0:
-            raise ConfigError(f"num-speculative-tokens is {self.num_speculative_tokens}: needs 0 or more")
-        if self.long_prefill_token_threshold < 0:
-            raise ConfigError(
-                f"long-prefill-token-threshold is {self.long_prefill_token_threshold}: needs 0 or more, and 0 is no limit"
-            )
-        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
-            raise ConfigError(
-                f"without chunked prefill a prompt of max-model-len {self.max_model_len} must fit into one step: "
-                f"max-num-batched-tokens is {self.max_num_batched_tokens}, needs {self.max_model_len} or more"
-            )
 
 
 class StepArrays(NamedTuple):

@@ -8,7 +8,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.memory_request import Ledger
 from pagedkv.model_spec import ModelSpec
 from pagedkv.registry import Registry
-from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 

@@ -8,7 +8,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.transformers import TransformersLedger
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.naive_scheduler import NaiveScheduler, NaiveSettings
-from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on

@@ -10,7 +10,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.llama_cpp import LlamaCppLedger, padded
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler
-from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on

@@ -6,7 +6,8 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.model_spec import ModelSpec
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on

@@ -10,7 +10,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.sglang import SGLangLedger, default_chunked_prefill_size
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.radix_rows import RadixRows
-from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.sglang_scheduler import SGLangScheduler
 from pagedkv.scheduling.sglang_settings import SGLangSettings
 from pagedkv.scheduling.step import StepScheduler

@@ -7,7 +7,7 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
 from pagedkv.model_spec import ModelSpec
-from pagedkv.scheduling.scheduler import SchedulerSettings
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.scheduling.tensorrt_llm_scheduler import TensorRTLLMScheduler, TensorRTLLMSettings
 from pagedkv.sims.config import ServingConfig

@@ -11,7 +11,8 @@ import pytest
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockHashChain, BlockKeys
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.step_allocation import step_allocator
 
 Workload = dict[str, Any]

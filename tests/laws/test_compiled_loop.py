@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.content import Segments, shared_segments
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Step
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.compiled_engine import CompiledEngine

@@ -11,7 +11,8 @@ import simpy
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Float64Array
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.lengths import FixedLengths
 from pagedkv.sims.load import OpenLoop

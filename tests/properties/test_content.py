@@ -12,7 +12,8 @@ from pagedkv.arrays import Int64Array
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.content import Contents, Segments, keyed_segments, segment_of, shared_segments
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.step_allocation import step_allocator
 
 MAX_MODEL_LEN = 80

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockHashChain
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.step_allocation import step_allocator
 
 BLOCK = 4

@@ -15,7 +15,8 @@ from pagedkv.errors import ConfigError
 from pagedkv.fuzzing import hybrid_layers
 from pagedkv.heaps import HEAPS
 from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.scheduling.scheduler import Scheduler, SchedulerSettings
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Blocker
 from pagedkv.step_allocation import RequestByRequest, StepAllocator, step_allocator
 
