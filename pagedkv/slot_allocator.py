@@ -74,6 +74,11 @@ class SlotAllocator:
         """Slots in free blocks, those that wait to be sorted in included."""
         return (self._tail - self._head + self._waiting.size) * self.block_size
 
+    @property
+    def num_ready_slots(self) -> int:
+        """Slots in blocks that can be handed out without sorting."""
+        return (self._tail - self._head) * self.block_size
+
     def ready_list(self) -> Int32Array:
         """Return the blocks that can be handed out without sorting, the next one first."""
         return self._order[self._head : self._tail].copy()

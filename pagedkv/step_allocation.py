@@ -12,6 +12,7 @@ import numpy as np
 from pagedkv.allocation import Allocator, Grouped, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
@@ -103,6 +104,27 @@ class RequestByRequest:
                 return i
         self._num_slots[rows] = slots
         return last
+
+    def decode_run(self, batch: StepBatch, num_steps: int) -> DecodeRun:
+        """Return how many steps, of `num_steps`, the rows of `batch` get through before memory is a question."""
+        if isinstance(self.allocator, Grouped):  # it gives back what leaves a window
+            return ONE_STEP
+        if not self._in_units:
+            return DecodeRun(min(num_steps, steps_within(batch, self.units_held)))
+        return DecodeRun(num_steps, self.allocator.unit_slots, self.free_slots)
+
+    def grow_in_turn(self, batch: StepBatch, num_steps: int) -> None:
+        """Take the slots of `num_steps` more steps of a decode run, after that of `batch`; the last of them is not computed yet."""
+        rows, slots = batch["row"], batch["num_slots_needed"]
+        if self._in_units:
+            held = self.units_held[rows].astype(np.int64)
+            for step, i in zip(*growth(batch, held, self.allocator.unit_slots, num_steps), strict=True):
+                index, num_new, _, _, admission_slots, accepted, row = batch[i].item()
+                self._num_slots[row] = slots[i] + step - 1
+                own = int(slots[i] + step)
+                if not self._ask((index, num_new, own, own, admission_slots, accepted, row), has_scheduled_reqs=i > 0):
+                    raise IntegrityError(f"row {row} was to have slots for {own} tokens")
+        self._num_slots[rows] = slots + num_steps
 
     def _ask(self, entry: tuple[int, ...], *, has_scheduled_reqs: bool) -> bool:
         """Ask for the slots of one entry; return whether it gets them."""

@@ -9,13 +9,16 @@ from typing import Any, Protocol
 import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
+from pagedkv.decode_run import ONE_STEP
 from pagedkv.scheduling.content import Contents, Segments
-from pagedkv.scheduling.step import StepScheduler
+from pagedkv.scheduling.step import Step, StepScheduler
+from pagedkv.sims.clock import Clock
+from pagedkv.sims.decode_steps import run_decode
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance, accept_drafts
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.shared_machine import SharedMachine
-from pagedkv.sims.step_time import StepTimeModel, total_cost
+from pagedkv.sims.step_time import RooflineStepTime, StepTimeModel, total_cost
 
 
 class ServingEngine(Protocol):
@@ -72,10 +75,18 @@ class Engine:
         recorder: Recorder,
         acceptance: Acceptance = NOTHING_ACCEPTED,
         machine: SharedMachine | None = None,
+        *,
+        step_by_step: bool = False,
     ) -> None:
-        """Start the process on `env`. `machine` is what it shares with others; None: it has one to itself."""
+        """Start the process on `env`. `machine` is what it shares with others; None: it has one to itself.
+
+        Steps that are decided alike run as one, but `step_by_step`, which comes to the same.
+        """
         self._env = env
         self._machine = machine
+        alone = machine is None and isinstance(env, Clock) and not step_by_step
+        self._coefficients = step_time.coefficients if alone and isinstance(step_time, RooflineStepTime) else None
+        """Of steps that need not be simpy's events; None: all are."""
         self._step_end_s = env.now
         self._scheduler = scheduler
         self._step_time = step_time
@@ -159,11 +170,9 @@ class Engine:
                 if not failed and scheduler.num_waiting:  # nothing runs and the head does not fit: waiting longer cannot help it
                     self._finish(scheduler.drop_head(), failed=True)
                 continue
-            cost = total_cost(self._step_time.cost(batch, batch.size) for batch in scheduler.forward_passes())
-            recorder.look_elsewhere()
-            recorder.step(step, env.now, cost)
-            self._step_end_s = env.now + cost.total_s
-            yield env.timeout(cost.total_s) if self._machine is None else self._machine.work(cost.total_s)
+            step_s = self._launch(step)
+            self._step_end_s = env.now + step_s
+            yield env.timeout(step_s) if self._machine is None else self._machine.work(step_s)
             if self._stopped:
                 return
             recorder.linger(self._step_end_s, env.now)
@@ -172,6 +181,19 @@ class Engine:
             recorder.tokens(env.now)
             for request in scheduler.finished:
                 self._finish(int(request), failed=False)
+
+    def _launch(self, step: Step) -> float:
+        """Record that `step` begins, and run those that follow it alike but for the last; return how long that one takes."""
+        env, scheduler, recorder = self._env, self._scheduler, self._recorder
+        recorder.look_elsewhere()
+        run = scheduler.decode_run() if self._coefficients is not None else ONE_STEP
+        if run.num_steps > 1 and self._coefficients is not None and isinstance(env, Clock):
+            done = run_decode(scheduler, recorder, step, run, self._coefficients, now_s=float(env.now), horizon_s=float(env.peek()))
+            env.advance(done.start_s)
+            return done.step_s
+        cost = total_cost(self._step_time.cost(batch, batch.size) for batch in scheduler.forward_passes())
+        recorder.step(step, env.now, cost)
+        return cost.total_s
 
     def _finish(self, request: int, *, failed: bool) -> None:
         if failed:

@@ -6,14 +6,12 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.heaps import HEAPS
-from pagedkv.scheduling.step import Blocker, Step, StepScheduler
+from pagedkv.scheduling.step import Step, StepScheduler
 from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED
 from pagedkv.sims.recording import (
     ACCEPTED_TOKENS,
     BLOCKERS,
     DRAFT_TOKENS,
-    EXTERNAL,
-    FREE,
     INTERNAL,
     ITL_BINS,
     ITL_SUM_S,
@@ -29,6 +27,7 @@ from pagedkv.sims.recording import (
     record_longer,
     record_step,
     record_tokens,
+    set_external,
     set_gauges,
 )
 from pagedkv.sims.records import Outcome, RequestLog, no_times
@@ -57,8 +56,8 @@ class Recorder(RunRecord):
         self.running_elsewhere: Callable[[], int] | None = None
         """Tells how many requests run on other replicas; None if there are none."""
         self._scheduler = scheduler
-        # Whoever waits for memory finds every free extent of a heap too small: that is external fragmentation.
-        self._needs_extent = scheduler.allocator.placement in (*HEAPS.names(), "growing")
+        self.needs_extent = scheduler.allocator.placement in (*HEAPS.names(), "growing")
+        """Whoever waits for memory finds every free extent of a heap too small: that is external fragmentation."""
         self._grouped = allocator_of_groups(scheduler.allocator)
         self._rejected: list[tuple[float, int, int, int]] = []
         self._user_class: dict[int, int] = {}
@@ -121,17 +120,15 @@ class Recorder(RunRecord):
         )
         if self._grouped is not None:
             self._count_groups(self._grouped, step)
-        gauges[EXTERNAL] = allocator.rounding_slots
-        if self._needs_extent and step.blocker is Blocker.KV_MEMORY:
-            gauges[EXTERNAL] += free
-            gauges[FREE] = 0
+        blocker = BLOCKERS.index(step.blocker)
+        set_external(gauges, allocator.rounding_slots, self.needs_extent, blocker)
         record_step(
             self.arrays,
             step.batch,
             step.num_running_before,
             step.num_entries,
             step.num_preempted,
-            BLOCKERS.index(step.blocker),
+            blocker,
             start_s,
             (*cost,),
         )

@@ -8,7 +8,7 @@ from pagedkv.arrays import Float64Array, Int32Array, Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.step import Blocker
-from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
+from pagedkv.scheduling.waiting import KV_MEMORY, NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.sims.records import TokenTimes
 from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe
 from pagedkv.step_batch import StepBatch
@@ -126,6 +126,15 @@ def set_gauges(
     gauges[EXTERNAL], gauges[CACHED], gauges[STATE] = 0, cached_slots, num_running * state_units * unit_slots
     gauges[FREE] = free_slots - cached_slots
     gauges[RUNNING], gauges[WAITING] = num_running, state.counts[NUM_WAITING]
+
+
+@lean_jit
+def set_external(gauges: Int64Array, rounding_slots: int, needs_extent: bool, blocker: int) -> None:  # noqa: FBT001
+    """Count slots that nobody holds or can use: the heap's rounding, and all that is free while the head waits for an extent."""
+    gauges[EXTERNAL] = rounding_slots
+    if needs_extent and blocker == KV_MEMORY:
+        gauges[EXTERNAL] += gauges[FREE] + gauges[CACHED]
+        gauges[FREE] = 0
 
 
 @lean_jit

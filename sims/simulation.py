@@ -210,7 +210,7 @@ def _engine(
     compiled = isinstance(scheduler, Scheduler) and isinstance(scheduler.allocator, PagedStepAllocator) and not step_by_step
     if isinstance(scheduler, Scheduler) and compiled and isinstance(step_time, RooflineStepTime):
         return CompiledEngine(env, scheduler, step_time, recorder, acceptance)
-    return Engine(env, scheduler, step_time, recorder, acceptance)
+    return Engine(env, scheduler, step_time, recorder, acceptance, step_by_step=step_by_step)
 
 
 def _let_time_pass(

@@ -86,6 +86,21 @@ class ContiguousGrowingAllocator:
         self.moved_slots += len(copies)
         return Grant(copies=copies)
 
+    @property
+    def num_empty_slots(self) -> int:
+        """Free slots, if intervals grow token by token; 0 if they grow by blocks."""
+        return self.heap.free_slots if self._block_size == 1 else 0
+
+    def take_in_turn(self, requests: Sequence[KVRequest], num_tokens: int) -> None:
+        """Let their intervals grow token by token. O(tokens × requests + slots moved)."""
+        for tokens in range(1, num_tokens + 1):
+            for request in requests:
+                interval, size = self._intervals[request], self._size(request.num_computed_tokens + tokens)
+                if size > interval.size:
+                    copies = self.heap.grow(interval, size)
+                    assert copies is not None  # so many slots are free
+                    self.moved_slots += len(copies)
+
     def note_computed(self, request: KVRequest) -> None:
         """Nothing is kept for others."""
 

@@ -85,6 +85,18 @@ class LlamaCppUnified:
         sequence.extend(self.cells.place(num_new_tokens))
         return Grant(num_cached_tokens=num_cached)
 
+    @property
+    def num_empty_slots(self) -> int:
+        """Cells that carry nothing: nobody need be purged for them."""
+        return self.cells.num_empty
+
+    def take_in_turn(self, requests: Sequence[KVRequest], num_tokens: int) -> None:
+        """Take empty cells from the head on, for one token of each of `requests` after the other. O(cells passed)."""
+        cells = self.cells.place_in_turn(num_tokens * len(requests)).reshape(num_tokens, len(requests))
+        for i, request in enumerate(requests):
+            request.check_length(request.num_computed_tokens + num_tokens, self.max_model_len)
+            self._sequences[self.server_slots.running_slot(request).index].extend(cells[:, i])
+
     def note_computed(self, request: KVRequest) -> None:
         """Note what may stay in its slot when it ends."""
         self.server_slots.note_computed(request, self.num_slots_held(request))

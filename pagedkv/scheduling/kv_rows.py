@@ -1,11 +1,16 @@
 """What running requests hold, row by row, where an allocator that compares tokens is asked request by request."""
 
+from itertools import groupby
+from operator import itemgetter
+
 import numpy as np
 
-from pagedkv.allocation import Allocator
+from pagedkv.allocation import Allocator, TakesInTurn
 from pagedkv.arrays import Int32Array
+from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
 from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
+from pagedkv.step_batch import StepBatch
 
 
 class KVRows:
@@ -24,6 +29,7 @@ class KVRows:
         self.units_held: Int32Array = np.zeros(num_rows, np.int32)
         """Slots that each row holds for tokens, shared ones included."""
         self._requests: list[KVRequest | None] = [None] * num_rows
+        self._in_turn = allocator if isinstance(allocator, TakesInTurn) else None
         self._num_live = 0
         self._noted = [0] * num_rows
         """By row: the computed tokens that the allocator has heard of."""
@@ -57,6 +63,59 @@ class KVRows:
             self.units_held[row] = self.allocator.num_slots_held(request)
         request.num_computed_tokens += num_new_tokens
         return True
+
+    def decode_run(self, batch: StepBatch, num_steps: int) -> DecodeRun:
+        """Return how many steps, of `num_steps`, the rows of `batch` get through before memory is a question."""
+        unit, held = self.allocator.unit_slots, self.units_held
+        if self._in_turn is not None:
+            return DecodeRun(num_steps, 1, self._in_turn.num_empty_slots)
+        if unit == 1:
+            return DecodeRun(min(num_steps, steps_within(batch, held)))
+        if (held[batch["row"]] - batch["num_slots_needed"] >= unit).any():
+            return ONE_STEP  # a unit gets full, of which the allocator must hear, without another being due
+        return DecodeRun(num_steps, unit, self.free_slots)
+
+    def grow_in_turn(self, batch: StepBatch, num_steps: int) -> None:
+        """Take the slots of `num_steps` more steps of a decode run, after that of `batch`; the last of them is not computed yet."""
+        if self.allocator.unit_slots > 1:
+            self._grow_by_units(batch, num_steps)
+            return
+        rows = batch["row"].tolist()
+        pass_on = self._grow_within if self._in_turn is None else self._pass_on
+        if self._in_turn is not None:
+            requests = [self.of(row) for row in rows]
+            self._in_turn.take_in_turn(requests, num_steps)
+            self.units_held[rows] = [self.allocator.num_slots_held(request) for request in requests]
+        for row in rows:
+            if num_steps > 1:
+                pass_on(row, num_steps - 1)
+            self.note_computed(row, self.of(row).num_computed_tokens + 1)
+            pass_on(row, 1)
+
+    def _pass_on(self, row: int, num_tokens: int) -> None:
+        """Count `num_tokens` more that have slots already."""
+        self.of(row).num_computed_tokens += num_tokens
+
+    def _grow_within(self, row: int, num_tokens: int) -> None:
+        """Use `num_tokens` of the slots that `row` holds."""
+        if not self.grow(row, num_tokens):
+            raise IntegrityError(f"row {row} was to have slots for {num_tokens} more tokens")
+
+    def _grow_by_units(self, batch: StepBatch, num_steps: int) -> None:
+        """Take a unit for each row whenever it is full, and let the allocator hear of it before."""
+        rows, slots = batch["row"].tolist(), batch["num_slots_needed"].tolist()
+        held = self.units_held[rows].astype(np.int64)
+        due = zip(*(each.tolist() for each in growth(batch, held, self.allocator.unit_slots, num_steps)), strict=True)
+        for step, full in groupby(due, key=itemgetter(0)):
+            entries = [entry for _, entry in full]
+            for i in entries:
+                self.of(rows[i]).num_computed_tokens = slots[i] + step - 1
+                self.note_computed(rows[i], slots[i] + step)
+            for i in entries:
+                self._grow_within(rows[i], 1)
+        for row, own in zip(rows, slots, strict=True):
+            request = self.of(row)
+            request.num_tokens = request.num_computed_tokens = own + num_steps
 
     def note_computed(self, row: int, num_known_tokens: int) -> None:
         """Hear that all slots granted to `row` are filled, and that its request knows so many tokens now.

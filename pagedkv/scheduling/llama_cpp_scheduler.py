@@ -139,6 +139,13 @@ class LlamaCppScheduler(RequestScheduler):
                 batch["num_scheduled_tokens"][i], batch["num_slots_needed"][i] = size, computed[entry]
             yield batch
 
+    def _goes_on(self, step: Step) -> bool:
+        """Nobody joins while all server slots are taken, and a batch that was cut is finished first."""
+        entries = step.batch["request"][: step.num_entries]
+        requests = self.requests.arrays[entries]
+        generate = bool((requests["num_known_tokens"] > requests["prompt_tokens"]).all())
+        return generate and not self._batch and (not self.queue or self.num_running == self.arrays.running.size)
+
     def _fill_batch(self) -> None:
         running = sorted(self.running(), key=self._slot)
         self._batch = [(request, 1) for request in running if self._generates(request)]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pagedkv.allocation import Allocator
+from pagedkv.decode_run import ONE_STEP, DecodeRun, move_on
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.request_scheduler import RequestScheduler
@@ -113,6 +114,23 @@ class NaiveScheduler(RequestScheduler):
         padded = self._step.batch[: self._step.num_entries].copy()
         padded["num_scheduled_tokens"], padded["num_slots_needed"] = self._new_columns, self.num_columns
         yield padded
+
+    def decode_run(self) -> DecodeRun:
+        """Return how many steps it takes until a row of the running batch has all its tokens, or needs more slots."""
+        step = self._step
+        entries = step.batch[: step.num_entries]
+        computing = entries[entries["num_scheduled_tokens"] > 0]
+        if not computing.size or step.num_running_before < entries.size:
+            return ONE_STEP
+        requests = self.requests.arrays[computing["request"]]
+        left = requests["prompt_tokens"] + requests["output_tokens"] - computing["num_known_tokens"]
+        return self.allocator.decode_run(next(self.forward_passes()), int(left.min()))
+
+    def repeat(self, num_steps: int) -> None:
+        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
+        self.allocator.grow_in_turn(next(self.forward_passes()), num_steps)
+        self.num_columns += num_steps
+        move_on(self._step.batch[: self._step.num_entries], num_steps)
 
     def complete(self) -> None:
         """Apply the step decided last; if it was the last of its batch, all of the batch is finished and its memory is freed."""

@@ -7,10 +7,12 @@ import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
+from pagedkv.decode_run import ONE_STEP, DecodeRun, growth
 from pagedkv.errors import IntegrityError
 from pagedkv.radix_cache import RadixCache
 from pagedkv.radix_node import PrefixMatch, TreeNode
 from pagedkv.scheduling.sglang_retraction import fits_after_eviction
+from pagedkv.step_batch import StepBatch
 
 NOTHING: Int32Array = np.empty(0, np.int32)
 
@@ -89,6 +91,25 @@ class RadixRows:
             self.tables[np.repeat(rows, new), np.repeat(held, new) + nth] = self._blocks(taken)
             self.units_held[rows] += new.astype(np.int32)
         return True
+
+    def decode_run(self, batch: StepBatch, num_steps: int) -> DecodeRun:
+        """Return how many steps, of `num_steps`, the rows of `batch` get through before the free list is too short."""
+        room = self.units_held[batch["row"]] * self.unit_slots - batch["num_slots_needed"]
+        spare = self.cache.slots.num_ready_slots - (batch.size * self.unit_slots if self.unit_slots > 1 else 0)
+        return DecodeRun(num_steps, 1, spare) if spare >= 0 and (room < self.unit_slots).all() else ONE_STEP
+
+    def grow_in_turn(self, batch: StepBatch, num_steps: int) -> None:
+        """Take the blocks of `num_steps` more steps of a decode run, after that of `batch`."""
+        held = self.units_held[batch["row"]].astype(np.int64)
+        _, entries = growth(batch, held * self.unit_slots, self.unit_slots, num_steps)
+        taken = self.cache.slots.alloc(entries.size * self.unit_slots)
+        assert taken is not None  # the run has no more steps than the free list has blocks for
+        order = np.argsort(entries, kind="stable")
+        new = np.bincount(entries, minlength=batch.size)
+        nth = np.arange(entries.size) - np.repeat(np.cumsum(new) - new, new)
+        entries = entries[order]
+        self.tables[batch["row"][entries], held[entries] + nth] = self._blocks(taken)[order]
+        self.units_held[batch["row"]] += new.astype(np.int32)
 
     def shrink(self, row: int, num_tokens: int) -> None:
         """Give back the blocks of `row` behind its first `num_tokens`: they were for drafts that were not accepted."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from pagedkv.allocation import Allocator
 from pagedkv.arrays import Int64Array
+from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.scheduling.completion import complete_step
@@ -131,6 +132,32 @@ class RequestScheduler:
     def forward_passes(self) -> Iterator[StepBatch]:
         """Yield what the step decided last computes together: one batch, unless an engine cuts it."""
         yield self._step.batch[: self._step.num_entries]
+
+    def decode_run(self) -> DecodeRun:
+        """Return how often the step decided last would be decided again, for every request one token further on."""
+        step = self._step
+        batch = step.batch[: step.num_entries]
+        if step.num_preempted or self._failed or step.num_running_before < batch.size or not decodes_all(batch, self.num_running):
+            return ONE_STEP
+        if not self._goes_on(step):
+            return ONE_STEP
+        requests = self.requests.arrays[batch["request"]]
+        left = requests["prompt_tokens"] + requests["output_tokens"] - batch["num_known_tokens"]
+        return self.allocator.decode_run(batch, int(left.min()))
+
+    def repeat(self, num_steps: int) -> None:
+        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
+        batch = self._step.batch[: self._step.num_entries]
+        self.allocator.grow_in_turn(batch, num_steps)
+        move_on(batch, num_steps)
+
+    def _goes_on(self, step: Step) -> bool:
+        """Whether `step`, in which all who run made a token, would be decided again if memory sufficed and nobody came or ended.
+
+        No, where an engine does not say so.
+        """
+        del step
+        return False
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
+from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.jit import fixed_types
@@ -16,7 +17,7 @@ from pagedkv.scheduling.content import Contents, Segments, content_of, keyed_seg
 from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
-from pagedkv.scheduling.step import BLOCKERS, Step
+from pagedkv.scheduling.step import BLOCKERS, Blocker, Step
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
 from pagedkv.scheduling.waiting import (
     NUM_RUNNING,
@@ -31,7 +32,7 @@ from pagedkv.scheduling.waiting import (
     stop_running,
     withdraw_waiting,
 )
-from pagedkv.step_allocation import StepAllocator
+from pagedkv.step_allocation import RequestByRequest, StepAllocator
 from pagedkv.step_batch import StepBatch, empty_batch
 
 # Their arguments have the same types in every scheduler.
@@ -370,6 +371,28 @@ class Scheduler:
     def forward_passes(self) -> Iterator[StepBatch]:
         """Yield the step decided last: it is computed as one."""
         yield self._step.batch[: self._step.num_entries]
+
+    def decode_run(self) -> DecodeRun:
+        """Return how often the step decided last would be decided again, for every request one token further on.
+
+        Over paged memory `pagedkv.sims.run_steps` need not ask.
+        """
+        step, allocator = self._step, self.allocator
+        batch = step.batch[: step.num_entries]
+        if not isinstance(allocator, RequestByRequest) or step.num_preempted or step.num_running_before < batch.size:
+            return ONE_STEP
+        if not decodes_all(batch, self.num_running) or step.blocker is Blocker.TOKEN_BUDGET:
+            return ONE_STEP
+        requests = self.requests.arrays[batch["request"]]
+        left = requests["prompt_tokens"] + requests["output_tokens"] - batch["num_known_tokens"]
+        return allocator.decode_run(batch, int(left.min()))
+
+    def repeat(self, num_steps: int) -> None:
+        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
+        assert isinstance(self.allocator, RequestByRequest)
+        batch = self._step.batch[: self._step.num_entries]
+        self.allocator.grow_in_turn(batch, num_steps)
+        move_on(batch, num_steps)
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from pagedkv.arrays import NO_TOKENS, Int64Array
 from pagedkv.block_hash import BlockKeys
+from pagedkv.decode_run import ONE_STEP, DecodeRun, move_on
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.content import Segments, content_of
 from pagedkv.scheduling.radix_rows import RadixRows
@@ -212,6 +213,23 @@ class SGLangScheduler:
     def forward_passes(self) -> Iterator[StepBatch]:
         """Yield the step decided last: it is computed as one."""
         yield self._step.batch[: self._step.num_entries]
+
+    def decode_run(self) -> DecodeRun:
+        """Return how often the step decided last would be decided again, for every request one token further on."""
+        entries = self._step.batch[: self._step.num_entries]
+        if self.settings.num_speculative_tokens or not self._batch.goes_on:
+            return ONE_STEP
+        requests = self.requests.arrays[entries["request"]]
+        left = requests["prompt_tokens"] + requests["output_tokens"] - entries["num_known_tokens"]
+        return self.allocator.decode_run(entries, int(left.min()))
+
+    def repeat(self, num_steps: int) -> None:
+        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
+        entries = self._step.batch[: self._step.num_entries]
+        self.allocator.grow_in_turn(entries, num_steps)
+        move_on(entries, num_steps)
+        for _ in range(num_steps):
+            self._batch.ratio.decay()
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""

@@ -53,6 +53,12 @@ class SGLangStep:
             return Blocker.KV_MEMORY
         return self._full or Blocker.TOKEN_BUDGET
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the same requests would decode in the next step, if they have slots and nobody comes or ends."""
+        others = self.resumed or self.admitted or self.retracted or self.failed or self._half_done is not None
+        return self.decoding.size > 0 and not others and (self._full is not None or not self.requests.waiting)
+
     def limits(self, num_mixed: int) -> PassLimits:
         """Return what bounds a prefill pass now."""
         memory = self._memory

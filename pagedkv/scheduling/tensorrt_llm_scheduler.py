@@ -127,6 +127,13 @@ class TensorRTLLMScheduler(RequestScheduler):
                 break
         return self._end(blocker)
 
+    def _goes_on(self, step: Step) -> bool:
+        """Whoever waits for blocks to its end waits on: running ones take no more than was set aside for them."""
+        if not self.queue:
+            return True
+        waits_for_an_end = step.blocker in (Blocker.KV_MEMORY, Blocker.MAX_NUM_SEQS)
+        return waits_for_an_end and self.settings.capacity_policy != "max_utilization"
+
     @property
     def free_blocks(self) -> int:
         """Blocks that nobody holds now."""

@@ -1,34 +1,29 @@
 """Law 14: the compiled loop and the step-by-step engine leave the same tables, records and figures, bit for bit."""
 
-from collections.abc import Generator
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-import simpy
+from chats import MAX_MODEL_LEN, QUESTIONS, Question, records_agree, step_time, user
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.scheduling.content import Segments, shared_segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Step
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.compiled_engine import CompiledEngine
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
-from pagedkv.sims.deployment import deploy
-from pagedkv.sims.engine import Engine, ServingEngine
-from pagedkv.sims.metrics import measure
+from pagedkv.sims.engine import Engine
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import CACHED
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run, run
-from pagedkv.sims.step_time import RooflineStepTime, StepCost
+from pagedkv.sims.step_time import StepCost
 
 CLOSED = st.builds(
     lambda users, think: {"users": users, "think_time": f"{think}s"}, st.integers(1, 40), st.sampled_from([0.1, 1.0, 20.0])
@@ -59,16 +54,7 @@ def agree(compiled: Run, slow: Run) -> None:
     compiled.allocator.check_integrity()
     for mine, other in zip(compiled.allocator.arrays, slow.allocator.arrays, strict=True):
         np.testing.assert_array_equal(mine, other)
-    requests, others = (each.recorder._scheduler.requests for each in (compiled, slow))
-    np.testing.assert_array_equal(requests.arrays[: others.size], others.arrays[: others.size])  # compiled knows who will arrive
-    for name in ("sums", "itl_bins", "counters"):
-        np.testing.assert_array_equal(getattr(compiled.recorder.arrays, name), getattr(slow.recorder.arrays, name), err_msg=name)
-    for mine, other in zip(compiled.recorder.timeline, slow.recorder.timeline, strict=True):
-        np.testing.assert_array_equal(mine, other)
-    assert compiled.end_s == slow.end_s
-    for name in ("arrival_s", "scheduled_s", "first_token_s", "last_token_s", "num_output_tokens", "num_preemptions", "outcome"):
-        np.testing.assert_array_equal(getattr(compiled.log, name), getattr(slow.log, name), err_msg=name)
-    assert measure(compiled, ()) == measure(slow, ())
+    records_agree(compiled, slow)
 
 
 @given(
@@ -127,42 +113,7 @@ def test_the_compiled_loop_is_what_a_simulation_runs(monkeypatch: pytest.MonkeyP
 
 # --- prefixes and state ---------------------------------------------------------------------------------------------
 
-BLOCK_SIZE, MAX_MODEL_LEN = 4, 96
-
-
-class Question(NamedTuple):
-    """What somebody asks after a pause. Its prompt begins with the first tokens of a text that others may begin with too."""
-
-    think_s: float
-    text: int
-    known_tokens: int
-    """Those of the text."""
-    own_tokens: int
-    output_tokens: int
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.known_tokens + self.own_tokens
-
-    def content(self, asker: int) -> Segments:
-        """Return the text, then what the asker says and is told about so much of it: the same every time."""
-        answer = 1000 + 10_000 * asker + 100 * self.known_tokens + self.text
-        return shared_segments(
-            np.array([self.text, answer]), np.array([self.known_tokens, self.prompt_tokens + self.output_tokens])
-        )
-
-
-QUESTIONS = st.lists(
-    st.builds(
-        Question,
-        st.sampled_from([0.0, 0.02, 0.5]),
-        st.integers(0, 2),
-        st.sampled_from([7, 16, 33, 48]),
-        st.integers(1, 20),
-        st.integers(1, 28),
-    ),
-    max_size=4,
-)
+BLOCK_SIZE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,21 +139,6 @@ class Witness(Recorder):
     def step(self, step: Step, start_s: float, cost: StepCost) -> None:
         super().step(step, start_s, cost)
         self.most_shared = max(self.most_shared, self._scheduler.shared_slots)
-
-
-@cache
-def step_time() -> RooflineStepTime:
-    model = deploy(ServingConfig()).step_time
-    assert isinstance(model, RooflineStepTime)
-    return model
-
-
-def user(env: Clock, engine: ServingEngine, asker: int, questions: tuple[Question, ...]) -> Generator[simpy.Event, Any, None]:
-    for question in questions:
-        yield env.timeout(question.think_s)
-        answered = engine.submit(question.prompt_tokens, question.output_tokens, content=question.content(asker))
-        if answered is not None:
-            yield answered
 
 
 def answered(chats: Chats, kind: type[Engine | CompiledEngine]) -> Run:

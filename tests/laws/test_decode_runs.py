@@ -1,0 +1,201 @@
+"""Law 14 for engines that decide in Python: steps run together, or one by one, leave the same slots, records and figures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from chats import MAX_MODEL_LEN, QUESTIONS, Question, records_agree, step_time, user
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from pagedkv.allocation import KVPoolSettings
+from pagedkv.decode_run import growth
+from pagedkv.kv_request import KVRequest
+from pagedkv.scheduling.kv_rows import KVRows
+from pagedkv.scheduling.radix_rows import RadixRows
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
+from pagedkv.scheduling.step import StepScheduler
+from pagedkv.sims import engine as engine_module
+from pagedkv.sims.clock import Clock
+from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.decode_steps import run_decode
+from pagedkv.sims.engine import Engine
+from pagedkv.sims.engines import load_engine
+from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.simulation import Run
+from pagedkv.step_allocation import RequestByRequest
+from pagedkv.step_batch import empty_batch
+
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "sglang": (
+        {},
+        {"schedule_policy": "lpm"},
+        {"enable_chunked_prefill": False, "radix_eviction_policy": "lfu"},
+        {"enable_mixed_chunk": True, "schedule_conservativeness": 0.3},
+    ),
+    "tensorrt-llm": ({}, {"capacity_scheduler_policy": "max_utilization"}, {"enable_chunked_prefill": True}),
+    "llama-cpp": ({}, {"ubatch_size": 3}),
+    "ollama": ({}, {"max_queue": 2}),
+    "naive": ({},),
+    "orca": ({},),
+    "vattention": ({},),
+    "vllm": ({},),
+}
+MEMORIES = [
+    (name, allocator)
+    for name in VARIANTS
+    for allocator in (
+        *load_engine(name).allocators(ServingConfig(engine=name)),
+        *(("contiguous-growing",) if name == "vllm" else ()),
+    )
+    if allocator != "paged"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Who asks what, whom, with how much memory."""
+
+    engine: str
+    allocator: str
+    variant: dict[str, Any]
+    users: tuple[tuple[Question, ...], ...]
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    state_slots: int = 0
+    watermark: float = 0.0
+
+    def scheduler(self) -> StepScheduler:
+        preset = load_engine(self.engine)
+        limits = SchedulerSettings(
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens, max_model_len=MAX_MODEL_LEN
+        )
+        pool = KVPoolSettings(
+            num_blocks=self.num_blocks * 8 // self.block_size,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=MAX_MODEL_LEN,
+            state_slots=self.state_slots,
+            watermark=self.watermark,
+            page_tokens=8,
+            enable_prefix_caching=self.allocator in preset.caching_allocators,
+        )
+        return preset.scheduler(ServingConfig(engine=self.engine, **self.variant), limits, pool, self.allocator)
+
+
+def served(case: Case, *, step_by_step: bool) -> Run:
+    """Let everybody ask until all is answered."""
+    env, scheduler = Clock(initial_time=0.0), case.scheduler()
+    recorder = Recorder(scheduler, warmup_s=0.1, end_s=float("inf"))
+    engine = Engine(env, scheduler, step_time(), recorder, step_by_step=step_by_step)
+    for asker, questions in enumerate(case.users):
+        env.process(user(env, engine, asker, questions))
+    for at_s in (0.3, 1.1):  # somebody looks, in the middle of a step
+        env.run(until=at_s)
+        scheduler.check_integrity()
+    env.run()
+    engine.close()
+    scheduler.check_integrity()
+    recorder.close(env.now)
+    return Run(allocator=scheduler.allocator, recorder=recorder, log=recorder.log(), end_s=env.now, warmup_s=0.1, drained=True)
+
+
+def holdings(run: Run) -> Iterator[object]:
+    """Yield all that memory is at the end, down to the order in which free slots will be handed out."""
+    memory = run.allocator
+    yield memory.units_held.tolist()
+    if isinstance(memory, RadixRows):
+        yield memory.cache.slots.free_list().tolist()
+        yield [(node.slots.tolist(), node.lock_ref) for node in memory.cache.tree.root.below()]
+        return
+    assert isinstance(memory, KVRows | RequestByRequest)
+    allocator = memory.allocator
+    yield sorted(allocator.cached_slots().tolist()), allocator.free_slots
+    probe = KVRequest(request_id="next", num_tokens=20)
+    probe.admission_slots = allocator.admission_slots(19, 2) or 0
+    if allocator.allocate_slots(probe, 20) is not None:
+        yield allocator.slots_held(probe).tolist()
+
+
+def cases(engine: str, allocator: str) -> st.SearchStrategy[Case]:
+    sizes = [16] if engine == "tensorrt-llm" else [1, 4] if engine == "sglang" else [8]
+    return st.builds(
+        Case,
+        engine=st.just(engine),
+        allocator=st.just(allocator),
+        variant=st.sampled_from(VARIANTS[engine]),
+        users=st.lists(QUESTIONS.map(tuple), min_size=1, max_size=6).map(tuple),
+        num_blocks=st.sampled_from([16, 22, 60]),
+        block_size=st.sampled_from(sizes),
+        max_num_seqs=st.sampled_from([2, 6]),
+        max_num_batched_tokens=st.sampled_from([96, 128]),
+        state_slots=st.sampled_from([0, 9]),
+        watermark=st.sampled_from([0.0, 0.1]),
+    )
+
+
+@pytest.mark.parametrize(("engine", "allocator"), MEMORIES)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_steps_that_run_together_are_steps_one_by_one(engine: str, allocator: str, data: st.DataObject) -> None:
+    case = data.draw(cases(engine, allocator))
+    together, one_by_one = served(case, step_by_step=False), served(case, step_by_step=True)
+    records_agree(together, one_by_one)
+    assert list(holdings(together)) == list(holdings(one_by_one))
+    preempted, failed = (
+        one_by_one.log.num_preemptions.sum(),
+        (one_by_one.log.num_output_tokens < one_by_one.log.output_tokens).sum(),
+    )
+    event(f"preempted: {preempted > 0}, failed: {failed > 0}")
+
+
+@pytest.mark.parametrize(("engine", "allocator"), MEMORIES)
+def test_most_steps_do_run_together(engine: str, allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law would prove little if they did not; in tight memory, and where requests share a prefix."""
+    completed = []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        done = run_decode(*given, **named)
+        completed.append(done.num_completed)
+        return done
+
+    monkeypatch.setattr(engine_module, "run_decode", counted)
+    case = Case(
+        engine=engine,
+        allocator=allocator,
+        variant={},
+        users=((Question(0.0, 0, 33, 5, 28), Question(0.5, 0, 33, 9, 28)),) * 4,
+        num_blocks=60,
+        block_size=16 if engine == "tensorrt-llm" else 1 if engine == "sglang" else 8,
+        max_num_seqs=4,
+        max_num_batched_tokens=96,
+    )
+    together = served(case, step_by_step=False)
+    steps = int(together.recorder.arrays.counters[0])
+    grouped = allocator == "hybrid"  # it gives back what leaves a window, step by step
+    assert sum(completed) == 0 if grouped else sum(completed) > steps / 3
+    records_agree(together, served(case, step_by_step=True))
+
+
+@given(
+    held=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    grain=st.sampled_from([1, 4, 16]),
+    num_steps=st.integers(1, 40),
+    data=st.data(),
+)
+def test_growth_is_in_the_order_of_asking(held: list[int], grain: int, num_steps: int, data: st.DataObject) -> None:
+    slots_held = np.array(held) * grain
+    batch = empty_batch(len(held))
+    batch["num_slots_needed"] = [data.draw(st.integers(max(slots - grain, 0) + 1, slots)) for slots in slots_held.tolist()]
+    expected, has = [], slots_held.tolist()
+    for step in range(1, num_steps + 1):
+        for i, needed in enumerate((batch["num_slots_needed"] + step).tolist()):
+            if needed > has[i]:
+                has[i] += grain
+                expected.append((step, i))
+    steps, entries = growth(batch, slots_held, grain, num_steps)
+    assert list(zip(steps.tolist(), entries.tolist(), strict=True)) == expected
