@@ -97,7 +97,10 @@ class RequestByRequest:
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant slots in order until one entry does not fit; return its index. What a row holds already needs no call."""
         rows, slots = batch["row"][first:last], batch["num_slots_needed"][first:last]
-        asks = np.arange(first, last) if not self._in_units else first + np.flatnonzero(slots > self.units_held[rows])
+        if self._in_units:
+            asks = first + np.flatnonzero(slots > self.units_held[rows])
+        else:  # who has taken all in one piece asks no more
+            asks = first + np.flatnonzero((self.units_held[rows] == 0) | (batch["admission_slots"][first:last] == 0))
         for i in asks.tolist():
             if not self._ask(batch[i].item(), has_scheduled_reqs=i > 0):
                 self._num_slots[rows[: i - first]] = slots[: i - first]

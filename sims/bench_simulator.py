@@ -12,6 +12,7 @@ from typing import Any
 
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.engines import ENGINES
+from pagedkv.sims.recording import ITERATIONS
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run, run
 
@@ -43,7 +44,7 @@ def timed(case: Scenario, *, repeats: int = 5, step_by_step: bool = False) -> Ti
     best: Timing | None = None
     for _ in range(repeats):
         cpu_s, wall_s = time.process_time(), time.perf_counter()
-        done = run(case, "paged", seed=0, step_by_step=step_by_step)
+        done = run(case, case.allocators[0], seed=0, step_by_step=step_by_step)
         timing = Timing(run=done, cpu_s=time.process_time() - cpu_s, wall_s=time.perf_counter() - wall_s)
         if best is None or timing.cpu_s < best.cpu_s:
             best = timing
@@ -70,13 +71,12 @@ def show_engines(trace: str) -> None:
                 serving=ServingConfig(hardware="h100-80gb", model="llama-3.1-8b", engine=engine),
             )
         )
-        best: Timing | None = None
-        for _ in range(2):  # the first compiles
-            cpu_s, wall_s = time.process_time(), time.perf_counter()
-            done = run(case, case.allocators[0], seed=0)
-            best = Timing(run=done, cpu_s=time.process_time() - cpu_s, wall_s=time.perf_counter() - wall_s)
-        assert best is not None
+        timed(case, repeats=1)  # it compiles
+        best, slow = timed(case, repeats=3), timed(case, repeats=1, step_by_step=True)
         show(f"1,000 requests, {engine} ({case.allocators[0]})", best)
+        steps = int(best.run.recorder.arrays.counters[ITERATIONS])
+        us, slow_us = (1e6 * timing.cpu_s / steps for timing in (best, slow))
+        print(f"    {us:.1f} µs per iteration; step by step {slow_us:.1f}: {slow_us / us:.1f} × as long")  # noqa: T201
 
 
 def main() -> None:

@@ -181,6 +181,32 @@ def test_most_steps_do_run_together(engine: str, allocator: str, monkeypatch: py
     records_agree(together, served(case, step_by_step=True))
 
 
+@pytest.mark.parametrize(
+    ("engine", "block_size", "variant"),
+    [
+        ("sglang", 1, {"schedule_conservativeness": 0.1}),
+        ("sglang", 4, {"schedule_conservativeness": 0.1}),
+        ("tensorrt-llm", 16, {"capacity_scheduler_policy": "max_utilization"}),
+        ("vattention", 8, {}),
+    ],
+)
+def test_the_law_holds_where_memory_runs_out(engine: str, block_size: int, variant: dict[str, Any]) -> None:
+    case = Case(
+        engine=engine,
+        allocator=load_engine(engine).allocators(ServingConfig(engine=engine))[0],
+        variant=variant,
+        users=tuple((Question(0.01 * i, i % 3, 16, 3 + i, 60),) * 3 for i in range(8)),
+        num_blocks=34,
+        block_size=block_size,
+        max_num_seqs=8,
+        max_num_batched_tokens=96,
+    )
+    together, one_by_one = served(case, step_by_step=False), served(case, step_by_step=True)
+    assert one_by_one.log.num_preemptions.sum() > 3
+    records_agree(together, one_by_one)
+    assert list(holdings(together)) == list(holdings(one_by_one))
+
+
 @given(
     held=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     grain=st.sampled_from([1, 4, 16]),
