@@ -79,6 +79,10 @@ class HardwareSpec:
     """The highest `--gpu-memory-utilization` known to start; planning above it is refused."""
     disk_read_bandwidth: Figure | None = field(default=None, metadata={"unit": "bytes/s"})
     """What one thread reads from the machine's disk, one large block after the other; None: nobody said. A GPU has no disk."""
+    disk_read_latency: Figure | None = field(default=None, metadata={"unit": "s"})
+    """What one small read from that disk takes when nothing else is under way; None: nobody said."""
+    cpu_threads: Figure | None = field(default=None, metadata={"unit": "threads"})
+    """What compilers count where nobody tells them how many may run; None for a discrete GPU, whose memory they do not use."""
     small_compute_device: bool = False
     """Whether vLLM keeps its small batch defaults in spite of much memory: GB10 (by compute) and A100 (by name)."""
 
@@ -115,6 +119,35 @@ class HardwareSpec:
             for dtype, figure in self.reached_flops.items()
         }
         return replace(self, title=f"{self.title} at {share:.0%} of its clock", reached_flops=slower)
+
+    def beside_cpu_work(self, bytes_per_s: float) -> "HardwareSpec":
+        """Return this machine with its processor moving `bytes_per_s` to and from the memory that the GPU works on, too.
+
+        The GPU keeps the rest of what a kernel can read: all of its rates of memory fall by the same share. On a discrete GPU
+        the processor has a memory of its own.
+
+        Raises:
+            ConfigError: On a discrete GPU, or if the processor would leave nothing; with what would work.
+        """
+        work, most = f"--cpu-bandwidth {bytes_per_s / 1e9:g}GB/s", self.read_bandwidth.value
+        if not self.unified:
+            raise ConfigError(f"{work}: the processor beside {self.title} has memory of its own and takes nothing: leave it out")
+        if bytes_per_s >= most:
+            raise ConfigError(f"{work} leaves the GPU nothing of the {most / 1e9:g} GB/s that can be read: needs less, e.g. 50GB/s")
+        if not bytes_per_s:
+            return self
+        share = 1 - bytes_per_s / most
+
+        def left(figure: Figure) -> Figure:
+            source = f"{work} leaves {share:.0%} of {figure.value / 1e9:g} GB/s: {figure.source}"
+            return Figure(figure.value * share, "estimated", source)
+
+        return replace(
+            self,
+            title=f"{self.title} beside {bytes_per_s / 1e9:g} GB/s of CPU work",
+            read_bandwidth=left(self.read_bandwidth),
+            kv_read_bandwidth=left(self.kv_read_bandwidth),
+        )
 
     @property
     def unified(self) -> bool:

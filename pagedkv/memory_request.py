@@ -9,6 +9,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.model_spec import ModelSpec
+from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, MIB, gib
 from pagedkv.weight_format import WeightFormat
 
@@ -43,6 +44,15 @@ class Ledger(Protocol):
 
     def remedies(self) -> "tuple[Remedy, ...]":
         """Return the changes that may help, the mildest first."""
+
+    def start_up(self, request: "MemoryRequest") -> StartUp:
+        """Return what the engine does between its start and its first request."""
+
+    def starved_blocks(self, request: "MemoryRequest", budget: MemoryBudget, lost_bytes: int) -> int:
+        """Return the blocks that there would be if `lost_bytes` were missing where the engine sizes its KV cache."""
+
+    def cautious(self, request: "MemoryRequest", budget: MemoryBudget) -> "Iterator[Ledger]":
+        """Yield settings with a KV cache that is surer to come, or smaller, the mildest first."""
 
     def on(self, hardware: HardwareSpec) -> "tuple[Ledger, ...]":
         """Return the ledgers that a user may end up with on another machine: with these settings, or with its defaults."""

@@ -59,6 +59,10 @@ class Calibration:
         }
 
 
+_OF_MEMORY = ("weight_read_bytes_per_s", "kv_read_bytes_per_s", "state_bytes_per_s", "further_state_bytes_per_s")
+"""Constants that fall with the memory's bandwidth."""
+
+
 def calibration_for(
     hardware: HardwareSpec,
     engine: str,
@@ -67,6 +71,7 @@ def calibration_for(
     *,
     model: ModelSpec,
     clock: float = 1.0,
+    bandwidth: float = 1.0,
     build: str = "",
 ) -> Calibration:
     """Return what applies: the group of this very kind, else the nearest, else the machine's own figures, with wider spreads.
@@ -78,6 +83,7 @@ def calibration_for(
         kv_cache_dtype: How the cache is stored.
         model: What runs: models with states are known less well.
         clock: The share of its compute clock at which the machine runs.
+        bandwidth: The share of its memory's bandwidth that others leave to the GPU.
         build: Older builds of the engine, by the name that the constants' file has for them; empty: current ones.
     """
     state = "state_" if model.kv_spec("auto").state_bytes_per_sequence else ""
@@ -94,6 +100,7 @@ def calibration_for(
         values = {**group["constants"], **{name: its[name] for name in ("weight_read_bytes_per_s", "linear_flops")}}
         values |= {name: values[name] * factor for name, factor in group.get("versions", {}).get(build, {}).items()}
         values |= {name: values[name] * clock for name in ("linear_flops", "attention_flops") if name in values}
+        values |= {name: values[name] * bandwidth for name in _OF_MEMORY if name in values}
         return Calibration(
             constants=replace(prior, **values),
             basis=f"{group['engine']} on {group['machine']}: {group['source']}",

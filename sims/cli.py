@@ -32,7 +32,7 @@ app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | generate | serve | fuzz | "
+    "budget | prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | generate | serve | fuzz | "
     "bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,

@@ -11,6 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from pagedkv.sims import cli_questions
+from pagedkv.sims.cli_budget import budget
 from pagedkv.sims.cli_output import LOAD, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.config_words import DEFAULT_PARAMETER
@@ -180,6 +181,7 @@ def validate(
         sys.exit(BAR_MISSED)
 
 
+tools.command(budget)
 for question in (
     cli_questions.max_users,
     cli_questions.max_context,

@@ -113,6 +113,9 @@ class ServingConfig:
     """Machine from the hardware catalogue, or a .toml file that describes one (docs/hardware.md)."""
     clock_derate: float | None = None
     """Run the compute units at this share of their rate, e.g. 0.6 for a Spark that throttles [default: 1]."""
+    cpu_bandwidth: str | None = None
+    """On unified memory: what the processor's own work moves to and from memory meanwhile, e.g. 40GB/s; the GPU has the rest
+    [default: nothing]."""
     model: str = "llama-3.1-8b"
     """Model from the catalogue, its Hugging Face id, or a config.json or its folder; Ollama: a comma list, of which users have one
     each at random, if a workload does not say which."""

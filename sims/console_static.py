@@ -10,9 +10,15 @@ from pagedkv.sims.console import waterfall
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.fit import Fit, under_other_rules
-from pagedkv.sims.from_vllm import VllmCommand
+from pagedkv.sims.from_vllm import VllmCommand, offload_note
 from pagedkv.sims.glossary import Entry
 from pagedkv.units import GIB
+
+
+def show_budget(deployment: Deployment, console: Console) -> None:
+    """Print where the memory goes."""
+    console.print(Text(f"{deployment.model.title} on {deployment.hardware.title}, {deployment.config.engine}", "bold"), "\n")
+    console.print(waterfall(deployment))
 
 
 def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
@@ -89,4 +95,6 @@ def show_vllm_command(read: VllmCommand, defaults: Sequence[str], command: str, 
         console.print(f"Left out, no effect on memory or scheduling: {', '.join(read.without_effect)}", markup=False)
     if read.not_modelled:
         console.print(Text(f"Not modelled, the answer may differ: {', '.join(read.not_modelled)}", "yellow"))
+    if note := offload_note(read):
+        console.print(Text(note, "yellow"))
     console.print()

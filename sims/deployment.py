@@ -15,6 +15,7 @@ from pagedkv.memory_budget import MemoryBudget
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
+from pagedkv.quantity import parse_quantity
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.calibration import Calibration, calibration_for
@@ -88,7 +89,13 @@ def deploy(serving: ServingConfig) -> Deployment:
     limits = engine.scheduler_settings(serving, model, hardware)
     kv_spec = model.kv_spec(serving.kv_cache_dtype)
     calibration = calibration_for(
-        hardware, engine.name, weight_format, serving.kv_cache_dtype, model=model, clock=serving.clock_derate or 1.0
+        hardware,
+        engine.name,
+        weight_format,
+        serving.kv_cache_dtype,
+        model=model,
+        clock=serving.clock_derate or 1.0,
+        bandwidth=hardware.read_bandwidth.value / load_hardware(serving.hardware).read_bandwidth.value,
     )
     return Deployment(
         config=_without_usual(serving, engine, model, hardware, limits),
@@ -127,6 +134,8 @@ def memory_request(serving: ServingConfig) -> MemoryRequest:
     model, hardware = load_model(serving.model), load_hardware(serving.hardware)
     if serving.clock_derate is not None:
         hardware = hardware.derated(serving.clock_derate)
+    if serving.cpu_bandwidth is not None:
+        hardware = hardware.beside_cpu_work(parse_quantity(serving.cpu_bandwidth, "bytes/s", name="--cpu-bandwidth"))
     engine = load_engine(serving.engine)
     _check_shares(serving)
     weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
@@ -180,6 +189,7 @@ def _without_usual(
         gpu_memory_utilization=None if utilization == engine.default_utilization(hardware) else utilization,
         scheduler_reserve_full_isl=None if gate == usual_gate else serving.scheduler_reserve_full_isl,
         clock_derate=None if serving.clock_derate == 1 else serving.clock_derate,
+        cpu_bandwidth=serving.cpu_bandwidth if hardware.read_bandwidth != load_hardware(serving.hardware).read_bandwidth else None,
         enable_prefix_caching=None if keeps_state or serving.enable_prefix_caching else serving.enable_prefix_caching,
     )
 

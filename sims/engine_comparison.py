@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pagedkv.errors import ConfigError
+from pagedkv.sims.budget_parts import budget_document
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import ATTAIN, SimulationConfig
 from pagedkv.sims.engine_flags import engine_names, of_one_engine, refuse_flags_of_others
 from pagedkv.sims.engines import load_engine
-from pagedkv.sims.results import SCHEMA_VERSION, Results, budget_document, simulate
+from pagedkv.sims.results import SCHEMA_VERSION, Results, simulate
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Progress
 
@@ -31,7 +32,7 @@ class EngineComparison:
             "schema_version": SCHEMA_VERSION,
             "config": flat(self.config),
             "configs": {engine: document["config"] for engine, document in documents.items()},
-            "budgets": {engine: budget_document(results.scenario) for engine, results in self.results.items()},
+            "budgets": {engine: budget_document(results.scenario.deployment.budget) for engine, results in self.results.items()},
             "rules": {engine: rules_of(results.scenario) for engine, results in self.results.items()},
             "refused": self.refused,
             "results": [column for document in documents.values() for column in document["results"]],

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pagedkv.catalogue import known_model, load_model, quantized_repository
+from pagedkv.catalogue import known_model, load_hardware, load_model, quantized_repository
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.vllm_versions import vllm_version
@@ -39,6 +39,9 @@ _NO_EFFECT = frozenset(
     """.split()
 )
 """Flags of `vllm serve` that change neither memory nor scheduling: leaving them out loses nothing."""
+
+_OFFLOADS = ("cpu_offload_gb", "kv_offloading_size", "swap_space")
+"""Flags that put weights or KV blocks into the processor's memory."""
 
 _BARE = re.compile(
     r"(no|enable|disable|skip|use)_.*|allow_credentials|async_scheduling|headless|return_tokens_as_token_ids|trust_.*"
@@ -119,6 +122,18 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
         settings.setdefault("quantization", quantized[1])
     serving = replace(base, **settings)  # type: ignore[arg-type]
     return VllmCommand(serving=serving, without_effect=tuple(without_effect), not_modelled=(*not_modelled, *positional))
+
+
+def offload_note(read: VllmCommand) -> str | None:
+    """Return what is to be said of tiers in the processor's memory that the command asks for; None: nothing.
+
+    Raises:
+        ConfigError: If the machine is unknown.
+    """
+    asked = [flag for flag in read.not_modelled if _name(flag.partition(" ")[0].partition("=")[0]) in _OFFLOADS]
+    if not asked or not load_hardware(read.serving.hardware).unified:
+        return None
+    return f"On unified memory {', '.join(asked)} frees nothing: it is the same memory (simulate budget --timeline)."
 
 
 def with_vllm_defaults(serving: ServingConfig) -> tuple[ServingConfig, tuple[str, ...]]:

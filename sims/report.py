@@ -11,12 +11,15 @@ from plotly.offline import get_plotlyjs
 from pagedkv import __version__
 from pagedkv.sims import figures
 from pagedkv.sims.assumptions import code_rows, machine_rows
+from pagedkv.sims.budget_timeline import budget_timeline, troubles
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import advantages, comparison, prefix_note
+from pagedkv.sims.deployment import memory_request
 from pagedkv.sims.glossary import GLOSSARY
 from pagedkv.sims.memory_frames import frames_of
 from pagedkv.sims.memory_map import legend_text, memory_map
 from pagedkv.sims.results import Results
+from pagedkv.sims.timeline_figure import caption, memory_over_time
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --panel: #f6f8fa; --accent: #0072b2; }
@@ -70,6 +73,7 @@ def html(results: Results) -> str:
     sections = (
         _verdict(results, document),
         _section("memory", "Where the memory goes", _figure("budget", figures.waterfall(results), _kv_line(results, document))),
+        _memory_over_time(results),
         _section("kv", "KV memory over time", _figure("kinds", figures.kv_over_time(results), _caption_kv())),
         _map(results),
         _section("occupancy", "Running, waiting, preempted", _figure("requests", figures.occupancy(results), _caption_occupancy())),
@@ -106,6 +110,19 @@ def _figure(name: str, figure: Figure, caption: str) -> str:
         div_id=f"figure-{name}",
     )
     return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"
+
+
+def _memory_over_time(results: Results) -> str:
+    """Return the section of how memory fills from before the start on; empty where the host has a memory of its own."""
+    scenario = results.scenario
+    if not scenario.deployment.hardware.unified or scenario.model_serving is not None:
+        return ""
+    answer = budget_timeline(memory_request(scenario.config.serving))
+    figure = _figure("timeline", memory_over_time(answer.timeline), escape(caption(answer.timeline)))
+    items = "".join(f"<li><strong>{escape(p.title)}</strong>: {escape(p.verdict.text)}</li>" for p in troubles(answer.timeline))
+    avoid = "" if answer.advice is None else f"<p>What avoids it: <code>{escape(' · '.join(answer.advice.settings))}</code></p>"
+    notes = "".join(f"<p>{escape(note)}</p>" for note in answer.timeline.notes)
+    return _section("timeline", "Memory over time", f"{figure}{f'<ul>{items}</ul>' if items else ''}{avoid}{notes}")
 
 
 def _map(results: Results) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pagedkv.sims.budget_parts import PARTS
+from pagedkv.sims.budget_parts import budget_document
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import ATTAIN, time_text
 from pagedkv.sims.engine_flags import ENGINE_FLAGS
@@ -50,7 +50,7 @@ class Results:
         return {
             "schema_version": SCHEMA_VERSION,
             "config": resolved_config(scenario),
-            "budget": budget_document(scenario),
+            "budget": budget_document(scenario.deployment.budget),
             "calibration": scenario.deployment.calibration.document(),
             "results": [
                 {
@@ -171,18 +171,3 @@ def rerun_settings(scenario: Scenario) -> dict[str, Any]:
     """Return `resolved_config` without settings of other engines, which this one would refuse."""
     engine = scenario.deployment.engine.name.partition("@")[0]
     return {name: value for name, value in resolved_config(scenario).items() if engine in ENGINE_FLAGS.get(name, (engine,))}
-
-
-def budget_document(scenario: Scenario) -> dict[str, Any]:
-    """Return the memory ledger in bytes; the eight parts sum to `visible`."""
-    budget = scenario.deployment.budget
-    return {
-        "visible": budget.visible,
-        **{part: getattr(budget, part) for part in PARTS},
-        "num_blocks": budget.num_blocks,
-        "block_size": budget.block_size,
-        "kv_bytes_per_token": budget.kv_bytes_per_token,
-        "gpu_memory_utilization": budget.utilization,
-        "requested": budget.requested,
-        "free_at_start": budget.free_at_start,
-    }

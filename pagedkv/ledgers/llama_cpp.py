@@ -18,6 +18,7 @@ from pagedkv.ledgers._shared import EngineParts, check_kv_cache_dtype, free_in_w
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
 from pagedkv.remedies import narrower_weights
+from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
 
 CELL_PADDING = 256
@@ -155,6 +156,34 @@ class LlamaCppLedger:
         streams = "" if self.unified else f" in {self.num_slots} streams"
         purpose = f"for the {self.num_cells(request)} cells of {context}{streams}, all allocated at the start"
         return room_reason(request, shortage, where=free_in_words(request).partition(" GiB ")[2], purpose=purpose)
+
+    def start_up(self, request: MemoryRequest) -> StartUp:
+        """Return how llama.cpp starts: it maps the file, takes all of its KV cache at once, and in time keeps old prompts.
+
+        Source: llama-server's --cache-ram, 8 GiB by default; --direct-io, ggml-org/llama.cpp PR 18012 and 18166.
+        """
+        del request
+        return StartUp(
+            profiles=False,
+            compiles=False,
+            builds_kernels=False,
+            repacks=False,
+            reads=None,
+            direct_loader="--direct-io",
+            host_cache_bytes=8 * GIB,
+            host_cache_off="--cache-ram 0",
+        )
+
+    def starved_blocks(self, request: MemoryRequest, budget: MemoryBudget, lost_bytes: int) -> int:
+        """Return the cells, which no measurement changes."""
+        del request, lost_bytes
+        return budget.num_blocks
+
+    def cautious(self, request: MemoryRequest, budget: MemoryBudget) -> Iterator["LlamaCppLedger"]:
+        """Yield fewer cells, as long as a slot holds the longest request."""
+        least = padded(request.max_model_len) * (1 if self.unified else self.num_slots)
+        step = max(padded((budget.num_blocks - least) // 50), CELL_PADDING * (1 if self.unified else self.num_slots))
+        yield from (replace(self, ctx_size=cells) for cells in range(budget.num_blocks - step, least - 1, -step))
 
     def remedies(self) -> tuple[Remedy, ...]:
         """Return the changes that may help, the mildest first."""

@@ -26,6 +26,7 @@ from pagedkv.ledgers._shared import (
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
 from pagedkv.remedies import eager, fewer_batched_tokens, fewer_sequences, narrower_kv, narrower_weights, shorter_context
+from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, MIB, gib
 
 _TIERS = ((20, 2048, 8), (35, 4096, 48), (60, 4096, 32), (160, 8192, 256), (math.inf, 16384, 512))
@@ -120,9 +121,7 @@ class SGLangLedger:
         before_loading = free - parts.engine_overhead
         static = math.floor(before_loading * fraction)
         block_bytes = request.block_bytes
-        num_pages = max(static - parts.weights, 0) // block_bytes
-        if self.max_total_tokens is not None:
-            num_pages = min(num_pages, self.max_total_tokens // self.page_size)
+        num_pages = self._num_pages(request, static - parts.weights)
         num_blocks = num_pages + self.null_blocks
         kv_cache = num_blocks * block_bytes
         if num_blocks < request.blocks_for_one_request:
@@ -176,6 +175,25 @@ class SGLangLedger:
         if shortage.kind == "share":
             return room_reason(request, shortage, where=f"are available at {setting}, where {free_in_words(request)}", purpose="")
         return room_reason(request, shortage, where="are free", purpose=f"at {setting}")
+
+    def start_up(self, request: MemoryRequest) -> StartUp:
+        """Return how SGLang starts: MemAvailable after loading sizes the pool; graphs come last. Source: model_runner."""
+        del request
+        return StartUp(profiles=False, compiles=False, builds_kernels=False, repacks=True, reads="MemAvailable")
+
+    def starved_blocks(self, request: MemoryRequest, budget: MemoryBudget, lost_bytes: int) -> int:
+        """Return the blocks that there would be if `lost_bytes` were missing after loading: the pool gets what is left then."""
+        return self._num_pages(request, budget.requested - budget.weights - lost_bytes) + self.null_blocks
+
+    def cautious(self, request: MemoryRequest, budget: MemoryBudget) -> Iterator["SGLangLedger"]:
+        """Yield smaller shares."""
+        del budget
+        now = math.ceil(self.fraction(request) * 100)
+        yield from (replace(self, mem_fraction_static=hundredths / 100) for hundredths in range(now - 1, 0, -1))
+
+    def _num_pages(self, request: MemoryRequest, room: int) -> int:
+        pages = max(room, 0) // request.block_bytes
+        return pages if self.max_total_tokens is None else min(pages, self.max_total_tokens // self.page_size)
 
     def remedies(self) -> tuple[Remedy, ...]:
         """Return the changes that may help, the mildest first."""

@@ -26,6 +26,7 @@ from pagedkv.ledgers._shared import (
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
 from pagedkv.remedies import eager, fewer_batched_tokens, fewer_sequences, narrower_kv, narrower_weights, shorter_context
+from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
 
 
@@ -76,12 +77,11 @@ class TensorRTLLMLedger:
         left = free - (parts.total - parts.cuda_graphs)
         share = max(math.floor(left * self.free_gpu_memory_fraction), 0)
         block_bytes = request.block_bytes
-        most = math.inf if self.max_tokens is None else -(-self.max_tokens // self.tokens_per_block)
-        num_blocks = int(min(share // block_bytes, most))
+        num_blocks = self._num_blocks(request, share)
         kv_cache = num_blocks * block_bytes
         if num_blocks < request.blocks_for_one_request:
             return Shortage(
-                kind="request" if num_blocks == most else "share" if left > 0 else "free",
+                kind="request" if num_blocks == self._most_blocks else "share" if left > 0 else "free",
                 free_at_start=free,
                 available=free - max(left, 0) + share,
                 weights=parts.weights,
@@ -128,6 +128,36 @@ class TensorRTLLMLedger:
         if shortage.kind == "share":
             return room_reason(request, shortage, where=f"are available at {setting}, where {free_in_words(request)}", purpose="")
         return room_reason(request, shortage, where="are free", purpose=f"at {setting}" if shortage.kv_room > 0 else "")
+
+    def start_up(self, request: MemoryRequest) -> StartUp:
+        """Return how TensorRT-LLM starts: what CUDA calls free after a trial step sizes the KV cache. Source: KvCacheCreator."""
+        note = "CUDA's free memory, of which the KV cache gets its share, is MemFree: page cache counts as used."
+        return StartUp(
+            profiles=True,
+            compiles=False,
+            builds_kernels=False,
+            repacks=True,
+            reads="MemFree",
+            notes=(note,) if request.hardware.unified else (),
+        )
+
+    def starved_blocks(self, request: MemoryRequest, budget: MemoryBudget, lost_bytes: int) -> int:
+        """Return the blocks that there would be if `lost_bytes` were missing: the KV cache gets its share of what is left."""
+        left = request.free_at_start - budget.weights - budget.engine_overhead - budget.activations - lost_bytes
+        return self._num_blocks(request, max(math.floor(left * self.free_gpu_memory_fraction), 0))
+
+    def cautious(self, request: MemoryRequest, budget: MemoryBudget) -> Iterator["TensorRTLLMLedger"]:
+        """Yield smaller shares."""
+        del request, budget
+        now = math.ceil(self.free_gpu_memory_fraction * 100)
+        yield from (replace(self, free_gpu_memory_fraction=hundredths / 100) for hundredths in range(now - 1, 0, -1))
+
+    def _num_blocks(self, request: MemoryRequest, share: int) -> int:
+        return int(min(share // request.block_bytes, self._most_blocks))
+
+    @property
+    def _most_blocks(self) -> float:
+        return math.inf if self.max_tokens is None else -(-self.max_tokens // self.tokens_per_block)
 
     def remedies(self) -> tuple[Remedy, ...]:
         """Return the changes that may help, the mildest first."""

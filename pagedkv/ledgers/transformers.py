@@ -12,6 +12,7 @@ Source: transformers 5, cache_utils (DynamicLayer.update, StaticLayer); peaks me
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pagedkv.errors import ConfigError
@@ -22,6 +23,7 @@ from pagedkv.ledgers._shared import EngineParts, free_in_words, room_reason, set
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
 from pagedkv.remedies import fewer_batched_tokens, fewer_sequences, narrower_weights, shorter_context
+from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
 
 
@@ -104,6 +106,21 @@ class TransformersLedger:
     def reason(self, request: MemoryRequest, shortage: Shortage) -> str:
         """Return what is missing, with this machine's numbers."""
         return room_reason(request, shortage, where=free_in_words(request).partition(" GiB ")[2], purpose="")
+
+    def start_up(self, request: MemoryRequest) -> StartUp:
+        """Return how transformers starts: it maps the files and measures nothing."""
+        del request
+        return StartUp(profiles=False, compiles=False, builds_kernels=False, repacks=False, reads=None)
+
+    def starved_blocks(self, request: MemoryRequest, budget: MemoryBudget, lost_bytes: int) -> int:
+        """Return the slots: the cache takes what is free when it grows."""
+        del request, lost_bytes
+        return budget.num_blocks
+
+    def cautious(self, request: MemoryRequest, budget: MemoryBudget) -> Iterator["TransformersLedger"]:
+        """Yield nothing: there is nothing to set."""
+        del request, budget
+        yield from ()
 
     def remedies(self) -> tuple[Remedy, ...]:
         """Return the changes that may help, the mildest first."""

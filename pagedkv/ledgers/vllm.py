@@ -24,6 +24,7 @@ from pagedkv.remedies import (
     narrower_weights,
     shorter_context,
 )
+from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
 
 
@@ -184,6 +185,48 @@ class VLLMLedger:
             return room_reason(request, shortage, where="are free", purpose=f"by {self._kv_setting()}")
         where = f"are available at --gpu-memory-utilization {self.gpu_memory_utilization:g}"
         return room_reason(request, shortage, where=where, purpose="")
+
+    def start_up(self, request: MemoryRequest) -> StartUp:
+        """Return how vLLM starts: its profile run compiles, and MemAvailable after it sizes the KV cache.
+
+        Source: gpu_worker. Its loader past the page cache is InstantTensor, which costs 4.4 GiB of KV cache
+        (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks issue 204).
+        """
+        return StartUp(
+            profiles=True,
+            compiles=not request.enforce_eager,
+            builds_kernels=True,
+            repacks=True,
+            reads=None if self.sized_by_user else "MemAvailable",
+            direct_loader="--load-format instanttensor",
+            direct_buffer_bytes=round(4.4 * GIB),
+            notes=(self._checked_all_the_same(request),) if self.sized_by_user and request.hardware.unified else (),
+        )
+
+    def _checked_all_the_same(self, request: MemoryRequest) -> str:
+        """Source: vLLM 0.28 and later, request_memory (llamastash PR 81)."""
+        asked = math.ceil(request.hardware.visible_bytes * self.gpu_memory_utilization)
+        return (
+            f"vLLM checks --gpu-memory-utilization at its start although {self._kv_setting().split()[0]} sizes the KV cache: say "
+            f"{self.gpu_memory_utilization:g}, which asks for {gib(asked)} free, or less."
+        )
+
+    def starved_blocks(self, request: MemoryRequest, budget: MemoryBudget, lost_bytes: int) -> int:
+        """Return the blocks that there would be if `lost_bytes` were missing after the profile run: vLLM takes them for its own."""
+        if self.sized_by_user:
+            return budget.num_blocks
+        parts = EngineParts.on_torch(request)
+        return self._num_blocks(budget.requested - parts.total + self._graphs_on_top(parts) - lost_bytes, budget.block_bytes)
+
+    def cautious(self, request: MemoryRequest, budget: MemoryBudget) -> Iterator["VLLMLedger"]:
+        """Yield the present KV cache by its size, which no measurement changes; lower utilizations; smaller sizes."""
+        unsized = replace(self, num_gpu_blocks_override=None)
+        if not self.sized_by_user:
+            yield replace(unsized, kv_cache_memory_bytes=budget.kv_cache)
+            now = math.ceil(self.gpu_memory_utilization * 100)
+            yield from (replace(self, gpu_memory_utilization=hundredths / 100) for hundredths in range(now - 1, 0, -1))
+        for share in range(95, 0, -5):
+            yield replace(unsized, kv_cache_memory_bytes=budget.num_blocks * share // 100 * budget.block_bytes)
 
     def remedies(self) -> tuple[Remedy, ...]:
         """Return the changes that may help, the mildest first."""

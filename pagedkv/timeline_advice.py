@@ -1,0 +1,112 @@
+"""Settings under which a start that goes wrong goes well: each is applied to the timeline before it is named."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pagedkv.budget_advice import as_flags
+from pagedkv.errors import ConfigError
+from pagedkv.memory_request import MemoryRequest
+from pagedkv.memory_timeline import MemoryTimeline
+from pagedkv.remedies import eager, fits
+from pagedkv.start_timeline import memory_timeline
+from pagedkv.start_up import StartOptions
+
+_MOST_STEPS = 6
+Change = tuple[MemoryRequest, StartOptions]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartAdvice:
+    """What to change of a start, and what comes of it."""
+
+    settings: tuple[str, ...]
+    """Flags, variables and deeds, all of them together."""
+    timeline: MemoryTimeline
+    """The same start with them."""
+
+    @property
+    def solved(self) -> bool:
+        """Whether nothing goes wrong then; if not, `timeline` has what is left."""
+        return self.timeline.worst.verdict.kind == "ok"
+
+
+def advise_start(timeline: MemoryTimeline) -> StartAdvice | None:
+    """Return what to change so that nothing goes wrong; None if nothing does, or if nothing that is known helps.
+
+    The worst phase comes first: the mildest change that makes it less bad, and no other phase worse, is applied, and so on.
+    """
+    now = timeline
+    for _ in range(_MOST_STEPS):
+        if now.worst.verdict.kind == "ok":
+            break
+        better = next((outcome for outcome in map(_outcome, _changes(now)) if outcome is not None and _helps(now, outcome)), None)
+        if better is None:
+            break
+        now = better
+    if now is timeline:
+        return None
+    return StartAdvice(settings=tuple(_in_words(timeline, now)), timeline=now)
+
+
+def _outcome(change: Change) -> MemoryTimeline | None:
+    request, options = change
+    try:
+        return memory_timeline(request, options)
+    except ConfigError:
+        return None
+
+
+def _helps(now: MemoryTimeline, then: MemoryTimeline) -> bool:
+    """Return whether the worst phase is less bad then, and no other is worse."""
+    if now.budget is None:
+        return then.budget is not None
+    before = {phase.name: phase.verdict.severity for phase in now.phases}
+    after = {phase.name: phase.verdict.severity for phase in then.phases}
+    worst = now.worst.name
+    return after.get(worst, 0) < before[worst] and all(after[name] <= before.get(name, 0) for name in after)
+
+
+def _changes(now: MemoryTimeline) -> Iterator[Change]:
+    request, options, start = now.request, now.options, now.start
+    if now.budget is None:
+        for remedy in request.ledger.remedies():
+            yield from ((change, options) for change in filter(fits, remedy(request)))
+        return
+    if request.hardware.unified:
+        if start.direct_loader and not options.direct_io:
+            yield request, replace(options, direct_io=True)
+        if not options.drops_caches and not options.direct_io:
+            yield request, replace(options, drops_caches=True)
+        for jobs in range(_jobs(now) - 1, 0, -1):
+            yield request, replace(options, compile_jobs=jobs)
+        if options.host_tier_bytes:
+            yield request, replace(options, host_tier_bytes=0)
+        if options.host_cache(start):
+            yield request, replace(options, host_cache_bytes=0)
+    yield from ((replace(request, ledger=ledger), options) for ledger in request.ledger.cautious(request, now.budget))
+    if start.compiles:
+        yield from ((change, options) for change in eager(request))
+
+
+def _jobs(now: MemoryTimeline) -> int:
+    threads = now.request.hardware.cpu_threads
+    if now.options.compile_jobs is not None:
+        return now.options.compile_jobs
+    return 0 if threads is None else int(threads.value)
+
+
+def _in_words(before: MemoryTimeline, after: MemoryTimeline) -> Iterator[str]:
+    """Yield what to say, write or do to get from one start to the other."""
+    old, new = before.options, after.options
+    if new.compile_jobs != old.compile_jobs:
+        yield f"MAX_JOBS={new.compile_jobs}"
+    if flags := as_flags(before.request, after.request):
+        yield flags
+    if new.direct_io and not old.direct_io:
+        yield after.start.direct_loader
+    if new.drops_caches and not old.drops_caches:
+        yield "drop page caches while it loads (echo 3 > /proc/sys/vm/drop_caches)"
+    if new.host_cache(after.start) < old.host_cache(before.start):
+        yield after.start.host_cache_off
+    if new.host_tier_bytes < old.host_tier_bytes:
+        yield "no tier in CPU memory"

@@ -1,0 +1,68 @@
+"""The memory timeline as a picture: a bar for each phase at its worst moment, in Okabe and Ito's colours."""
+
+import plotly.graph_objects as go
+
+from pagedkv.memory_timeline import MemoryTimeline
+from pagedkv.sims.budget_timeline import STACK, headline
+from pagedkv.units import GIB
+
+_COLOURS = {
+    "OS, other programs": "#6e7781",
+    "engine, weights": "#56b4e9",
+    "KV cache": "#0072b2",
+    "comes and goes": "#d55e00",
+    "page cache": "#009e73",
+}
+_HATCHES = {"OS, other programs": "", "engine, weights": "", "KV cache": "", "comes and goes": "/", "page cache": "."}
+_FLOOR_COLOUR = "#a5340b"
+
+
+def memory_over_time(timeline: MemoryTimeline) -> go.Figure:
+    """Return the phases as horizontal bars, first on top; what is left of a bar is free, and a line marks the machine's floor."""
+    hardware = timeline.request.hardware
+    titles = [phase.title for phase in timeline.phases]
+    figure = go.Figure()
+    for name, parts in STACK.items():
+        sizes = [sum(phase.worst.parts[part] for part in parts) / GIB for phase in timeline.phases]
+        if any(sizes):
+            figure.add_bar(
+                y=titles,
+                x=sizes,
+                name=name,
+                orientation="h",
+                marker={
+                    "color": _COLOURS[name],
+                    "line": {"color": "#ffffff", "width": 1},
+                    "pattern": {"shape": _HATCHES[name], "fgcolor": "#ffffff", "size": 5, "solidity": 0.25},
+                },
+                hovertemplate="%{y}: %{x:,.2f} GiB<extra>%{fullData.name}</extra>",
+            )
+    most = max(hardware.visible_bytes, *(hardware.visible_bytes - min(phase.worst.mem_free, 0) for phase in timeline.phases))
+    for phase in timeline.phases:
+        available = f"{phase.worst.mem_available / GIB:,.1f} GiB left" + ("" if phase.verdict.kind == "ok" else " ⚠")
+        figure.add_annotation(
+            x=1, xref="paper", y=phase.title, text=available, xanchor="right", showarrow=False, bgcolor="rgba(255,255,255,0.85)"
+        )
+    if hardware.memory_floor.value:
+        floor = (hardware.visible_bytes - hardware.memory_floor.value) / GIB
+        figure.add_vline(x=floor, line={"color": _FLOOR_COLOUR, "dash": "dash", "width": 2})
+    figure.update_layout(
+        template="plotly_white",
+        barmode="stack",
+        height=130 + 38 * len(titles),
+        margin={"l": 10, "r": 10, "t": 60, "b": 10},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": "#1b1f24"},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "traceorder": "normal"},
+        hovermode="closest",
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title="GiB", range=[0, most / GIB])
+    return figure
+
+
+def caption(timeline: MemoryTimeline) -> str:
+    """Return what the picture shows, and the verdict."""
+    what = "MemAvailable" if timeline.request.hardware.unified else "what is free"
+    floor = timeline.request.hardware.memory_floor.value
+    line = f" The dashed line is the machine's floor of {floor / GIB:g} GiB: beyond it only page cache may reach." if floor else ""
+    return f"Each phase at its worst moment, and {what} then. {headline(timeline)}{line}"
