@@ -28,8 +28,8 @@ TIMELINE_PARTS = (
     "unassigned",
 )
 """Parts of a moment, in the order in which they are stacked. `loading` is what loading holds besides: a layer that is laid out
-anew, a loader's buffer. `host_tier` is what the engine keeps of the KV cache in the processor's memory. The last two are free: page cache
-is given back when somebody needs the room."""
+anew, a loader's buffer. `host_tier` is what the engine keeps of the KV cache in the processor's memory. The last two are free: page
+cache is given back when somebody needs the room."""
 
 VerdictKind = Literal["ok", "crowded", "starved", "dangerous", "out_of_memory", "refused"]
 VERDICTS: tuple[VerdictKind, ...] = get_args(VerdictKind)

@@ -43,6 +43,8 @@ def memory_over_time(timeline: MemoryTimeline) -> go.Figure:
         figure.add_annotation(
             x=1, xref="paper", y=phase.title, text=available, xanchor="right", showarrow=False, bgcolor="rgba(255,255,255,0.85)"
         )
+    if most > hardware.visible_bytes:
+        figure.add_vline(x=hardware.visible_bytes / GIB, line={"color": _FLOOR_COLOUR, "width": 2})
     if hardware.memory_floor.value:
         floor = (hardware.visible_bytes - hardware.memory_floor.value) / GIB
         figure.add_vline(x=floor, line={"color": _FLOOR_COLOUR, "dash": "dash", "width": 2})
@@ -62,7 +64,7 @@ def memory_over_time(timeline: MemoryTimeline) -> go.Figure:
 
 def caption(timeline: MemoryTimeline) -> str:
     """Return what the picture shows, and the verdict."""
-    what = "MemAvailable" if timeline.request.hardware.unified else "what is free"
+    what = "Left is MemAvailable" if timeline.request.hardware.unified else "Left is what is free"
     floor = timeline.request.hardware.memory_floor.value
-    line = f" The dashed line is the machine's floor of {floor / GIB:g} GiB: beyond it only page cache may reach." if floor else ""
-    return f"Each phase at its worst moment, and {what} then. {headline(timeline)}{line}"
+    line = f" The dashed line marks the machine's floor of {floor / GIB:g} GiB: only page cache may reach beyond it." if floor else ""
+    return f"Each phase at its worst moment. {what}. {headline(timeline)}{line}"
