@@ -16,6 +16,8 @@ from pagedkv.sims.routing.prefix_affine import BALANCE_ABS_THRESHOLD, BALANCE_RE
 from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
 from pagedkv.sims.step_constants import EAGER_S_PER_LAYER
 from pagedkv.sims.verdict import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
+from pagedkv.start_up import COMPILE_PEAK_BYTES, KERNEL_BUILD_BYTES, READAHEAD_BYTES
+from pagedkv.units import GIB, KIB
 from pagedkv.weight_format import WEIGHT_FORMATS
 
 Row: TypeAlias = tuple[str, str, str, str]
@@ -52,6 +54,30 @@ def code_rows() -> tuple[Row, ...]:
             f"{EXPERT_PEAK_WIDTH} hidden states of 16 bits per token",
             "estimated",
             "DeepSeek-V4-Flash on a Spark: 5.30 − 1.39 GiB for 6,176 tokens",
+        ),
+        (
+            "torch.compile and Triton with cold caches",
+            f"{COMPILE_PEAK_BYTES / GIB:g} GiB of a unified memory",
+            "measured",
+            "31.6 GiB were missing in a KV cache (eugr/spark-vllm-docker PR 286)",
+        ),
+        (
+            "building kernels for experts and 4-bit arithmetic",
+            f"{KERNEL_BUILD_BYTES / GIB:g} GiB for each thread of the processor",
+            "estimated",
+            "3 to 8 GiB seen (flashinfer issue 3634); 3 makes vLLM issue 46307's 112 GiB in use",
+        ),
+        (
+            "reading a mapped file",
+            f"pieces of {READAHEAD_BYTES // KIB} KiB, each waits for the disk",
+            "spec",
+            "Linux's read_ahead_kb; with it a Spark reads 0.57 GB/s, and gpt-oss-120b took 110 s (llama.cpp PR 18012)",
+        ),
+        (
+            "work of the processor on unified memory",
+            "--cpu-bandwidth / weights read: the share by which all rates of memory fall",
+            "estimated",
+            "one memory controller serves both",
         ),
         (
             "launches without CUDA graphs",

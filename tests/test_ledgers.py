@@ -382,3 +382,9 @@ def test_a_request_can_be_asked_of_every_engine() -> None:
     request = ask("vllm")
     ledgers = (request.ledger, SGLangLedger(), TensorRTLLMLedger(), LlamaCppLedger(ctx_size=4096), TransformersLedger())
     assert len({plan(replace(request, ledger=ledger)).kv_cache for ledger in ledgers}) == 5
+
+
+def test_a_warning_that_nothing_gentler_avoids_ends_there() -> None:
+    least = budget("llama-cpp", ctx_size=256, max_model_len=256, free_memory_bytes=18 * GIB)
+    assert "the machine may freeze" in least.warnings[0]
+    assert "leaves enough" not in least.warnings[0]

@@ -130,7 +130,8 @@ def _warnings(request: MemoryRequest, held: int, gentler: Ledger | None) -> tupl
     if not shortfall_of_floor(request, held):
         return ()
     hardware, remedy = request.hardware, ""
-    if gentler is not None and isinstance(outcome := (change := replace(request, ledger=gentler)).attempt(), MemoryBudget):
+    changed = gentler is not None and gentler != request.ledger  # it may have been as gentle as can be
+    if gentler is not None and changed and isinstance(outcome := (change := replace(request, ledger=gentler)).attempt(), MemoryBudget):
         remedy = "" if outcome.warnings else f"; {as_flags(request, change)} leaves enough"
     return (
         f"engine, operating system and other programs leave {gib(request.free_at_start - held)} of {hardware.title}'s memory; "
