@@ -81,8 +81,9 @@ class HardwareSpec:
     """What one thread reads from the machine's disk, one large block after the other; None: nobody said. A GPU has no disk."""
     disk_read_latency: Figure | None = field(default=None, metadata={"unit": "s"})
     """What one small read from that disk takes when nothing else is under way; None: nobody said."""
-    cpu_threads: Figure | None = field(default=None, metadata={"unit": "threads"})
-    """What compilers count where nobody tells them how many may run; None for a discrete GPU, whose memory they do not use."""
+    nvcc_jobs: Figure | None = field(default=None, metadata={"unit": "processes"})
+    """Processes of nvcc at once where nobody limits them: one for each core; 0 without CUDA. None for a discrete GPU, whose memory
+    they do not use."""
     small_compute_device: bool = False
     """Whether vLLM keeps its small batch defaults in spite of much memory: GB10 (by compute) and A100 (by name)."""
 

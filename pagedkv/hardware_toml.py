@@ -33,7 +33,7 @@ MODEL_MACHINES: Mapping[str, str] = MappingProxyType({"unified": "dgx-spark", "d
 
 _UNITS = {spec.name: spec.metadata["unit"] for spec in fields(HardwareSpec) if spec.metadata}
 _BY_DTYPE = ("spec_flops", "reached_flops")
-_UNIFIED_ONLY = ("os_reserve", "memory_floor", "cpu_threads")
+_UNIFIED_ONLY = ("os_reserve", "memory_floor", "nvcc_jobs")
 _NEVER_ESTIMATED = ("disk_read_bandwidth", "disk_read_latency")
 """Where a table does not give it, it is not known: disks have little to do with the device."""
 _TYPES = {"title": str, "small_compute_device": bool}
@@ -155,7 +155,7 @@ def _number(value: object, unit: str, where: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if unit not in DIMENSIONS:
         if not is_number:
-            needed = "a whole number such as 20" if unit == "threads" else "a share such as 0.9"
+            needed = "a whole number such as 20" if unit == "processes" else "a share such as 0.9"
             raise ConfigError(f"{where} must be {needed}, not {value!r}")
         return float(value)  # type: ignore[arg-type]
     dimension = DIMENSIONS[unit]

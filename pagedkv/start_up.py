@@ -12,8 +12,10 @@ COMPILE_PEAK_BYTES = round(31.6 * GIB)
 """Heap of torch.compile and Triton on the processor's side, with cold caches. Source: eugr/spark-vllm-docker PR 286, where 31.6 GiB
 were counted as the engine's own and missed in the KV cache: 9.5 GiB instead of more than 40."""
 KERNEL_BUILD_BYTES = 3 * GIB
-"""One nvcc that builds a CUTLASS kernel. Source: flashinfer-ai/flashinfer issue 3634 saw 3 to 8 GiB each, one for each thread of
+"""One nvcc that builds a CUTLASS kernel. Source: flashinfer-ai/flashinfer issue 3634 saw 3 to 8 GiB each, one for each core of
 the processor; with 3, 20 of them make about the 112 GiB that vLLM issue 46307 saw in use on a Spark before it froze."""
+KERNEL_BUILD_MOST_BYTES = 8 * GIB
+"""The same where MAX_JOBS lets few run at once: of few, each may be at its peak. Source: as above, and PR 3899, which counts so."""
 READAHEAD_BYTES = 128 * KIB
 """What Linux reads ahead of a file that is mapped, one read after the other. Source: read_ahead_kb, 128 unless somebody sets it."""
 
@@ -69,7 +71,7 @@ class StartOptions:
     warm_compile_caches: bool = False
     """Nothing is compiled: a start before this one has left all of it on disk."""
     compile_jobs: int | None = None
-    """Compilers at once (MAX_JOBS); None: one for each thread of the processor."""
+    """Processes of nvcc at once (MAX_JOBS); None: one for each core."""
     host_cache_bytes: int | None = None
     """What the engine may keep of old prompts in the processor's memory; None: its default."""
     host_tier_bytes: int = 0
@@ -94,11 +96,14 @@ def compiler_bytes(
     start: StartUp, options: StartOptions, *, hardware: HardwareSpec, model: ModelSpec, weight_format: WeightFormat
 ) -> tuple[int, int]:
     """Return what the compilation of the model holds, and what builds of kernels do; one comes after the other."""
-    if options.warm_compile_caches or hardware.cpu_threads is None:
+    if options.warm_compile_caches or hardware.nvcc_jobs is None:  # None: a discrete GPU
         return 0, 0
-    jobs = int(hardware.cpu_threads.value) if options.compile_jobs is None else options.compile_jobs
-    builds = start.builds_kernels and builds_kernels_for(model, weight_format)
-    return COMPILE_PEAK_BYTES if start.compiles else 0, KERNEL_BUILD_BYTES * jobs if builds else 0
+    building = KERNEL_BUILD_BYTES * int(hardware.nvcc_jobs.value)
+    if options.compile_jobs is not None:
+        building = min(building, KERNEL_BUILD_MOST_BYTES * options.compile_jobs)
+    if not start.builds_kernels or not builds_kernels_for(model, weight_format):
+        building = 0
+    return COMPILE_PEAK_BYTES if start.compiles else 0, building
 
 
 def disk_read_s(hardware: HardwareSpec, num_bytes: int, *, read_bytes: int | None = None) -> float | None:

@@ -89,10 +89,10 @@ def _changes(now: MemoryTimeline) -> Iterator[Change]:
 
 
 def _jobs(now: MemoryTimeline) -> int:
-    threads = now.request.hardware.cpu_threads
+    usual = now.request.hardware.nvcc_jobs
     if now.options.compile_jobs is not None:
         return now.options.compile_jobs
-    return 0 if threads is None else int(threads.value)
+    return 0 if usual is None else int(usual.value)
 
 
 def _in_words(before: MemoryTimeline, after: MemoryTimeline) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pagedkv.sims.routing.prefix_affine import BALANCE_ABS_THRESHOLD, BALANCE_RE
 from pagedkv.sims.scenario import DEFAULT_THINK_TIME_S
 from pagedkv.sims.step_constants import EAGER_S_PER_LAYER
 from pagedkv.sims.verdict import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
-from pagedkv.start_up import COMPILE_PEAK_BYTES, KERNEL_BUILD_BYTES, READAHEAD_BYTES
+from pagedkv.start_up import COMPILE_PEAK_BYTES, KERNEL_BUILD_BYTES, KERNEL_BUILD_MOST_BYTES, READAHEAD_BYTES
 from pagedkv.units import GIB, KIB
 from pagedkv.weight_format import WEIGHT_FORMATS
 
@@ -63,9 +63,9 @@ def code_rows() -> tuple[Row, ...]:
         ),
         (
             "building kernels for experts and 4-bit arithmetic",
-            f"{KERNEL_BUILD_BYTES / GIB:g} GiB for each thread of the processor",
+            f"{KERNEL_BUILD_BYTES / GIB:g} GiB for each core, {KERNEL_BUILD_MOST_BYTES / GIB:g} for each of MAX_JOBS",
             "estimated",
-            "3 to 8 GiB seen (flashinfer issue 3634); 3 makes vLLM issue 46307's 112 GiB in use",
+            "3 to 8 GiB seen (flashinfer issue 3634); 3 makes about the 112 GiB in use of vLLM issue 46307",
         ),
         (
             "reading a mapped file",

@@ -15,7 +15,7 @@ from pagedkv.timeline_advice import StartAdvice, advise_start
 from pagedkv.units import MIB, gib, parse_bytes
 
 STACK = {
-    "OS, other programs": ("os_reserve", "other_programs"),
+    "OS, programs": ("os_reserve", "other_programs"),
     "engine, weights": ("engine_overhead", "weights", "activations", "cuda_graphs"),
     "KV cache": ("kv_cache",),
     "comes and goes": ("guests", "host_tier", "loading", "compilers"),
@@ -114,11 +114,11 @@ def headline(timeline: MemoryTimeline) -> str:
         "ok": "Nothing goes wrong.",
         "crowded": "Loading depends on Linux giving page cache back in time.",
         "starved": "The KV cache may come out smaller than planned.",
-        "dangerous": "Dangerous: the host may freeze." if timeline.request.hardware.unified else "Tight.",
+        "dangerous": "The host may freeze.",
         "out_of_memory": "The host freezes." if timeline.request.hardware.unified else "Out of memory.",
         "refused": "The engine refuses to start.",
     }
-    first = "With nothing compiled before: " if worst.worst.parts["compilers"] and worst.verdict.kind != "ok" else ""
+    first = "With nothing compiled before, " if worst.worst.parts["compilers"] and worst.verdict.kind != "ok" else ""
     text = words[worst.verdict.kind]
     return (first + text[0].lower() + text[1:] if first else text) + least
 

@@ -28,9 +28,10 @@ def budget(
         timeline: Show every phase from before the start until the engine serves, the moment of least available memory, what happens
             then, and the settings that avoid it.
         comes_and_goes: Timeline: who comes for a while: a second model or a size, e.g. qwen3-8b or 12GiB, while the engine serves;
-            12GiB@loading from its start until its KV cache has its size. Several are there one after the other.
+            12GiB@loading from its start until its KV cache has its size. Several come one after the other while it serves, and
+            at once while it loads.
         warm_caches: Timeline: nothing is compiled, an earlier start has left all of it on disk.
-        compile_jobs: Timeline: compilers at once, as MAX_JOBS says [default: one for each thread of the processor].
+        compile_jobs: Timeline: compilers at once, as MAX_JOBS says [default: one for each core].
         direct_io: Timeline: weights are read past the page cache (vLLM --load-format instanttensor, llama.cpp --direct-io).
         drop_caches: Timeline: something drops page caches while weights are loaded.
         cache_ram: Timeline: what llama-server may keep of old prompts, 0GiB to turn it off [default: 8GiB].

@@ -12,7 +12,7 @@ from pagedkv.units import GIB
 
 _BAR_WIDTH = 24
 _LOOKS = {
-    "OS, other programs": ("▓", "dim"),
+    "OS, programs": ("▓", "dim"),
     "engine, weights": ("█", "blue"),
     "KV cache": ("■", "cyan"),
     "comes and goes": ("▒", "yellow"),
@@ -29,12 +29,12 @@ def show_timeline(answer: BudgetTimeline, console: Console) -> None:
     console.print(Text(f"Memory over time: {request.model.title} on {request.hardware.title}", "bold"))
     console.print(_table(timeline))
     what = "MemAvailable" if request.hardware.unified else "what is free"
-    console.print(Text(f"Bars show the worst moment of each phase; least and at its end: {what}, GiB", "dim"))
+    console.print(Text(f"Bars: each phase's worst moment. Least, and at its end: {what}, GiB", "dim"))
     legend = Text()
     for name, (mark, style) in _LOOKS.items():
         if any(_size(phase.worst, name) for phase in timeline.phases):
-            legend.append(mark * 2, style).append(f" {name} ")
-    console.print(legend.append(_FREE * 2).append(" free"))
+            legend.append(mark, style).append(f" {name} ")
+    console.print(legend.append(_FREE).append(" free"))
     console.print()
     console.print(Text(headline(timeline), _STYLES[timeline.worst.verdict.kind]))
     for phase in troubles(timeline):

@@ -7,13 +7,13 @@ from pagedkv.sims.budget_timeline import STACK, headline
 from pagedkv.units import GIB
 
 _COLOURS = {
-    "OS, other programs": "#6e7781",
+    "OS, programs": "#6e7781",
     "engine, weights": "#56b4e9",
     "KV cache": "#0072b2",
     "comes and goes": "#d55e00",
     "page cache": "#009e73",
 }
-_HATCHES = {"OS, other programs": "", "engine, weights": "", "KV cache": "", "comes and goes": "/", "page cache": "."}
+_HATCHES = {"OS, programs": "", "engine, weights": "", "KV cache": "", "comes and goes": "/", "page cache": "."}
 _FLOOR_COLOUR = "#a5340b"
 
 
@@ -66,5 +66,7 @@ def caption(timeline: MemoryTimeline) -> str:
     """Return what the picture shows, and the verdict."""
     what = "Left is MemAvailable" if timeline.request.hardware.unified else "Left is what is free"
     floor = timeline.request.hardware.memory_floor.value
-    line = f" The dashed line marks the machine's floor of {floor / GIB:g} GiB: only page cache may reach beyond it." if floor else ""
+    line = (
+        f" The dashed line marks the machine's floor of {floor / GIB:g} GiB: only page cache may reach beyond it." if floor else ""
+    )
     return f"Each phase at its worst moment. {what}. {headline(timeline)}{line}"

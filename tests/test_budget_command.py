@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pagedkv.sims.scenario import resolve
 from pagedkv.sims.timeline_figure import caption, memory_over_time
 from pagedkv.units import GIB
 
+DOCS = Path(__file__).parents[1] / "docs"
 FREEZE = "budget --timeline --model gemma-4-26b-a4b --gpu-memory-utilization 0.7"
 
 
@@ -132,6 +134,12 @@ def test_a_vllm_command_that_offloads_is_told_what_that_is_worth(
     command = "'vllm serve Qwen/Qwen3-4B --cpu-offload-gb 10 --kv-offloading-size=8'"
     text = " ".join(said(capsys, f"from-vllm {command} --hardware {hardware} --gpu-memory-utilization 0.8").split())
     assert ("--cpu-offload-gb 10, --kv-offloading-size 8 frees nothing" in text) is noted
+
+
+def test_the_example_of_the_docs_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, block = (DOCS / "hardware.md").read_text(encoding="utf-8").partition("```console\n$ simulate budget")
+    command, _, shown = block.partition("\n")
+    assert said(capsys, f"budget{command}").rstrip() == shown.partition("```")[0].rstrip()
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------

@@ -47,7 +47,14 @@ def kinds(of: MemoryTimeline) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("utilization", "asked", "starts"),
-    [(0.92, "111.95", False), (0.87, "105.87", False), (0.85, "103.44", False), (0.83, "101.00", True), (0.80, "97.35", True)],
+    [
+        (0.94, "114.39", False),
+        (0.92, "111.95", False),
+        (0.87, "105.87", False),
+        (0.85, "103.44", False),
+        (0.83, "101.00", True),
+        (0.80, "97.35", True),
+    ],
 )
 @pytest.mark.parametrize("free_gib", [101.3, 102.2])
 def test_the_start_gate_with_what_some_machines_have_free(utilization: float, asked: str, free_gib: float, *, starts: bool) -> None:
@@ -64,6 +71,14 @@ def test_the_start_gate_with_what_some_machines_have_free(utilization: float, as
     advice = advise_start(told)
     assert advice is not None
     assert advice.solved
+
+
+def test_a_headless_spark_starts_at_094_and_nothing_is_known_to_start_above() -> None:
+    told = timeline(WARM, gpu_memory_utilization=0.94)
+    assert phase(told, "start").verdict.kind == "ok"
+    assert phase(told, "serving").verdict.kind == "dangerous"
+    with pytest.raises(ConfigError, match=r"0\.94, the highest"):
+        timeline(WARM, gpu_memory_utilization=0.95)
 
 
 @pytest.mark.parametrize(("os_gib", "free_gib"), [(4, 117.69), (7, 114.69)])
@@ -387,7 +402,10 @@ def test_the_compile_peak_needs_cold_caches_and_a_model_that_is_compiled() -> No
     assert compilers() == COMPILE_PEAK_BYTES
     assert compilers(enforce_eager=True) == compilers(WARM) == 0
     assert compilers(model="gpt-oss-20b") == 20 * 3 * GIB, "one nvcc for each core of a Spark"
-    assert compilers(StartOptions(compile_jobs=4), model="gpt-oss-20b") == COMPILE_PEAK_BYTES
+    assert compilers(StartOptions(compile_jobs=5), model="gpt-oss-20b") == 5 * 8 * GIB, "of few, each may be at its peak"
+    assert compilers(StartOptions(compile_jobs=3), model="gpt-oss-20b") == COMPILE_PEAK_BYTES
+    assert compilers(model="gpt-oss-20b", hardware="strix-halo") == COMPILE_PEAK_BYTES, "without CUDA there is no nvcc"
+    assert compilers(model="gpt-oss-20b", hardware="rtx-pro-6000") == 0, "the host's memory"
 
 
 # --- the processor's own work ---------------------------------------------------------------------------------------

@@ -131,7 +131,11 @@ def _warnings(request: MemoryRequest, held: int, gentler: Ledger | None) -> tupl
         return ()
     hardware, remedy = request.hardware, ""
     changed = gentler is not None and gentler != request.ledger  # it may have been as gentle as can be
-    if gentler is not None and changed and isinstance(outcome := (change := replace(request, ledger=gentler)).attempt(), MemoryBudget):
+    if (
+        gentler is not None
+        and changed
+        and isinstance(outcome := (change := replace(request, ledger=gentler)).attempt(), MemoryBudget)
+    ):
         remedy = "" if outcome.warnings else f"; {as_flags(request, change)} leaves enough"
     return (
         f"engine, operating system and other programs leave {gib(request.free_at_start - held)} of {hardware.title}'s memory; "
