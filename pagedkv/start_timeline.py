@@ -78,14 +78,20 @@ def _moment(request: MemoryRequest, held: dict[str, int], *, cached: int = 0) ->
 
 @dataclass(slots=True, kw_only=True)
 class _Life:
-    """An engine's life, told in order. `held` is what stays, `cached` what Linux keeps of the weights' files."""
+    """An engine's life, told in order."""
 
     request: MemoryRequest
+    """What was asked for."""
     budget: MemoryBudget
+    """What it comes to."""
     start: StartUp
+    """What the engine does when it starts."""
     options: StartOptions
+    """How it is started."""
     held: dict[str, int] = field(default_factory=dict)
+    """By part: bytes that stay from now on."""
     cached: int = 0
+    """Bytes that Linux keeps of the weights' files, if there is room."""
 
     def phases(self) -> Iterator[MemoryPhase]:
         """Yield the phases, up to serving and whoever comes then."""
@@ -114,7 +120,7 @@ class _Life:
         self.held["activations"] = budget.activations
         yield self._phase("serving", "serving", passing={"host_tier": self._host_tier + old_prompts} if old_prompts else {})
         for guest in options.guests:
-            if guest.while_ == "serving":
+            if guest.during == "serving":
                 passing = {"guests": guest.num_bytes, "host_tier": self._host_tier + old_prompts}
                 yield self._phase("guest", f"beside {guest.name}", passing=passing)
 
@@ -155,7 +161,7 @@ class _Life:
         """What the KV cache may lose to what passes while the engine reads how much is free."""
         missing: dict[str, int] = {}
         if self.start.reads is not None:
-            missing = {guest.name: guest.num_bytes for guest in self.options.guests if guest.while_ == "loading"}
+            missing = {guest.name: guest.num_bytes for guest in self.options.guests if guest.during == "loading"}
             missing["the loader's buffer"] = self._buffer
             if self.start.profiles:
                 missing["the compiler's heap"] = self._compilers[0]
@@ -172,8 +178,8 @@ class _Life:
         held = {name: getattr(self.budget, name) for name in names} | {"guests": self._guests("loading")}
         return _moment(self.request, held, cached=self.request.weight_bytes).parts["page_cache"]
 
-    def _guests(self, while_: str) -> int:
-        return sum(guest.num_bytes for guest in self.options.guests if guest.while_ == while_)
+    def _guests(self, during: str) -> int:
+        return sum(guest.num_bytes for guest in self.options.guests if guest.during == during)
 
     @property
     def _compilers(self) -> tuple[int, int]:

@@ -30,7 +30,7 @@ class Guest:
     """What a reader calls it."""
     num_bytes: int
     """What it takes."""
-    while_: Coming
+    during: Coming
     """`loading`: from the engine's start until its KV cache has its size. `serving`: at some time after that."""
 
 

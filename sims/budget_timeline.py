@@ -28,15 +28,22 @@ PREFIX_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelineFlags:
-    """What the flags of `simulate budget --timeline` say; sizes as text."""
+    """What the flags of `simulate budget --timeline` say; sizes as text, such as "12GiB"."""
 
     comes_and_goes: tuple[str, ...] = ()
+    """Who comes for a while: a model or a size, with @loading or @serving."""
     warm_caches: bool = False
+    """Nothing is compiled."""
     compile_jobs: int | None = None
+    """Processes of nvcc at once."""
     direct_io: bool = False
+    """Weights are read past the page cache."""
     drop_caches: bool = False
+    """Something drops page caches while weights are loaded."""
     cache_ram: str | None = None
+    """What llama-server may keep of old prompts."""
     kv_offloading_size: str | None = None
+    """A tier of KV blocks in the processor's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,7 @@ class BudgetTimeline:
     """A timeline, with what to do about it."""
 
     timeline: MemoryTimeline
+    """What was asked for."""
     advice: StartAdvice | None
     """What would make it go well; None: it goes well, or nothing that is known helps."""
 
@@ -81,7 +89,7 @@ def _guest(request: MemoryRequest, text: str) -> Guest:
     what, _, when = text.rpartition("@") if text.endswith(("@loading", "@serving")) else (text, "", "serving")
     if known_model(what) or Path(what).exists():
         model = load_model(what)
-        return Guest(name=model.title, num_bytes=least_held_bytes(request, model), while_=when)  # type: ignore[arg-type]
+        return Guest(name=model.title, num_bytes=least_held_bytes(request, model), during=when)  # type: ignore[arg-type]
     try:
         size = parse_bytes(what, name="--comes-and-goes")
     except ConfigError:
@@ -89,7 +97,7 @@ def _guest(request: MemoryRequest, text: str) -> Guest:
             f"--comes-and-goes {text}: {what!r} is neither a model (simulate models) nor a size such as 12GiB; write e.g. "
             "qwen3-8b, 12GiB or 12GiB@loading (from the engine's start until its KV cache has its size; else while it serves)"
         ) from None
-    return Guest(name=gib(size), num_bytes=size, while_=when)  # type: ignore[arg-type]
+    return Guest(name=gib(size), num_bytes=size, during=when)  # type: ignore[arg-type]
 
 
 def troubles(timeline: MemoryTimeline) -> list[MemoryPhase]:

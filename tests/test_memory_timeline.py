@@ -215,7 +215,7 @@ def test_tensorrt_llm_takes_its_share_of_mem_free() -> None:
 
 
 def test_a_model_that_comes_and_goes() -> None:
-    guest = Guest(name="an embedder", num_bytes=14 * GIB, while_="serving")
+    guest = Guest(name="an embedder", num_bytes=14 * GIB, during="serving")
     told = timeline(replace(WARM, guests=(guest,)))
     beside, serving = phase(told, "guest"), phase(told, "serving")
     assert beside.verdict.kind == "dangerous"
@@ -229,7 +229,7 @@ def test_a_model_that_comes_and_goes() -> None:
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_who_comes_while_an_engine_measures_is_missing_in_its_kv_cache(engine: str) -> None:
-    guest = Guest(name="an embedder", num_bytes=14 * GIB, while_="loading")
+    guest = Guest(name="an embedder", num_bytes=14 * GIB, during="loading")
     told = timeline(replace(WARM, guests=(guest,)), engine=engine)
     assert told.budget is not None
     assert told.least_blocks is not None
@@ -268,7 +268,7 @@ def test_llama_server_comes_to_keep_old_prompts_in_the_same_memory() -> None:
         (StartOptions(compile_jobs=0), {}, "--compile-jobs is 0: needs 1 or more"),
         (StartOptions(host_cache_bytes=0), {}, "it is for llama-cpp and ollama"),
         (StartOptions(host_tier_bytes=1 << 40), {}, "--kv-offloading-size 1,024.00 GiB: needs 0 to 121.69 GiB"),
-        (StartOptions(guests=(Guest(name="x", num_bytes=-1, while_="serving"),)), {}, "needs 0 to 121.69 GiB"),
+        (StartOptions(guests=(Guest(name="x", num_bytes=-1, during="serving"),)), {}, "needs 0 to 121.69 GiB"),
         (StartOptions(), {"model": "llama-3.1-405b"}, "What fits:"),
     ],
 )
@@ -289,7 +289,7 @@ SERVING = st.fixed_dictionaries(
     optional={"quantization": st.sampled_from(["fp8", "nvfp4", "q4_k_m"]), "other_programs": st.sampled_from(["8GiB", "30GiB"])},
 )
 SIZES = st.integers(0, 20).map(lambda n: n * GIB)
-GUESTS = st.builds(Guest, name=st.just("x"), num_bytes=SIZES, while_=st.sampled_from(["loading", "serving"]))
+GUESTS = st.builds(Guest, name=st.just("x"), num_bytes=SIZES, during=st.sampled_from(["loading", "serving"]))
 OPTIONS = st.builds(
     StartOptions,
     drops_caches=st.booleans(),
