@@ -161,7 +161,9 @@ class _Life:
         """What the KV cache may lose to what passes while the engine reads how much is free."""
         missing: dict[str, int] = {}
         if self.start.reads is not None:
-            missing = {guest.name: guest.num_bytes for guest in self.options.guests if guest.during == "loading"}
+            for guest in self.options.guests:
+                if guest.during == "loading":
+                    missing[guest.name] = missing.get(guest.name, 0) + guest.num_bytes
             missing["the loader's buffer"] = self._buffer
             if self.start.profiles:
                 missing["the compiler's heap"] = self._compilers[0]

@@ -60,10 +60,16 @@ def _helps(now: MemoryTimeline, then: MemoryTimeline) -> bool:
     """Return whether the worst phase is less bad then, and no other is worse."""
     if now.budget is None:
         return then.budget is not None
-    before = {phase.name: phase.verdict.severity for phase in now.phases}
-    after = {phase.name: phase.verdict.severity for phase in then.phases}
-    worst = now.worst.name
+    before, after, worst = _severities(now), _severities(then), now.worst.name
     return after.get(worst, 0) < before[worst] and all(after[name] <= before.get(name, 0) for name in after)
+
+
+def _severities(timeline: MemoryTimeline) -> dict[str, int]:
+    """Return how bad each phase is, by name; of several guests the worst."""
+    found: dict[str, int] = {}
+    for phase in timeline.phases:
+        found[phase.name] = max(found.get(phase.name, 0), phase.verdict.severity)
+    return found
 
 
 def _changes(now: MemoryTimeline) -> Iterator[Change]:

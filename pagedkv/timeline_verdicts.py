@@ -24,11 +24,12 @@ class Starvation:
 def phase_verdict(request: MemoryRequest, name: str, worst: Moment, *, starvation: Starvation | None = None) -> PhaseVerdict:
     """Return the verdict of the phase `name`: the worst that can be said of it."""
     hardware, available, floor = request.hardware, worst.mem_available, int(request.hardware.memory_floor.value)
+    beside = "" if name == "guest" else _beside(worst)  # it is in the title
     if available < 0:
         then = "the host freezes" if hardware.unified else "out of memory"
-        return PhaseVerdict(kind="out_of_memory", text=f"{gib(-available)} are missing{_beside(worst)}: {then}")
+        return PhaseVerdict(kind="out_of_memory", text=f"{gib(-available)} are missing{beside}: {then}")
     if available < floor:
-        text = f"MemAvailable falls to {gib(available)}{_beside(worst)}, below the floor of {gib(floor)}: the host may freeze"
+        text = f"MemAvailable falls to {gib(available)}{beside}, below the floor of {gib(floor)}: the host may freeze"
         return PhaseVerdict(kind="dangerous", text=text)
     if starvation is not None and starvation.least_blocks < starvation.budget.num_blocks:
         return PhaseVerdict(kind="starved", text=_starved(request, starvation))
@@ -53,6 +54,6 @@ def _starved(request: MemoryRequest, starvation: Starvation) -> str:
     causes = " and ".join(f"{name} ({gib(size)})" for name, size in starvation.missing.items())
     text = (
         f"as little as {gib(least * budget.block_bytes)} of KV cache instead of {gib(budget.num_blocks * budget.block_bytes)}, "
-        f"{least:,} of {budget.num_blocks:,} blocks, if {causes} is still there when its size is fixed"
+        f"{least:,} of {budget.num_blocks:,} blocks, with {causes} still there when its size is fixed"
     )
     return text + (": too few for one request, and the start fails" if least < request.blocks_for_one_request else "")

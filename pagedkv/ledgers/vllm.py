@@ -192,13 +192,15 @@ class VLLMLedger:
         Source: gpu_worker. Its loader past the page cache is InstantTensor, which costs 4.4 GiB of KV cache
         (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks issue 204).
         """
+        nvcc_jobs = request.hardware.nvcc_jobs
+        cuda = nvcc_jobs is None or nvcc_jobs.value > 0
         return StartUp(
             profiles=True,
             compiles=not request.enforce_eager,
             builds_kernels=True,
             repacks=True,
             reads=None if self.sized_by_user else "MemAvailable",
-            direct_loader="--load-format instanttensor",
+            direct_loader="--load-format instanttensor" if cuda else "",
             direct_buffer_bytes=round(4.4 * GIB),
             notes=(self._checked_all_the_same(request),) if self.sized_by_user and request.hardware.unified else (),
         )
