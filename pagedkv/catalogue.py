@@ -149,8 +149,15 @@ def _hardware_file(path: Path) -> HardwareSpec:
         raise ConfigError(f"cannot read the hardware file {str(path)!r}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the hardware file {str(path)!r} is not TOML: {error}") from error
-    if len(table) == 1 and isinstance(inner := next(iter(table.values())), dict) and "memory_kind" in inner:
+    if len(table) == 1 and isinstance(inner := next(iter(table.values())), dict) and inner.keys() & {"memory_kind", "like"}:
         table = inner  # under its [name], as in hardware.toml
+    if "like" in table:
+        like = table["like"]
+        if not isinstance(like, str) or like.endswith(".toml"):
+            raise ConfigError(
+                f"{path.name}.like is {like!r}: it must be the name of a machine of the catalogue, such as 'dgx-spark'"
+            )
+        return hardware_from_table(path.name, table, like=_hardware(like.lower()), unsourced=path.name)
     model_machine = MODEL_MACHINES.get(str(table.get("memory_kind")))
     return hardware_from_table(
         path.name, table, model_machine=_hardware(model_machine) if model_machine else None, unsourced=path.name

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.units import GIB
@@ -86,6 +86,10 @@ class HardwareSpec:
     they do not use."""
     small_compute_device: bool = False
     """Whether vLLM keeps its small batch defaults in spite of much memory: GB10 (by compute) and A100 (by name)."""
+    like: str = ""
+    """The catalogue's machine whose figures and fitted step times stand in for what a file does not give; empty: none."""
+    step_constants: tuple[Mapping[str, Any], ...] = ()
+    """Step times fitted on this very machine, as its file has them; `pagedkv.sims.step_groups` says what is in them."""
 
     def __post_init__(self) -> None:
         if self.memory_kind not in ("unified", "discrete"):

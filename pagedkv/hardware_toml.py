@@ -10,6 +10,9 @@ A number is a table with a value, a tag and a source, or in a user's file just t
 
 Those first four fields are enough. Everything else is estimated: rates as shares of the datasheet's, sizes and times as on a
 machine of the same kind that somebody measured. Each estimate says so in its source.
+
+With `like = "dgx-spark"` no field is needed: what the file does not give is as on that machine, sources and all. A file may carry
+step times that were fitted on the machine, `[[step_constants]]`, as `simulate calibrate` writes them.
 """
 
 from collections.abc import Mapping
@@ -37,10 +40,17 @@ _UNIFIED_ONLY = ("os_reserve", "memory_floor", "nvcc_jobs")
 _NEVER_ESTIMATED = ("disk_read_bandwidth", "disk_read_latency")
 """Where a table does not give it, it is not known: disks have little to do with the device."""
 _TYPES = {"title": str, "small_compute_device": bool}
+_OF_ONE_MACHINE = ("name", "aliases", "like", "step_constants")
+"""Fields that a machine does not take from the one that it is like."""
 
 
 def hardware_from_table(
-    name: str, table: Mapping[str, Any], *, model_machine: HardwareSpec | None = None, unsourced: str | None = None
+    name: str,
+    table: Mapping[str, Any],
+    *,
+    model_machine: HardwareSpec | None = None,
+    like: HardwareSpec | None = None,
+    unsourced: str | None = None,
 ) -> HardwareSpec:
     """Return the machine that a table describes.
 
@@ -48,6 +58,7 @@ def hardware_from_table(
         name: Its name, with which messages begin.
         table: The fields of `HardwareSpec`.
         model_machine: Where the figures come from that the table does not give; None: the table must give all.
+        like: The machine that the table says it is like: whatever it does not give is as on that one, and no field is needed.
         unsourced: The source of numbers that name none, e.g. the name of a user's file; None: every number must name one.
 
     Raises:
@@ -66,6 +77,8 @@ def hardware_from_table(
             given[key] = _figure(value, _UNITS[key], where, unsourced)
         else:
             given[key] = _plain(key, value, where)
+    if like is not None:
+        return _made(name, _with_those_of(like, given, titled="title" in table))
     if given.get("memory_kind") not in MODEL_MACHINES:
         raise ConfigError(
             f"{name}.memory_kind is {given.get('memory_kind')!r}: it must be {' or '.join(map(repr, MODEL_MACHINES))}"
@@ -76,10 +89,21 @@ def hardware_from_table(
             raise ConfigError(f'{name}.{key} is missing: write {dimension.name} such as {key} = "{dimension.example}"')
     if "bf16" not in given.get("spec_flops", {}):
         raise ConfigError(f'{name}.spec_flops.bf16 is missing: write the dense rate such as spec_flops.bf16 = "125 TFLOPS"')
+    return _made(name, _with_estimates(name, given, model_machine))
+
+
+def _made(name: str, complete: Mapping[str, Any]) -> HardwareSpec:
     try:
-        return HardwareSpec(name=name, **_with_estimates(name, given, model_machine))
+        return HardwareSpec(name=name, **complete)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _with_those_of(like: HardwareSpec, given: Mapping[str, Any], *, titled: bool) -> dict[str, Any]:
+    """Return all fields: those given, and the rest as `like` has them; rates type by type."""
+    theirs = {spec.name: getattr(like, spec.name) for spec in fields(HardwareSpec) if spec.name not in _OF_ONE_MACHINE}
+    rates = {key: {**getattr(like, key), **given.get(key, {})} for key in _BY_DTYPE}
+    return theirs | dict(given) | rates | {"like": like.name} | ({} if titled else {"title": like.title})
 
 
 def _with_estimates(name: str, given: Mapping[str, Any], model_machine: HardwareSpec | None) -> dict[str, Any]:
@@ -122,6 +146,12 @@ def _plain(key: str, value: object, where: str) -> object:
     if key == "aliases":
         if not isinstance(value, list) or not all(isinstance(alias, str) for alias in value):
             raise ConfigError(f"{where} must be a list of names, not {value!r}")
+        return tuple(value)
+    if key == "step_constants":
+        if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
+            raise ConfigError(
+                f"{where} must be tables, each headed [[step_constants]] as simulate calibrate writes them, not {value!r}"
+            )
         return tuple(value)
     expected = _TYPES.get(key, str)
     if type(value) is not expected:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.step_constants import StepConstants, catalogue_constants
+from pagedkv.sims.step_groups import OF_WEIGHTS, checked_groups
 from pagedkv.weight_format import WeightFormat
 
 FILE = Path(__file__).with_name("step_constants.toml")
@@ -76,6 +77,9 @@ def calibration_for(
 ) -> Calibration:
     """Return what applies: the group of this very kind, else the nearest, else the machine's own figures, with wider spreads.
 
+    Groups that the machine's file carries count as much as those that are shipped; for models that were measured there, so do the
+    spreads of their own rates.
+
     Args:
         hardware: The machine, derated or not.
         engine: The preset's name, such as vllm@0.19.
@@ -85,22 +89,28 @@ def calibration_for(
         clock: The share of its compute clock at which the machine runs.
         bandwidth: The share of its memory's bandwidth that others leave to the GPU.
         build: Older builds of the engine, by the name that the constants' file has for them; empty: current ones.
+
+    Raises:
+        ConfigError: If the machine's file carries a group that cannot be read.
     """
     state = "state_" if model.kv_spec("auto").state_bytes_per_sequence else ""
     prior = catalogue_constants(hardware, weight_format)
-    for group, other_engine in _groups(hardware.name, engine):
+    for group, other_engine in _groups(hardware, engine):
         weights = group["weights"].get(weight_format.name)
         if weights is None and not group["any_weights"]:
             continue
+        why = list(_doubts(group, weights, engine, weight_format, kv_cache_dtype, other_engine=other_engine))
         its = group["any_weights"] if weights is None else weights
         if weights is None and weight_format.bits_per_weight >= _NOT_QUANTIZED_BITS:
             its = {**its, "linear_flops": prior.linear_flops / clock}
-        why = list(_doubts(group, weights, engine, weight_format, kv_cache_dtype, other_engine=other_engine))
-        wide = group["widened"] if why else 1.0
-        values = {**group["constants"], **{name: its[name] for name in ("weight_read_bytes_per_s", "linear_flops")}}
+        values = {**group["constants"], **{name: its[name] for name in OF_WEIGHTS}}
         values |= {name: values[name] * factor for name, factor in group.get("versions", {}).get(build, {}).items()}
         values |= {name: values[name] * clock for name in ("linear_flops", "attention_flops") if name in values}
         values |= {name: values[name] * bandwidth for name in _OF_MEMORY if name in values}
+        wide = group["widened"] if why else 1.0
+        spreads = {kind: wide * group["spread"][f"{state}{kind}"] for kind in ("decode", "prefill")}
+        if model.name in group.get("models", ()) and not other_engine and weights is not None:
+            spreads |= group.get("own_spread", {})
         return Calibration(
             constants=replace(prior, **values),
             basis=f"{group['engine']} on {group['machine']}: {group['source']}",
@@ -109,8 +119,8 @@ def calibration_for(
             num_figures=group["num_figures"],
             num_models=group["num_models"],
             date=group["date"],
-            decode_spread=wide * group["spread"][f"{state}decode"],
-            prefill_spread=wide * group["spread"][f"{state}prefill"],
+            decode_spread=spreads["decode"],
+            prefill_spread=spreads["prefill"],
         )
     unknown = _table()["catalogue"]
     return Calibration(
@@ -132,13 +142,19 @@ def fitted_groups() -> list[Mapping[str, Any]]:
     return list(_table()["group"])
 
 
-def _groups(machine: str, engine: str) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """Yield the groups of a machine from the nearest on, and whether they are of another engine or version."""
-    of_machine = [group for group in _table()["group"] if group["machine"] == machine]
+def _groups(hardware: HardwareSpec, engine: str) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """Yield the groups of a machine from the nearest on, and whether they are of another engine or version.
+
+    Those that its file carries come before those of the machine that it is like.
+    """
+    own = checked_groups(hardware.step_constants, hardware.name)
+    of_machine = [*own, *(group for group in _table()["group"] if group["machine"] in (hardware.name, hardware.like))]
     name = _SAME_CODE.get(engine, engine)
-    yield from ((group, engine != name) for group in of_machine if group["engine"] == name)
     base = name.partition("@")[0]
-    yield from ((group, True) for group in of_machine if group["engine"] != name and group["engine"].partition("@")[0] == base)
+    yield from ((group, False) for group in of_machine if group["engine"] == engine)
+    yield from ((group, True) for group in of_machine if group["engine"] == name != engine)
+    others = (group for group in of_machine if group["engine"] not in (name, engine))
+    yield from ((group, True) for group in others if group["engine"].partition("@")[0] == base)
 
 
 def _doubts(
@@ -162,6 +178,8 @@ def _doubts(
         yield f"its rows with {weight_format.name} weights are of a single model"
     elif group["too_few"]:
         yield f"its {group['num_figures']} figures are too few for {group['num_constants']} constants"
+    if group.get("doubt"):
+        yield group["doubt"]
     if kv_cache_dtype not in group["kv_cache_dtypes"]:
         yield f"its rows have a KV cache in {' or '.join(group['kv_cache_dtypes'])}, not {kv_cache_dtype}"
 

@@ -16,6 +16,7 @@ from cyclopts.config import Dict
 
 from pagedkv import __version__
 from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.sims.cli_calibrate import calibrate
 from pagedkv.sims.cli_engines import compare_engines
 from pagedkv.sims.cli_generate import generate
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
@@ -32,7 +33,8 @@ app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "budget | prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | generate | serve | fuzz | "
+    "budget | prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | calibrate | generate | serve | "
+    "fuzz | "
     "bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
@@ -165,6 +167,7 @@ def bench_kernels(
         sys.exit(1)
 
 
+tools.command(calibrate)
 tools.command(generate)
 tools.command(serve)
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from pagedkv.catalogue import load_hardware
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.calibration import FILE
 from pagedkv.sims.step_constants import StepConstants, catalogue_constants
+from pagedkv.sims.step_groups import toml_lines
 from pagedkv.sims.validation.benchmark_rows import read_rows
 from pagedkv.sims.validation.fitting import OFFSET_SPREAD, PLANS, Fit, Plan, fit
 from pagedkv.sims.validation.left_out import WIDENED, Spreads, Trial, trials
@@ -77,7 +77,7 @@ def document(
     yield "# `spread`: 9 of 10 figures of models left out lie within × or / e^spread, or e^(spread × widened)."
     yield ""
     yield "[catalogue]"
-    yield from _lines({"machine": hardware.name, **catalogue})
+    yield from toml_lines({"machine": hardware.name, **catalogue})
     for each in fitted:
         yield from _group(each, spreads, hardware, date)
     if log is not None:
@@ -91,7 +91,7 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
     yield ""
     yield "[[group]]"
     any_weights = len(each.fit.formats) > 1 and len(set().union(*models.values())) > 1
-    yield from _lines(
+    yield from toml_lines(
         {
             "machine": hardware.name,
             "engine": engine,
@@ -110,22 +110,22 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
     base = each.fit.constants(prior, "")
     shared = [name for name in CONSTANTS if name not in each.plan.by_format]
     yield "[group.constants]"
-    yield from _lines({name: getattr(base, name) for name in shared})
+    yield from toml_lines({name: getattr(base, name) for name in shared})
     for version in each.fit.versions:
         its = each.fit.constants(prior, "", version)
         yield f'[group.versions."{version}"]'
-        yield from _lines({name: _factor(its, base, name) for name in each.plan.by_version})
+        yield from toml_lines({name: _factor(its, base, name) for name in each.plan.by_version})
     yield "[group.spread]"
-    yield from _lines(_spread_table(spreads, engine))
+    yield from toml_lines(_spread_table(spreads, engine))
     yield "[group.any_weights]"
     if any_weights:
-        yield from _lines({name: getattr(base, name) for name in each.plan.by_format})
+        yield from toml_lines({name: getattr(base, name) for name in each.plan.by_format})
     for fmt in each.fit.formats:
         its = each.fit.constants(prior, fmt)
         errors = {f"{kind}_error": _mean_error(each, kind, fmt) for kind in KINDS}
         yield f'[group.weights."{fmt}"]'
         counted = {"num_models": len(models[fmt]), "num_figures": sum(p.subject.weight_format.name == fmt for p in points)}
-        yield from _lines({name: getattr(its, name) for name in each.plan.by_format} | counted | errors)
+        yield from toml_lines({name: getattr(its, name) for name in each.plan.by_format} | counted | errors)
 
 
 def log_group(folder: Path, spreads: Spreads, date: str) -> Iterator[str]:
@@ -137,7 +137,7 @@ def log_group(folder: Path, spreads: Spreads, date: str) -> Iterator[str]:
     fmt, finished = deployment.weight_format.name, int((log.finish_s <= FIT_S).sum())
     yield ""
     yield "[[group]]"
-    yield from _lines(
+    yield from toml_lines(
         {
             "machine": deployment.hardware.name,
             "engine": engine,
@@ -154,12 +154,12 @@ def log_group(folder: Path, spreads: Spreads, date: str) -> Iterator[str]:
     )
     by_format = [name for name in OFFSET_SPREAD if name in free]
     yield "[group.constants]"
-    yield from _lines({name: getattr(constants, name) for name in CONSTANTS if name not in OFFSET_SPREAD})
+    yield from toml_lines({name: getattr(constants, name) for name in CONSTANTS if name not in OFFSET_SPREAD})
     yield "[group.spread]"
-    yield from _lines(_spread_table(spreads, engine))
+    yield from toml_lines(_spread_table(spreads, engine))
     yield "[group.any_weights]"
     yield f'[group.weights."{fmt}"]'
-    yield from _lines({name: getattr(constants, name) for name in by_format} | {"num_models": 1, "num_figures": finished})
+    yield from toml_lines({name: getattr(constants, name) for name in by_format} | {"num_models": 1, "num_figures": finished})
 
 
 def _spread_table(spreads: Spreads, engine: str) -> dict[str, float]:
@@ -180,22 +180,6 @@ def _mean_error(each: Fitted, kind: str, fmt: str) -> float:
     own = [each.points[i] for i in chosen]
     rates = each.work.where(chosen).rates(each.fit.rows(own))
     return float(np.mean(np.abs(rates / [point.measured_tok_s for point in own] - 1)))
-
-
-def _lines(values: dict[str, Any]) -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, bool):
-            yield f"{name} = {str(value).lower()}"
-        elif isinstance(value, float):
-            yield f"{name} = {float(f'{value:.4g}')!r}"
-        elif isinstance(value, list):
-            yield f"{name} = {_toml_list(value)}"
-        else:
-            yield f"{name} = {value}" if isinstance(value, int) else f'{name} = "{value}"'
-
-
-def _toml_list(values: list[str]) -> str:
-    return "[" + ", ".join(f'"{value}"' for value in values) + "]"
 
 
 def main() -> None:

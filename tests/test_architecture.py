@@ -13,12 +13,13 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.heaps import HEAPS
 from pagedkv.registry import Registry
 from pagedkv.sims.engines import ENGINES
+from pagedkv.sims.measurements import MEASUREMENT_FORMATS
 from pagedkv.sims.routing import ROUTING
 from pagedkv.sims.traces import TRACE_FORMATS
 
 ROOT = Path(__file__).parents[1]
 CLI = "pagedkv.sims.cli"
-COMPOSITION_ROOTS = (CLI, "pagedkv.sims.cli_generate", "pagedkv.sims.cli_serve")
+COMPOSITION_ROOTS = (CLI, "pagedkv.sims.cli_calibrate", "pagedkv.sims.cli_generate", "pagedkv.sims.cli_serve")
 """What may load every part, once it is used."""
 
 # Which parts a part may import; any other library is fine unless the part is the core.
@@ -145,7 +146,9 @@ def test_folders_cannot_be_imported_under_their_bare_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "registry", [ALLOCATORS, HEAPS, ENGINES, ROUTING, TRACE_FORMATS], ids=["allocators", "heaps", "engines", "routing", "traces"]
+    "registry",
+    [ALLOCATORS, HEAPS, ENGINES, ROUTING, TRACE_FORMATS, MEASUREMENT_FORMATS],
+    ids=["allocators", "heaps", "engines", "routing", "traces", "measurements"],
 )
 def test_choices_are_what_the_files_register(registry: Registry[Any]) -> None:
     for name in registry.names():

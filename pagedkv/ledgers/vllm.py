@@ -135,6 +135,12 @@ class VLLMLedger:
             gentler=None if self.sized_by_user else replace(self, gpu_memory_utilization=enough),
         )
 
+    def overhead_behind(self, request: MemoryRequest, kv_cache_bytes: int) -> int:
+        """Return the engine overhead under which utilization leaves `kv_cache_bytes`; negative if all else takes too much."""
+        parts = EngineParts.on_torch(request)
+        others = parts.total - parts.engine_overhead - (0 if self.cuda_graphs_set_aside else parts.cuda_graphs)
+        return math.ceil(request.hardware.visible_bytes * self.gpu_memory_utilization) - others - kv_cache_bytes
+
     def _graphs_on_top(self, parts: EngineParts) -> int:
         """Return the bytes of CUDA graphs that come on top of what utilization gives."""
         return 0 if self.cuda_graphs_set_aside or self.sized_by_user else parts.cuda_graphs

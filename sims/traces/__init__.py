@@ -166,7 +166,7 @@ def read_noted_lengths(path: Path, *, format: str | None = None) -> TraceLengths
 
 def _read_rows(path: Path, format: str | None) -> tuple[str, Rows]:
     """Return the format's name and the rows of `path`, at least one."""
-    text = _read_text(path)
+    text = read_text(path)
     head = Head.of(text)
     if format is None:
         known = {name: TRACE_FORMATS.load(name) for name in TRACE_FORMATS.names()}
@@ -181,7 +181,7 @@ def _read_rows(path: Path, format: str | None) -> tuple[str, Rows]:
     return format, rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return the content of `path`, unpacked and decoded."""
     try:
         content = path.read_bytes()

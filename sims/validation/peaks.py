@@ -6,10 +6,17 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.step_constants import catalogue_constants
 from pagedkv.sims.step_time import coefficients
 from pagedkv.sims.validation.points import Point
+from pagedkv.weight_format import WeightFormat
 
 _WIDER = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16"), "bf16": ("bf16",), "fp32": ("bf16",)}
 _INT8_FACTOR = 2.0
 """Kernels that multiply 8-bit integers reach twice the 16-bit rate: llama.cpp's do."""
+
+
+def highest_flops(hardware: HardwareSpec, fmt: WeightFormat) -> float:
+    """Return the most operations a second that the datasheet lets any kernel reach with weights in `fmt`."""
+    peak = max(hardware.spec_flops[dtype].value for dtype in _WIDER[fmt.compute_dtype] if dtype in hardware.spec_flops)
+    return peak * (_INT8_FACTOR if fmt.compute_dtype == "bf16" and fmt.bits_per_weight <= 9 else 1.0)
 
 
 def impossible(point: Point, hardware: HardwareSpec) -> str | None:
@@ -36,9 +43,7 @@ def impossible(point: Point, hardware: HardwareSpec) -> str | None:
         )
     new = sum(steps.count * int(steps.batch["num_scheduled_tokens"].sum()) for steps in point.steps)
     flops = new * unit.linear_s_per_token * prior.linear_flops / seconds
-    peak = max(hardware.spec_flops[dtype].value for dtype in _WIDER[fmt.compute_dtype] if dtype in hardware.spec_flops)
-    if fmt.compute_dtype == "bf16" and fmt.bits_per_weight <= 9:
-        peak *= _INT8_FACTOR
+    peak = highest_flops(hardware, fmt)
     if flops > peak:
         return (
             f"impossible: {point.measured_tok_s:,.5g} {point.kind} tokens/s would compute {flops / 1e12:,.0f} TFLOPS, more than "

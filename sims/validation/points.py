@@ -103,7 +103,10 @@ def _point(row: BenchmarkRow, kind: Kind, rate: float) -> Point | Exclusion:
     if isinstance(subject, Exclusion):
         return subject
     prompt, depth, assumed = _lengths(row, kind)
-    steps = tuple(_prefill(row, engine, prompt, depth) if kind == "prefill" else _decode(row.batch, depth))
+    if kind == "prefill":
+        steps = tuple(prefill_steps(row.batch, prompt, depth, limit=_chunk_tokens(row, engine)))
+    else:
+        steps = tuple(decode_steps(row.batch, depth))
     return Point(
         row=row,
         kind=kind,
@@ -148,17 +151,20 @@ def _chunk_tokens(row: BenchmarkRow, engine: str) -> int:
     return _USUAL_CHUNK_TOKENS if "bench" in row.engine else _CHUNK_TOKENS.get(engine, _USUAL_CHUNK_TOKENS)
 
 
-def _decode(batch: int, context: int) -> Iterator[Steps]:
+def decode_steps(batch: int, context: int) -> Iterator[Steps]:
+    """Yield the step that makes a token of each of `batch` sequences with `context` tokens in the cache."""
     entries = empty_batch(batch)
     entries["num_scheduled_tokens"], entries["num_slots_needed"], entries["num_known_tokens"] = 1, context, context
     yield Steps(count=1, batch=entries)
 
 
-def _prefill(row: BenchmarkRow, engine: str, prompt: int, depth: int) -> Iterator[Steps]:
-    """Yield the chunks in which `row.batch` prompts are computed: several short prompts share a step, a long one takes several."""
-    limit = _chunk_tokens(row, engine)
-    together = max(1, min(row.batch, limit // prompt))
-    whole, rest = divmod(row.batch, together)
+def prefill_steps(batch: int, prompt: int, depth: int, *, limit: int) -> Iterator[Steps]:
+    """Yield the chunks in which `batch` prompts are computed behind `depth` cached tokens, at most `limit` tokens a step.
+
+    Several short prompts share a step, a long one takes several.
+    """
+    together = max(1, min(batch, limit // prompt))
+    whole, rest = divmod(batch, together)
     for count, sequences in ((whole, together), (1 if rest else 0, rest)):
         for start in range(0, prompt if count else 0, limit):
             chunk = min(limit, prompt - start)

@@ -1,0 +1,1 @@
+"""Calibration: a machine's own file, from measurements made on it."""

@@ -1,0 +1,188 @@
+"""What measured rates say of a machine's step times: the constants that they identify, how well these fit, what stays as it was."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pagedkv.sims.calibrate.figures import Figure
+from pagedkv.sims.calibrate.identified import Identified, identify, left_out_errors, peaks_of, rates
+from pagedkv.sims.calibrate.subject import Subject
+from pagedkv.sims.calibration import Calibration, calibration_for
+from pagedkv.sims.engines import load_engine
+from pagedkv.sims.step_constants import EAGER_S_PER_LAYER, StepConstants
+from pagedkv.sims.step_groups import OF_WEIGHTS, SHARED
+from pagedkv.sims.validation.points import KINDS
+from pagedkv.sims.validation.published import MEAN_BARS
+from pagedkv.sims.validation.work import Work
+
+_LEAST_SPREAD = 0.05
+"""No rate is known better than this, however well the figures fit: a run differs from the next."""
+_FIGURES_FOR_A_SPREAD = 3
+"""A kind of rate needs so many figures for its own spread."""
+_FAR = math.log(2.5)
+"""A constant that moves by more than this factor is told: something else may have run."""
+MORE_FIGURES_THAN_CONSTANTS = 3
+"""Fewer figures than constants and this are too few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SpeedFound:
+    """What rates identify."""
+
+    figures: tuple[Figure, ...]
+    found: Identified
+    prior: Calibration
+    """What applied before, and still does for all that was not identified."""
+    fitted_tok_s: tuple[float, ...]
+    """By figure: the rate with the fitted constants."""
+    before_tok_s: tuple[float, ...]
+    """By figure: the rate before."""
+    group: Mapping[str, Any]
+    """What the hardware file carries."""
+    doubts: str
+    """Why it is not validated; empty: it is."""
+    notes: tuple[str, ...]
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative error of each figure after the fit."""
+        return [ours / figure.point.measured_tok_s - 1 for ours, figure in zip(self.fitted_tok_s, self.figures, strict=True)]
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        found, before = self.found, self.prior.constants
+        return {
+            "fitted": {
+                name: {"value": float(getattr(found.constants, name)), "before": float(getattr(before, name))}
+                for name in found.fitted
+            },
+            "kept": {name: {"value": float(getattr(found.constants, name)), "why": why} for name, why in found.kept.items()},
+            "at_the_peak": list(found.at_the_peak),
+            "kept_from": self.prior.basis,
+            "num_figures": len(self.figures),
+            "num_models": self.group["num_models"],
+            "status": "not validated" if self.doubts else "validated",
+            "why": self.doubts or None,
+            "mean_error": float(np.mean(np.abs(self.errors))),
+            "largest_error": float(np.max(np.abs(self.errors))),
+            "figures": [
+                {
+                    "where": figure.where,
+                    "what": figure.what,
+                    "measured_tok_s": figure.point.measured_tok_s,
+                    "fitted_tok_s": ours,
+                    "before_tok_s": old,
+                    "error": error,
+                }
+                for figure, ours, old, error in zip(self.figures, self.fitted_tok_s, self.before_tok_s, self.errors, strict=True)
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def speed_of(subject: Subject, figures: Sequence[Figure], *, date: str, sources: Sequence[str], name: str) -> SpeedFound:
+    """Return the constants that at least one figure identifies."""
+    request, points = subject.request, [figure.point for figure in figures]
+    prior = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
+    work, measured = Work.of(points), np.array([point.measured_tok_s for point in points])
+    peaks = peaks_of(request.hardware, request.weight_format)
+    eager_s = EAGER_S_PER_LAYER if load_engine(subject.engine).runs_eagerly(subject.serving) else 0.0
+    start = replace(prior.constants, layer_overhead_s=prior.constants.layer_overhead_s + eager_s)
+    found = identify(work, measured, start, peaks)
+    fitted, before = rates(work, found.constants), rates(work, start)
+    kinds, models = np.array([point.kind for point in points]), sorted({point.subject.model.name for point in points})
+    num_constants, num_rows = len(found.fitted), len({figure.where.rpartition(",")[0] or figure.where for figure in figures})
+    spare = len(points) > num_constants
+    off = np.abs(left_out_errors(work, measured, found, peaks)) if spare and num_constants else np.abs(np.log(fitted / measured))
+    own_spread = {
+        kind: max(_LEAST_SPREAD, float(off[kinds == kind].max()))
+        for kind in KINDS
+        if spare and (kinds == kind).sum() >= _FIGURES_FOR_A_SPREAD
+    }
+    doubts = [
+        f"its {kind} figures are off by {error:.0%} on average, more than {MEAN_BARS[kind]:.0%}"
+        for kind in KINDS
+        if (kinds == kind).any() and (error := float(np.mean(np.abs(fitted / measured - 1)[kinds == kind]))) > MEAN_BARS[kind]
+    ]
+    if len(points) < num_constants + MORE_FIGURES_THAN_CONSTANTS:
+        needed = num_constants + MORE_FIGURES_THAN_CONSTANTS
+        doubts.append(f"{_counted(len(points), 'figure')}, needs {needed} for {_counted(num_constants, 'constant')}")
+    constants = replace(found.constants, layer_overhead_s=prior.constants.layer_overhead_s)
+    spreads = _spreads(subject)
+    group = {
+        "machine": name,
+        "engine": subject.engine,
+        "kv_cache_dtypes": [request.kv_cache_dtype],
+        "source": f"{', '.join(sources)}: {_counted(len(points), 'figure')} of {', '.join(models)}",
+        "date": date,
+        "num_rows": num_rows,
+        "num_figures": len(points),
+        "num_models": len(models),
+        "num_constants": num_constants,
+        "doubt": "; ".join(doubts),
+        "models": models,
+        "fitted": list(found.fitted),
+        "at_the_peak": list(found.at_the_peak),
+        "kept": prior.basis,
+        "mean_error": float(np.mean(np.abs(fitted / measured - 1))),
+        "largest_error": float(np.max(np.abs(fitted / measured - 1))),
+        "constants": {each: float(getattr(constants, each)) for each in SHARED},
+        "spread": spreads,
+        "own_spread": own_spread,
+        "any_weights": {},
+        "weights": {
+            request.weight_format.name: {
+                **{each: float(getattr(constants, each)) for each in OF_WEIGHTS},
+                "num_models": len(models),
+                "num_figures": len(points),
+            }
+        },
+    }
+    machine = replace(request.hardware, step_constants=(group,))
+    after = calibration_for(machine, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
+    return SpeedFound(
+        figures=tuple(figures),
+        found=found,
+        prior=prior,
+        fitted_tok_s=tuple(map(float, fitted)),
+        before_tok_s=tuple(map(float, before)),
+        group=group,
+        doubts=after.why,
+        notes=tuple(_notes(found, prior.constants)),
+    )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _spreads(subject: Subject) -> dict[str, float]:
+    """Return how far constants of before are off for models that were not measured, with states and without."""
+    request = subject.request
+    plain = replace(request.model, name="", layer_groups=tuple(g for g in request.model.layer_groups if g.kind != "state"))
+    state = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
+    plain_one = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=plain)
+    return {
+        "decode": plain_one.decode_spread,
+        "prefill": plain_one.prefill_spread,
+        "state_decode": max(state.decode_spread, plain_one.decode_spread),
+        "state_prefill": max(state.prefill_spread, plain_one.prefill_spread),
+    }
+
+
+def _notes(found: Identified, before: StepConstants) -> list[str]:
+    notes = [
+        f"{name} is at the datasheet's limit: the figures ask for more, so that some fixed cost that is kept is too high here"
+        for name in found.at_the_peak
+    ]
+    for name in found.fitted:
+        factor = getattr(found.constants, name) / getattr(before, name)
+        if abs(math.log(factor)) > _FAR and name in OF_WEIGHTS:
+            notes.append(
+                f"{name} came out at {factor:.2g} times what is usual: is --model, --quantization and --hardware what ran, all of "
+                "it on the GPU?"
+            )
+    return notes

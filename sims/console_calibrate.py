@@ -1,0 +1,84 @@
+"""`simulate calibrate` in the terminal: what was found, how well it fits, and what stays as it was."""
+
+from rich.console import Console
+from rich.text import Text
+
+from pagedkv.sims.calibrate.memory import MemoryFound
+from pagedkv.sims.calibrate.speed import SpeedFound
+from pagedkv.sims.calibrate.study import CalibrationStudy
+from pagedkv.sims.console_table import plain_table
+from pagedkv.units import gib
+
+_SCALES = (("_bytes_per_s", 1e9, " GB/s"), ("_flops", 1e12, " TFLOPS"), ("_s", 1e-3, " ms"))
+_ROWS = 40
+"""Figures that are shown one by one."""
+
+
+def show_calibration(study: CalibrationStudy, console: Console) -> None:
+    """Print what came of measurements."""
+    request = study.subject.request
+    title = f"{request.model.title} in {request.weight_format.name} on {request.hardware.title}, {study.subject.engine}"
+    console.print(Text(title, "bold"), "\n")
+    if study.speed is not None:
+        _show_speed(study.speed, console)
+    if study.memory is not None:
+        _show_memory(study.memory, console)
+    if study.speed is None:
+        console.print(Text("A start-up log says nothing of speed: step times stay as they are.\n"), soft_wrap=True)
+    for each in study.left_out[:_ROWS]:
+        console.print(Text(f"Not fitted: {each.where}: {each.reason}", "yellow"), soft_wrap=True)
+    if len(study.left_out) > _ROWS:
+        console.print(Text(f"Not fitted: {len(study.left_out) - _ROWS} more, all in --json", "yellow"))
+    for note in (*(study.speed.notes if study.speed else ()), *study.notes):
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+
+
+def _show_speed(speed: SpeedFound, console: Console) -> None:
+    found, before = speed.found, speed.prior.constants
+    table = plain_table("identified", "now", "before")
+    for name in found.fitted:
+        table.add_row(name, _in_units(name, getattr(found.constants, name)), _in_units(name, getattr(before, name)))
+    for name in found.at_the_peak:
+        table.add_row(f"{name} (the datasheet's limit)", _in_units(name, getattr(found.constants, name)), "")
+    console.print(table)
+    console.print()
+    if found.kept:
+        console.print(Text(f"Not identified, and kept from {speed.prior.basis}:", "bold"), soft_wrap=True)
+        for name, why in found.kept.items():
+            console.print(Text(f"  {name} {_in_units(name, getattr(found.constants, name))}: {why}"), soft_wrap=True)
+        console.print()
+    rows = plain_table("figure", "measured", "before", "now", "off by", left=(0,))
+    for figure, old, new, error in list(zip(speed.figures, speed.before_tok_s, speed.fitted_tok_s, speed.errors, strict=True))[
+        :_ROWS
+    ]:
+        rows.add_row(figure.what, f"{figure.point.measured_tok_s:,.5g}", f"{old:,.5g}", f"{new:,.5g}", f"{error:+.1%}")
+    console.print(rows)
+    console.print()
+    mean, largest = speed.group["mean_error"], speed.group["largest_error"]
+    counted = f"{len(speed.figures)} figure{'s' if len(speed.figures) > 1 else ''}, {len(found.fitted)} fitted"
+    console.print(f"{counted}: mean error {mean:.1%}, largest {largest:.1%}.", markup=False)
+    for kind, spread in speed.group["own_spread"].items():
+        console.print(f"Left out one by one, {kind} figures come out within {spread:.1%}.", markup=False)
+    status = f"Not validated: {speed.doubts}." if speed.doubts else "Validated by several models."
+    console.print(Text(status + "\n", "yellow" if speed.doubts else "green"), soft_wrap=True)
+
+
+def _show_memory(memory: MemoryFound, console: Console) -> None:
+    console.print(Text(f"Memory, from {memory.where}:", "bold"), soft_wrap=True)
+    for name in memory.changed:
+        console.print(f"  {name} {gib(getattr(memory.hardware, name).value)}", markup=False)
+    before = "no start" if memory.blocks_before is None else f"{memory.blocks_before:,}"
+    sure = "" if memory.exact else " or some more or fewer: the log rounds"
+    console.print(
+        f"  {memory.blocks_after:,} KV blocks, as the log has{sure}; {before} before. Beside the KV cache the engine took "
+        f"{gib(memory.non_kv_bytes)}, weights included.\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    for note in memory.notes:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+
+
+def _in_units(name: str, value: float) -> str:
+    scale, unit = next(((s, u) for ending, s, u in _SCALES if name.endswith(ending)), (1.0, ""))
+    return f"{value / scale:,.4g}{unit}"
