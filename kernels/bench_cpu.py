@@ -17,36 +17,16 @@ from typing import Any
 import numba
 import numpy as np
 
-from pagedkv.jit import jit, parallel_jit
 from pagedkv.kernels.block_size_study import DTYPES, BlockSizeStudy
+from pagedkv.kernels.cpu_rates import read_all
 from pagedkv.kernels.dispatch import paged_attention_decode
-from pagedkv.kernels.simd import LANES, fma, load, splat, sums
+from pagedkv.kernels.simd import LANES
 
 POOL_BYTES = 256 * 2**20
 """Keys and values that decode steps take turns in, more than a cache holds."""
 
 
 _FIGURES = tuple(f"{kind}_{threads}" for kind in ("read", "decode", "cached") for threads in ("1", "all"))
-
-
-@jit
-def _total(data: Any, start: Any, stop: Any) -> Any:
-    """Return the sum of `data` from `start` to `stop`, a multiple of four vectors: as fast as one thread can read."""
-    one, a = splat(np.float32(1)), splat(np.float32(0))
-    b, c, d = a, a, a
-    for i in range(start, stop, 4 * LANES):
-        a, b = fma(load(data, i), one, a), fma(load(data, i + LANES), one, b)
-        c, d = fma(load(data, i + 2 * LANES), one, c), fma(load(data, i + 3 * LANES), one, d)
-    w, x, y, z = sums(a, b, c, d)
-    return w + x + y + z
-
-
-@parallel_jit
-def _read(data: Any, threads: Any) -> Any:
-    totals, share = np.zeros(threads, np.float32), data.size // threads // (4 * LANES) * (4 * LANES)
-    for thread in numba.prange(threads):
-        totals[thread] = _total(data, thread * share, (thread + 1) * share)
-    return totals.sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +69,7 @@ class CpuBench:
             for _ in range(self.rounds + 1):
                 for name, threads in (("1", 1), ("all", all_threads)):
                     numba.set_num_threads(threads)
-                    read_s = sum(_seconds(partial(_read, pool, threads)) for pool in pools)
+                    read_s = sum(_seconds(partial(read_all, pool, threads)) for pool in pools)
                     taken[f"read_{name}"].append(pool_bytes / read_s)
                     taken[f"decode_{name}"].append(kv_bytes / _seconds(lambda: paged_attention_decode(**next(turn), backend="cpu")))
                     taken[f"cached_{name}"].append(kv_bytes / _seconds(lambda: paged_attention_decode(**one_block, backend="cpu")))

@@ -1,14 +1,20 @@
 """`simulate calibrate`: a hardware file from measurements. A part of the composition root, for it may measure with the kernels."""
 
+from collections.abc import Callable
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli_output import OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.config import ServingConfig
+
+if TYPE_CHECKING:
+    from pagedkv.kernels.machine_rates import MachineRates, Samples
+    from pagedkv.sims.calibrate.machine import MeasuredDevice
 
 MEASURED = Group("Measured rates, without a file", sort_key=0)
 
@@ -21,6 +27,7 @@ def calibrate(
     context: Annotated[int | None, Parameter(group=MEASURED)] = None,
     prompt: Annotated[int | None, Parameter(group=MEASURED)] = None,
     measure: Annotated[bool, Parameter(group=MEASURED)] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(group=MEASURED)] = "auto",
     serving: Annotated[ServingConfig, Parameter(name="*", group=SERVING)] = ServingConfig(),  # noqa: B008
     output: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     force: Annotated[bool, Parameter(group=OUTPUT)] = False,
@@ -37,10 +44,19 @@ def calibrate(
         context: Tokens in the cache of each sequence, on average, while --tokens-per-s was measured [default: 512].
         prompt: Tokens of each prompt behind --prefill-tokens-per-s [default: 2048].
         measure: Measure this machine's memory bandwidth and arithmetic with pagedkv's own kernels, instead of reading files.
+        device: What --measure is about: cuda, cpu, or auto for both, and a file about the GPU if there is one.
         output: Write the hardware file here; its name must end in .toml.
         force: Replace that file if it exists.
         json: Write the result document to this file; - prints it, and nothing else, to stdout.
     """
+    if measure:
+        if files or tokens_per_s is not None or prefill_tokens_per_s is not None:
+            raise ConfigError(
+                "--measure measures what the machine reaches, files and rates say what an engine makes of it: measure first, "
+                "--output my-machine.toml, then calibrate with --hardware my-machine.toml"
+            )
+        _measure(_output(output, force=force), device, json=json)
+        return
     from pagedkv.sims.calibrate.given import given_rates
     from pagedkv.sims.calibrate.study import calibrate as fit
     from pagedkv.sims.console_calibrate import show_calibration
@@ -61,6 +77,76 @@ def calibrate(
     else:
         print_view(lambda console: show_calibration(study, console))
     _say_where(path)
+
+
+def _measure(path: Path | None, device: str, *, json: str | None) -> None:
+    """Measure this machine, and write or show what came of it."""
+    import sys
+
+    from pagedkv.sims.calibrate.machine import measured_machine
+    from pagedkv.sims.console_calibrate import show_machine
+
+    check_json(json)
+    gpu, notes = _gpu(device)
+    print("Measuring for about a minute; leave the machine alone.", file=sys.stderr)  # noqa: T201
+    devices = [*([_measured(gpu())] if gpu is not None else [])]
+    if device != "cuda":
+        from pagedkv.kernels.cpu_rates import measure_cpu
+
+        devices.append(_measured(measure_cpu()))
+    name = path.name if path else "my-machine.toml"
+    machine = measured_machine(devices, date=date.today().isoformat(), name=name, notes=notes)
+    if path is not None:
+        from pagedkv.sims.export import write_atomically
+
+        write_atomically(path, machine.toml())
+    if json is not None:
+        write_json(machine.document(), json)
+    else:
+        print_view(lambda console: show_machine(machine, console))
+    _say_where(path)
+
+
+def _gpu(device: str) -> "tuple[Callable[[], MachineRates] | None, list[str]]":
+    """Return (what measures the GPU, or None; what to say of it).
+
+    Raises:
+        ConfigError: If a GPU was asked for, and there is none or no torch.
+    """
+    if device == "cpu":
+        return None, []
+    if find_spec("torch") is None:
+        why = "torch is not installed, and measuring a GPU needs it: pip install 'pagedkv[kernels]'"
+    else:
+        from pagedkv.kernels.gpu_rates import has_gpu, measure_gpu
+
+        if has_gpu():
+            return measure_gpu, []
+        why = "torch finds no CUDA device"
+    if device == "cuda":
+        raise ConfigError(f"--device cuda: {why}; --device cpu measures the processor")
+    return None, [f"The processor only: {why}"]
+
+
+def _measured(rates: "MachineRates") -> "MeasuredDevice":
+    """Return what the kernels measured, in the words of the simulator, which knows no kernels."""
+    from pagedkv.sims.calibrate.machine import MeasuredDevice, MeasuredRate
+
+    def rate(what: str, samples: "Samples") -> MeasuredRate:
+        return MeasuredRate(what=what, value=samples.median, low=samples.low, high=samples.high, num_samples=len(samples.values))
+
+    by = f", {rates.threads} threads" if rates.threads else ""
+    return MeasuredDevice(
+        name=rates.device,
+        kind=rates.kind,
+        memory_bytes=rates.memory_bytes,
+        available_bytes=rates.available_bytes,
+        read=rate(f"reading memory{by}", rates.read),
+        copy=rate(f"copying memory, read and written{by}", rates.copy),
+        kv_read=rate(f"keys and values read by paged decode attention{by}", rates.kv_read),
+        product=rate(f"{rates.product_by}{by}", rates.product),
+        others=tuple(rate(f"{name}{by}", samples) for name, samples in rates.others.items()),
+    )
 
 
 def _output(text: str | None, *, force: bool) -> Path | None:

@@ -1,8 +1,11 @@
 """`simulate calibrate` in the terminal: what was found, how well it fits, and what stays as it was."""
 
+from itertools import islice
+
 from rich.console import Console
 from rich.text import Text
 
+from pagedkv.sims.calibrate.machine import MeasuredMachine
 from pagedkv.sims.calibrate.memory import MemoryFound
 from pagedkv.sims.calibrate.speed import SpeedFound
 from pagedkv.sims.calibrate.study import CalibrationStudy
@@ -44,13 +47,14 @@ def _show_speed(speed: SpeedFound, console: Console) -> None:
     console.print()
     if found.kept:
         console.print(Text(f"Not identified, and kept from {speed.prior.basis}:", "bold"), soft_wrap=True)
-        for name, why in found.kept.items():
-            console.print(Text(f"  {name} {_in_units(name, getattr(found.constants, name))}: {why}"), soft_wrap=True)
+        for why in dict.fromkeys(found.kept.values()):
+            names = [name for name, its in found.kept.items() if its == why]
+            values = ", ".join(f"{name} {_in_units(name, getattr(found.constants, name))}" for name in names)
+            console.print(Text(f"  {values}: {why}"), soft_wrap=True)
         console.print()
     rows = plain_table("figure", "measured", "before", "now", "off by", left=(0,))
-    for figure, old, new, error in list(zip(speed.figures, speed.before_tok_s, speed.fitted_tok_s, speed.errors, strict=True))[
-        :_ROWS
-    ]:
+    shown = zip(speed.figures, speed.before_tok_s, speed.fitted_tok_s, speed.errors, strict=True)
+    for figure, old, new, error in islice(shown, _ROWS):
         rows.add_row(figure.what, f"{figure.point.measured_tok_s:,.5g}", f"{old:,.5g}", f"{new:,.5g}", f"{error:+.1%}")
     console.print(rows)
     console.print()
@@ -76,6 +80,24 @@ def _show_memory(memory: MemoryFound, console: Console) -> None:
         soft_wrap=True,
     )
     for note in memory.notes:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+
+
+def show_machine(machine: MeasuredMachine, console: Console) -> None:
+    """Print what a machine was measured to reach."""
+    for device in machine.devices:
+        memory = "" if device.memory_bytes is None else f", {gib(device.memory_bytes)}"
+        console.print(Text(f"{device.name}{memory}", "bold"))
+        for rate in device.rates:
+            moved = rate in (device.read, device.copy, device.kv_read)
+            scale, unit = (1e9, "GB/s") if moved else (1e12, "TFLOPS") if rate.value >= 1e12 else (1e9, "GFLOPS")
+            value, low, high = (f"{each / scale:,.4g}" for each in (rate.value, rate.low, rate.high))
+            line = f"  {value:>6} {unit}  {rate.what} (median of {rate.num_samples}, {low} to {high})"
+            console.print(Text(line), soft_wrap=True)
+        console.print()
+    like = "a machine that the catalogue does not have" if machine.like is None else f"{machine.like.name} with what was measured"
+    console.print(f"The hardware file: {machine.devices[0].name} as {like}.", markup=False, soft_wrap=True)
+    for note in machine.notes:
         console.print(Text(f"Note: {note}"), soft_wrap=True)
 
 

@@ -76,7 +76,7 @@ def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict) or (missing := [key for key in _KEYS if key not in record]):
             lacking = " and no ".join(missing) if isinstance(record, dict) else "object"
             raise ConfigError(f"{where}: no {lacking}; llama-batched-bench writes {', '.join(_KEYS)}")
-        row = {name: record[key] for name, key in zip(_COLUMNS, _KEYS, strict=True)}
-        row |= {"n_ubatch": record.get("n_ubatch"), "shared": record.get("is_pp_shared", 0)}
-        found.append((where, row))
+        values: dict[str, Any] = {name: record[key] for name, key in zip(_COLUMNS, _KEYS, strict=True)}
+        values |= {"n_ubatch": record.get("n_ubatch"), "shared": record.get("is_pp_shared", 0)}
+        found.append((where, values))
     return found

@@ -25,10 +25,10 @@ class VllmMetaJson:
     def read(path: Path, text: str) -> Measurements:
         """Return what the engine had."""
         meta = json_document(path, text)
-        settings, cache, device = (at(meta, key) for key in ("engine_kwargs", "kv_cache", "hardware"))
-        if not isinstance(cache, dict) or not isinstance(settings or {}, dict):
+        settings, cache, device = (at(meta, key) or {} for key in ("engine_kwargs", "kv_cache", "hardware"))
+        if not isinstance(cache, dict) or not isinstance(settings, dict):
             raise ConfigError(f"{path}: engine_kwargs and kv_cache must be objects")
-        stated = {**(settings or {}), **cache}
+        stated = {**settings, **cache}
         visible = at(device, "device_total_memory_bytes")
         return Measurements(
             path=path,

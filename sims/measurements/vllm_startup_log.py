@@ -103,4 +103,4 @@ def _bytes(text: str | None) -> int | None:
 
 def _digit(text: str) -> int:
     """Return the bytes that the last digit of a size in GiB stands for."""
-    return round(GIB / 10 ** len(text.partition(".")[2]))
+    return int(GIB // 10 ** len(text.partition(".")[2]))
