@@ -62,9 +62,11 @@ def subject_of(serving: ServingConfig, files: Sequence[Measurements]) -> Subject
         _check_model(each, serving, notes)
         if each.claims.weights is not None:
             serving = _with(serving, "quantization", each.claims.weights, str(each.path), notes)
-        for name, text in each.start_up.settings if each.start_up is not None else ():
-            serving = _with(serving, name, text, str(each.path), notes)
+        if each.start_up is not None:
+            serving = _with_settings(serving, each, notes)
     request = memory_request(serving)
+    if serving.tensor_parallel_size != 1:
+        request.check()  # which says what is supported
     return Subject(serving=serving, request=request, engine=engine.name, notes=tuple(notes))
 
 
@@ -119,6 +121,22 @@ def _check_model(file: Measurements, serving: ServingConfig, notes: list[str]) -
 
 def _quoted(claims: Claims) -> str:
     return repr(claims.model) if claims.model else "a model"
+
+
+def _with_settings(serving: ServingConfig, file: Measurements, notes: list[str]) -> ServingConfig:
+    """Return `serving` with what a start-up log says of how memory is divided; where it names no share, vLLM took its own default."""
+    assert file.start_up is not None
+    stated: list[str] = []
+    settings = dict(file.start_up.settings)
+    for name, text in settings.items():
+        serving = _with(serving, name, text, str(file.path), stated)
+    if stated:
+        notes.append(f"{file.path} says " + ", ".join(note.partition(" says ")[2] for note in stated))
+    if serving.gpu_memory_utilization is None and serving.engine.startswith("vllm"):
+        usual = vllm_version(serving.engine).gpu_memory_utilization
+        notes.append(f"{file.path} names no gpu_memory_utilization: taken to be vLLM's default, {usual:g}")
+        serving = replace(serving, gpu_memory_utilization=usual)
+    return serving
 
 
 def _with(serving: ServingConfig, name: str, text: str, where: str, notes: list[str]) -> ServingConfig:

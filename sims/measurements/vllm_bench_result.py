@@ -68,9 +68,11 @@ def _rates(where: str, run: Mapping[str, Any], notes: list[str]) -> Iterator[Mea
         raise ConfigError(
             f"{where}: {output:g} output tokens per request; decoding shows from 2 on, such as --random-output-len 128"
         )
-    key = next((each for each in ("median_itl_ms", "median_tpot_ms", "mean_tpot_ms") if run.get(each)), None)
+    # Alone, a request's tokens come step by step; among others, times per output token have their prefills in them.
+    known = ("median_itl_ms", "median_tpot_ms", "mean_tpot_ms") if places == 1 else ("median_itl_ms",)
+    key = next((each for each in known if run.get(each)), None)
     if key is None:
-        raise ConfigError(f"{where}: no median_itl_ms, median_tpot_ms or mean_tpot_ms; vllm bench serve --save-result writes them")
+        raise ConfigError(f"{where}: no {' and no '.join(known)}; vllm bench serve --save-result writes them")
     token_s = positive(run[key], where, key, "milliseconds") / 1e3
     if unlimited:
         batch = places
@@ -78,8 +80,6 @@ def _rates(where: str, run: Mapping[str, Any], notes: list[str]) -> Iterator[Mea
         mean_s = positive(run.get("mean_tpot_ms"), where, "mean_tpot_ms", "milliseconds") / 1e3 * (output - 1)
         batch = min(max(round(completed * mean_s / duration_s), 1), places)
         notes.append(f"{where}: requests came at a rate, so that {batch} is how many decoded at once on average")
-    if key != "median_itl_ms":
-        notes.append(f"{where}: no median_itl_ms; {key} has other requests' prefills in it")
     yield MeasuredRate(
         where=f"{where}, {key}", kind="decode", batch=batch, depth=prompt + round(output / 2), tokens_per_s=batch / token_s
     )

@@ -27,7 +27,7 @@ _MODEL = re.compile(r"""(?:^|[\s{(,])['"]?model(?:_tag)?['"]?\s*[=:]\s*['"]([^'"
 _QUANTIZATION = re.compile(r"""quantization['"]?\s*[=:]\s*['"]?([A-Za-z0-9_-]+)""")
 _BLOCK_SIZE = re.compile(r"Block size is set to ([0-9]+)")
 _SETTINGS: Mapping[str, re.Pattern[str]] = MappingProxyType(
-    {name: re.compile(rf"""{name}['"]?\s*(?:[=:]|\()\s*['"]?([A-Za-z0-9_.]+)""") for name in SETTINGS}
+    {name: re.compile(rf"""{name}['"]?\s*(?:[=:]|\()\s*['"]?([A-Za-z0-9_]+(?:\.[0-9]+)?)""") for name in SETTINGS}
 )
 _MARKS = (_KV_SIZE, _KV_TOKENS, _BLOCKS)
 
