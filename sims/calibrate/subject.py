@@ -124,7 +124,7 @@ def _quoted(claims: Claims) -> str:
 
 
 def _with_settings(serving: ServingConfig, file: Measurements, notes: list[str]) -> ServingConfig:
-    """Return `serving` with what a start-up log says of how memory is divided; where it names no share, vLLM took its own default."""
+    """Return `serving` with what a start-up log says of how memory is divided; a share that it does not name is vLLM's own."""
     assert file.start_up is not None
     stated: list[str] = []
     settings = dict(file.start_up.settings)

@@ -21,7 +21,7 @@ def weights_of(model_type: str) -> str | None:
     """Return the weight format that a model type such as "llama 8B Q4_K - Medium" names; None if it has none that is known."""
     words = model_type.lower()
     for ending, name in _TYPES.items():
-        if words.endswith(ending):
+        if f" {words}".endswith(f" {ending}"):
             return name
     last = words.rpartition(" ")[2]
     return last if last in WEIGHT_FORMATS else None
