@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -13,7 +13,6 @@ from pagedkv.sims.cli_output import OUTPUT, SERVING, check_json, output_path, pr
 from pagedkv.sims.config import ServingConfig
 
 if TYPE_CHECKING:
-    from pagedkv.kernels.machine_rates import MachineRates, Samples
     from pagedkv.sims.calibrate.machine import MeasuredDevice
 
 MEASURED = Group("Measured rates, without a file", sort_key=0)
@@ -107,8 +106,8 @@ def _measure(path: Path | None, device: str, *, json: str | None) -> None:
     _say_where(path)
 
 
-def _gpu(device: str) -> "tuple[Callable[[], MachineRates] | None, list[str]]":
-    """Return (what measures the GPU, or None; what to say of it).
+def _gpu(device: str) -> tuple[Callable[[], Any] | None, list[str]]:
+    """Return (what measures the GPU and returns `MachineRates`, or None; what to say of it).
 
     Raises:
         ConfigError: If a GPU was asked for, and there is none or no torch.
@@ -128,11 +127,11 @@ def _gpu(device: str) -> "tuple[Callable[[], MachineRates] | None, list[str]]":
     return None, [f"The processor only: {why}"]
 
 
-def _measured(rates: "MachineRates") -> "MeasuredDevice":
-    """Return what the kernels measured, in the words of the simulator, which knows no kernels."""
+def _measured(rates: Any) -> "MeasuredDevice":
+    """Return what the kernels measured, `MachineRates`, in the words of the simulator, which knows no kernels."""
     from pagedkv.sims.calibrate.machine import MeasuredDevice, MeasuredRate
 
-    def rate(what: str, samples: "Samples") -> MeasuredRate:
+    def rate(what: str, samples: Any) -> MeasuredRate:
         return MeasuredRate(what=what, value=samples.median, low=samples.low, high=samples.high, num_samples=len(samples.values))
 
     by = f", {rates.threads} threads" if rates.threads else ""
