@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ def test_one_decode_rate_says_how_fast_weights_are_read_and_nothing_else() -> No
     assert fitted(found) == ("weight_read_bytes_per_s",)
     assert found.speed is not None
     assert "hardly depend" in found.speed.found.kept["linear_flops"]
-    assert "weight_read_bytes_per_s changes as well" in found.speed.found.kept["step_overhead_s"]
+    assert "weight_read_bytes_per_s can change too" in found.speed.found.kept["step_overhead_s"]
     assert found.speed.errors == [pytest.approx(0, abs=1e-3)]
     before = calibration_for(SPARK, "vllm", load_weight_format("fp8"), "auto", model=load_model("llama-3.1-8b")).constants
     assert replace(found.speed.found.constants, weight_read_bytes_per_s=before.weight_read_bytes_per_s) == before
@@ -258,6 +257,32 @@ def test_a_rate_above_the_peak_is_flagged_and_not_fitted() -> None:
 def test_what_cannot_be_calibrated_is_refused(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         study(decode(22.0), serving=replace(SERVING, **change))
+
+
+BENCH = """\
+| model                  |       size |     params | backend | ngl |   test |            t/s |
+| ---------------------- | ---------: | ---------: | ------- | --: | -----: | -------------: |
+| qwen2 7B Q8_0          |   7.54 GiB |     7.62 B | CUDA    |  99 |   tg32 |   29.43 ± 0.02 |
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"engine": "vllm"}, "is of llama-cpp, and --engine is vllm: give --engine llama-cpp"),
+        ({"model": "llama-3.1-8b"}, "is of 'qwen2 7B Q8_0', 7.62 billion parameters, and --model llama-3.1-8b has 8.03"),
+        ({"quantization": "q4_0"}, "--quantization is q4_0, and .* says q8_0"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, change: dict[str, str], complaint: str) -> None:
+    path = tmp_path / "bench.txt"
+    path.write_text(BENCH)
+    right = ServingConfig(engine="llama-cpp", model="qwen2.5-7b")
+    found = study(serving=right, files=(path,))
+    assert found.subject.request.weight_format.name == "q8_0"  # as the file says
+    assert fitted(found) == ("weight_read_bytes_per_s",)
+    with pytest.raises(ConfigError, match=complaint):
+        study(serving=replace(right, **change), files=(path,))
 
 
 def test_rates_that_contradict_each_other_are_named() -> None:
@@ -452,9 +477,6 @@ def test_rows_of_several_models_validate_and_say_what_is_left_out(shared_data: P
     reasons = " ".join(each.reason for each in found.left_out)
     for words in ("with q4_0 weights, not q8_0", "of vllm, not of llama-cpp", "of older builds", "verified=no"):
         assert words in reasons
-
-
-Write = Callable[[str, str], Path]
 
 
 def test_two_files_are_fitted_together(batched: Path, qwen: ServingConfig, tmp_path: Path) -> None:

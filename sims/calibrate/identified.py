@@ -164,7 +164,7 @@ def _chosen(work: Work, now: StepConstants, held: Sequence[str], before: Sequenc
     for name in movable:
         if name not in chosen:
             alone = float(np.linalg.norm(effect[name]))
-            more = f"what it changes, {' or '.join(chosen)} {'changes' if len(chosen) == 1 else 'change'} as well"
+            more = f"what it changes, {', '.join(chosen)} can change too"
             kept[name] = "these figures hardly depend on it" if alone < _NEEDED * SCATTER else more
     return chosen, kept
 

@@ -14,7 +14,7 @@ from pagedkv.sims.engines import load_engine
 from pagedkv.sims.measurements import Claims, Measurements
 from pagedkv.sims.vllm_versions import VLLMVersion, vllm_version
 
-PARAMS_SPREAD = 0.10
+PARAMS_SPREAD = 0.03
 """How far a file's number of parameters may be from the model's: tables of norms and tied heads are counted or not."""
 _GRAPHS_SET_ASIDE_SINCE = (0, 21)
 """The version of vLLM from which on memory is divided as in the current one. Source: `VLLMVersion.cuda_graphs_set_aside`."""

@@ -30,6 +30,8 @@ class VllmMetaJson:
             raise ConfigError(f"{path}: engine_kwargs and kv_cache must be objects")
         stated = {**settings, **cache}
         visible = at(device, "device_total_memory_bytes")
+        replayed = (path.parent / "requests.jsonl").is_file()
+        notes = (f"requests of {path.parent} are not fitted here: simulate validate --data replays them",) if replayed else ()
         return Measurements(
             path=path,
             format="vllm-meta-json",
@@ -46,4 +48,5 @@ class VllmMetaJson:
                 visible_bytes=int(visible) if isinstance(visible, int) and visible > 0 else None,
                 settings=settings_of(stated),
             ),
+            notes=notes,
         )
