@@ -131,7 +131,7 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
 def log_group(folder: Path, spreads: Spreads, date: str) -> Iterator[str]:
     """Yield the group of a real run: the constants of its first minute."""
     log = read_log(folder)
-    scenario = scenario_of(log, machine_of(log))
+    scenario = scenario_of(log, machine_of(log).name)
     deployment, constants = scenario.deployment, fit_to_beginning(log, scenario)
     engine, free = deployment.engine.name, [name for names in FREE for name in names]
     fmt, finished = deployment.weight_format.name, int((log.finish_s <= FIT_S).sum())

@@ -149,6 +149,7 @@ def test_what_was_loaded_is_compared_with_the_weights(tmp_path: Path) -> None:
         ({"hardware": "h100"}, {}, "less than the 15.2. GiB that vllm's weights"),
         ({"gpu_memory_utilization": 0.7}, {}, "is it --model qwen2.5-7b with bf16 weights"),
         ({"num_gpu_blocks_override": 500}, {}, "sized by hand"),
+        ({"other_programs": "30GiB"}, {}, "asks for 97.35 GiB, but only .*it did start, so give --free-memory"),
     ],
 )
 def test_a_log_of_something_else_is_refused(

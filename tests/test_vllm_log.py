@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagedkv.catalogue import load_hardware
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
 from pagedkv.sims.validation.log_replay import machine_of, replay, scenario_of
@@ -55,7 +54,7 @@ def test_a_log_is_read_with_what_its_prompts_share(written: Callable[..., Path])
     first, second = (log.trace.content.of(i).tolist() for i in range(2))
     assert first[:2] == second[:2] == [0, 1]
     assert first[2] != second[2]  # what is no full block is a prompt's own
-    scenario = scenario_of(log, machine_of(log))
+    scenario = scenario_of(log, machine_of(log).name)
     run = replay(scenario).run
     assert run.log.num_cached_tokens.tolist() == [0, 32]
     assert run.log.num_output_tokens.tolist() == [5, 5]
@@ -89,13 +88,13 @@ def test_a_log_that_lacks_something_is_refused_with_what_it_needs(
 def test_a_log_of_another_version_device_or_model_is_refused_with_those_that_are_known(written: Callable[..., Path]) -> None:
     log = read_log(written(meta={"vllm_version": "0.7.3"}))
     with pytest.raises(ConfigError, match=r"vLLM 0.7.3, whose rules are not modelled; the versions are 0.19, 0.33"):
-        scenario_of(log, load_hardware("rtx-4090"))
+        scenario_of(log, "rtx-4090")
     log = read_log(written(meta={"hardware": {"device_name": "Abacus"}}))
     with pytest.raises(ConfigError, match="unknown device 'Abacus'; name its machine with --hardware"):
         machine_of(log)
     log = read_log(written(meta={"model": "nobody/knows"}))
     with pytest.raises(ConfigError, match="unknown model 'nobody/knows'"):
-        scenario_of(log, load_hardware("rtx-4090"))
+        scenario_of(log, "rtx-4090")
 
 
 def test_a_broken_json_is_refused(written: Callable[..., Path]) -> None:
@@ -136,9 +135,21 @@ def test_a_folder_with_a_log_is_scored_by_the_command(shared_data: Path, capsys:
     assert document["holds"]
 
 
+def test_a_log_is_replayed_on_a_file_s_machine_from_any_folder(
+    written: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = tmp_path / "machines" / "mine.toml"
+    machine.parent.mkdir()
+    machine.write_text('like = "rtx-4090"')
+    log = read_log(written())
+    monkeypatch.chdir(machine.parent.parent)
+    assert scenario_of(log, "machines/mine.toml").deployment.hardware.like == "rtx-4090"
+    assert scenario_of(log, str(machine)).deployment.hardware.like == "rtx-4090"
+
+
 def test_seconds_of_a_replay_are_means_of_each_second(written: Callable[..., Path]) -> None:
     log = read_log(written())
-    running, used = replay(scenario_of(log, machine_of(log))).seconds(4)
+    running, used = replay(scenario_of(log, machine_of(log).name)).seconds(4)
     assert running.shape == used.shape == (4,)
     assert 0 < running[0] <= 2
     assert np.all((used >= 0) & (used <= 100))

@@ -85,7 +85,8 @@ def memory_of(subject: Subject, log: StartUp, *, date: str) -> MemoryFound:
     found = replace(hardware, engine_overhead=Figure(float(overhead), "measured", source))
     before, after = subject.request.attempt(), replace(request, hardware=found).attempt()
     if not isinstance(after, MemoryBudget):
-        raise ConfigError(f"{log.where}: {after.kind}: {ledger.reason(replace(request, hardware=found), after)}")
+        hint = "; it did start, so give --free-memory or --os-reserve as they were" if after.kind == "gate" else ""
+        raise ConfigError(f"{log.where}: {ledger.reason(replace(request, hardware=found), after)}{hint}")
     changed = ["engine_overhead", *(["cuda_graphs"] if graphs_found else [])]
     changed += ["visible"] if found.visible != subject.request.hardware.visible else []
     return MemoryFound(

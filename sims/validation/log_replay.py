@@ -45,8 +45,8 @@ class Replay:
         return np.interp(at, start, gauges[:, RUNNING], right=0.0), 100 * np.interp(at, start, used, right=0.0)
 
 
-def scenario_of(log: VLLMLog, hardware: HardwareSpec) -> Scenario:
-    """Return the scenario that a log's meta.json describes, with its requests.
+def scenario_of(log: VLLMLog, hardware: str) -> Scenario:
+    """Return the scenario that a log's meta.json describes, with its requests, on the machine that `--hardware` would name so.
 
     Raises:
         ConfigError: If its model or version is not known, with what is.
@@ -59,7 +59,7 @@ def scenario_of(log: VLLMLog, hardware: HardwareSpec) -> Scenario:
     load_model(log.model)
     settings = log.settings
     serving = ServingConfig(
-        hardware=hardware.name,
+        hardware=hardware,
         model=log.model,
         engine=f"vllm@{version}",
         max_num_seqs=settings.get("max_num_seqs"),

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.arrays import Float64Array
-from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.validation.checks import Check, Section, Table, at_most, within
 from pagedkv.sims.validation.log_replay import FIT_S, FREE, Replay, fit_to_beginning, machine_of, replay, scenario_of
 from pagedkv.sims.validation.plots import seconds_picture
@@ -20,14 +19,14 @@ KV_POINTS_BAR = 5.0
 RUNNING_BAR = 4.0
 
 
-def section(folder: Path, hardware: HardwareSpec | None = None) -> Section:
+def section(folder: Path, hardware: str | None = None) -> Section:
     """Return how the simulator does on a log.
 
     Raises:
         ConfigError: If the log cannot be read, or is of a machine, model or version that is not known.
     """
     log = read_log(folder)
-    scenario = scenario_of(log, machine_of(log) if hardware is None else hardware)
+    scenario = scenario_of(log, machine_of(log).name if hardware is None else hardware)
     constants = fit_to_beginning(log, scenario)
     ours = replay(scenario, constants)
     rest = log.finish_s > FIT_S

@@ -80,7 +80,7 @@ def validate(
     if data is not None and data.is_file():
         return Validation(sections=(section_of_rows(compare_rows(data, rows_machine)),))
     if data is not None and is_log(data):
-        return Validation(sections=(section_of_log(data, machine),))
+        return Validation(sections=(section_of_log(data, hardware),))
     folder = DATA if data is None else data
     if data is not None and not any((folder / needed).exists() for _, needed in _TITLES.values() if needed):
         raise ConfigError(
