@@ -75,7 +75,7 @@ def calibrate(
         write_json(study.document(), json)
     else:
         print_view(lambda console: show_calibration(study, console))
-    _say_where(path)
+    _say_where(path, study.subject.serving)
 
 
 def _measure(path: Path | None, device: str, *, json: str | None) -> None:
@@ -103,7 +103,7 @@ def _measure(path: Path | None, device: str, *, json: str | None) -> None:
         write_json(machine.document(), json)
     else:
         print_view(lambda console: show_machine(machine, console))
-    _say_where(path)
+    _say_where(path, ServingConfig())
 
 
 def _gpu(device: str) -> tuple[Callable[[], Any] | None, list[str]]:
@@ -167,10 +167,16 @@ def _output(text: str | None, *, force: bool) -> Path | None:
     return path
 
 
-def _say_where(path: Path | None) -> None:
+def _say_where(path: Path | None, serving: ServingConfig) -> None:
+    """Tell where the file is, and how to simulate what was measured."""
     import sys
+    from dataclasses import replace
+
+    from pagedkv.sims.command import command_line
+    from pagedkv.sims.config import LoadConfig, SimulationConfig
 
     if path is None:
         print("Nothing is written: give --output my-machine.toml to keep it.", file=sys.stderr)  # noqa: T201
-    else:
-        print(f"Written: {path}; use it with --hardware {path}", file=sys.stderr)  # noqa: T201
+        return
+    config = SimulationConfig(load=LoadConfig(users=20), serving=replace(serving, hardware=str(path)))
+    print(f"Written: {path}. Use it: {command_line(config)}", file=sys.stderr)  # noqa: T201

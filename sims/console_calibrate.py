@@ -27,7 +27,7 @@ def show_calibration(study: CalibrationStudy, console: Console) -> None:
     if study.memory is not None:
         _show_memory(study.memory, console)
     if study.speed is None:
-        console.print(Text("A start-up log says nothing of speed: step times stay as they are.\n"), soft_wrap=True)
+        console.print(Text("No rate was fitted: step times stay as they are.\n"), soft_wrap=True)
     for each in study.left_out[:_ROWS]:
         console.print(Text(f"Not fitted: {each.where}: {each.reason}", "yellow"), soft_wrap=True)
     if len(study.left_out) > _ROWS:

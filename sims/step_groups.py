@@ -20,7 +20,7 @@ SHARED = tuple(spec.name for spec in fields(StepConstants) if spec.name not in O
 """Constants that all weight types share."""
 SPREADS = ("decode", "prefill", "state_decode", "state_prefill")
 _WORDS = ("engine", "machine", "source", "date")
-_COUNTS = ("num_rows", "num_figures", "num_models", "num_constants")
+_COUNTS = ("num_figures", "num_models", "num_constants")
 
 
 def toml_lines(values: Mapping[str, Any]) -> Iterator[str]:

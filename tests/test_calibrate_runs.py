@@ -23,7 +23,6 @@ engine = "vllm"
 kv_cache_dtypes = ["auto"]
 source = "made up"
 date = "2026-01-01"
-num_rows = 9
 num_figures = 9
 num_models = 2
 num_constants = 2

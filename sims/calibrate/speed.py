@@ -1,12 +1,14 @@
 """What measured rates say of a machine's step times: the constants that they identify, how well these fit, what stays as it was."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from pagedkv.arrays import Float64Array
 from pagedkv.sims.calibrate.figures import Figure
 from pagedkv.sims.calibrate.identified import Identified, identify, left_out_errors, peaks_of, rates
 from pagedkv.sims.calibrate.subject import Subject
@@ -14,7 +16,7 @@ from pagedkv.sims.calibration import Calibration, calibration_for
 from pagedkv.sims.engines import load_engine
 from pagedkv.sims.step_constants import EAGER_S_PER_LAYER, StepConstants
 from pagedkv.sims.step_groups import OF_WEIGHTS, SHARED
-from pagedkv.sims.validation.points import KINDS
+from pagedkv.sims.validation.points import KINDS, Point
 from pagedkv.sims.validation.published import MEAN_BARS
 from pagedkv.sims.validation.work import Work
 
@@ -84,7 +86,15 @@ class SpeedFound:
 
 
 def speed_of(subject: Subject, figures: Sequence[Figure], *, date: str, sources: Sequence[str], name: str) -> SpeedFound:
-    """Return the constants that at least one figure identifies."""
+    """Return the constants that at least one figure identifies.
+
+    Args:
+        subject: What ran.
+        figures: Its rates.
+        date: Written beside them.
+        sources: Where they come from, in words.
+        name: What the new hardware file will be called.
+    """
     request, points = subject.request, [figure.point for figure in figures]
     prior = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
     work, measured = Work.of(points), np.array([point.measured_tok_s for point in points])
@@ -93,53 +103,26 @@ def speed_of(subject: Subject, figures: Sequence[Figure], *, date: str, sources:
     start = replace(prior.constants, layer_overhead_s=prior.constants.layer_overhead_s + eager_s)
     found = identify(work, measured, start, peaks)
     fitted, before = rates(work, found.constants), rates(work, start)
-    kinds, models = np.array([point.kind for point in points]), sorted({point.subject.model.name for point in points})
-    num_constants, num_rows = len(found.fitted), len({figure.where.rpartition(",")[0] or figure.where for figure in figures})
-    spare = len(points) > num_constants
-    off = np.abs(left_out_errors(work, measured, found, peaks)) if spare and num_constants else np.abs(np.log(fitted / measured))
-    own_spread = {
-        kind: max(_LEAST_SPREAD, float(off[kinds == kind].max()))
-        for kind in KINDS
-        if spare and (kinds == kind).sum() >= _FIGURES_FOR_A_SPREAD
-    }
-    doubts = [
-        f"its {kind} figures are off by {error:.0%} on average, more than {MEAN_BARS[kind]:.0%}"
-        for kind in KINDS
-        if (kinds == kind).any() and (error := float(np.mean(np.abs(fitted / measured - 1)[kinds == kind]))) > MEAN_BARS[kind]
-    ]
-    if len(points) < num_constants + MORE_FIGURES_THAN_CONSTANTS:
-        needed = num_constants + MORE_FIGURES_THAN_CONSTANTS
-        doubts.append(f"{_counted(len(points), 'figure')}, needs {needed} for {_counted(num_constants, 'constant')}")
-    constants = replace(found.constants, layer_overhead_s=prior.constants.layer_overhead_s)
-    spreads = _spreads(subject)
+    kinds = np.array([point.kind for point in points])
+    off = np.abs(fitted / measured - 1)
     group = {
         "machine": name,
         "engine": subject.engine,
         "kv_cache_dtypes": [request.kv_cache_dtype],
-        "source": f"{', '.join(sources)}: {_counted(len(points), 'figure')} of {', '.join(models)}",
+        "source": f"{', '.join(sources)}: {_counted(len(points), 'figure')} of {', '.join(_models(points))}",
         "date": date,
-        "num_rows": num_rows,
         "num_figures": len(points),
-        "num_models": len(models),
-        "num_constants": num_constants,
-        "doubt": "; ".join(doubts),
-        "models": models,
+        "num_models": len(_models(points)),
+        "num_constants": len(found.fitted),
+        "doubt": "; ".join(_doubts(off, kinds, len(found.fitted))),
+        "models": _models(points),
         "fitted": list(found.fitted),
         "at_the_peak": list(found.at_the_peak),
         "kept": prior.basis,
-        "mean_error": float(np.mean(np.abs(fitted / measured - 1))),
-        "largest_error": float(np.max(np.abs(fitted / measured - 1))),
-        "constants": {each: float(getattr(constants, each)) for each in SHARED},
-        "spread": spreads,
-        "own_spread": own_spread,
-        "any_weights": {},
-        "weights": {
-            request.weight_format.name: {
-                **{each: float(getattr(constants, each)) for each in OF_WEIGHTS},
-                "num_models": len(models),
-                "num_figures": len(points),
-            }
-        },
+        "mean_error": float(off.mean()),
+        "largest_error": float(off.max()),
+        "own_spread": _own_spread(work, measured, found, peaks, kinds),
+        **_constants(subject, replace(found.constants, layer_overhead_s=prior.constants.layer_overhead_s), points),
     }
     machine = replace(request.hardware, step_constants=(group,))
     after = calibration_for(machine, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
@@ -153,6 +136,46 @@ def speed_of(subject: Subject, figures: Sequence[Figure], *, date: str, sources:
         doubts=after.why,
         notes=tuple(_notes(found, prior.constants)),
     )
+
+
+def _models(points: Sequence[Point]) -> list[str]:
+    return sorted({point.subject.model.name for point in points})
+
+
+def _constants(subject: Subject, constants: StepConstants, points: Sequence[Point]) -> dict[str, Any]:
+    """Return the tables of a group: constants, spreads of models that were not measured, the weight type's own."""
+    counted = {"num_models": len(_models(points)), "num_figures": len(points)}
+    of_weights = {name: float(getattr(constants, name)) for name in OF_WEIGHTS}
+    return {
+        "constants": {name: float(getattr(constants, name)) for name in SHARED},
+        "spread": _spreads(subject),
+        "any_weights": {},
+        "weights": {subject.request.weight_format.name: of_weights | counted},
+    }
+
+
+def _own_spread(
+    work: Work, measured: Float64Array, found: Identified, peaks: Mapping[str, float], kinds: npt.NDArray[np.str_]
+) -> dict[str, float]:
+    """Return how far rates of the measured models may be off, by kind: as the figures are when left out one by one."""
+    if measured.size <= len(found.fitted):
+        return {}
+    off = np.abs(left_out_errors(work, measured, found, peaks))
+    return {
+        kind: max(_LEAST_SPREAD, float(off[kinds == kind].max()))
+        for kind in KINDS
+        if (kinds == kind).sum() >= _FIGURES_FOR_A_SPREAD
+    }
+
+
+def _doubts(off: Float64Array, kinds: npt.NDArray[np.str_], num_constants: int) -> Iterator[str]:
+    """Yield why figures that are `off` by so much do not validate so many constants."""
+    for kind in KINDS:
+        if (kinds == kind).any() and (error := float(off[kinds == kind].mean())) > MEAN_BARS[kind]:
+            yield f"its {kind} figures are off by {error:.0%} on average, more than {MEAN_BARS[kind]:.0%}"
+    needed = num_constants + MORE_FIGURES_THAN_CONSTANTS
+    if off.size < needed:
+        yield f"{_counted(off.size, 'figure')}, needs {needed} for {_counted(num_constants, 'constant')}"
 
 
 def _counted(number: int, what: str) -> str:
@@ -174,7 +197,8 @@ def _spreads(subject: Subject) -> dict[str, float]:
 
 
 def _notes(found: Identified, before: StepConstants) -> list[str]:
-    notes = [
+    notes = [] if found.fitted else ["these figures identify no constant: step times stay as they are"]
+    notes += [
         f"{name} is at the datasheet's limit: the figures ask for more, so that some fixed cost that is kept is too high here"
         for name in found.at_the_peak
     ]
