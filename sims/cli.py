@@ -33,9 +33,8 @@ app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "budget | prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | calibrate | generate | serve | "
-    "fuzz | "
-    "bench-kernels",
+    "budget | prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | calibrate | generate | "
+    "serve | fuzz | bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,

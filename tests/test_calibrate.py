@@ -247,6 +247,7 @@ def test_a_rate_above_the_peak_is_flagged_and_not_fitted() -> None:
     [
         ({"engine": "vllm,sglang"}, "a measurement is of one engine"),
         ({"clock_derate": 0.5}, "has the clock in it already"),
+        ({"cpu_bandwidth": "40GB/s"}, "has what others read in it already"),
         ({"num_speculative_tokens": 3}, "without drafts"),
         ({"tensor_parallel_size": 2}, "one device is supported"),
         ({"model": "nobody/knows"}, "unknown model"),

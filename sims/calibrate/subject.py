@@ -55,6 +55,10 @@ def subject_of(serving: ServingConfig, files: Sequence[Measurements]) -> Subject
         raise ConfigError("calibrate measures steps without drafts: leave speculative flags out, and measure without them")
     if serving.clock_derate is not None:
         raise ConfigError(f"--clock-derate {serving.clock_derate:g}: a measurement has the clock in it already; leave it out")
+    if serving.cpu_bandwidth is not None:
+        raise ConfigError(
+            f"--cpu-bandwidth {serving.cpu_bandwidth}: a measurement has what others read in it already; leave it out"
+        )
     engine = load_engine(serving.engine)
     notes: list[str] = []
     for each in files:
