@@ -255,6 +255,12 @@ def test_of_several_starts_the_last_counts(tmp_path: Path) -> None:
     assert log.kv_tokens == 1_340_096
 
 
+def test_a_draft_model_and_what_is_not_set_do_not_confuse(tmp_path: Path) -> None:
+    more = "INFO args: Namespace(max_num_seqs=None, page_block_size=64, speculative_config={'model': 'small'})\n"
+    assert read(tmp_path, STARTUP + more).claims == read(tmp_path, STARTUP).claims
+    assert read(tmp_path, STARTUP + more).start_up == read(tmp_path, STARTUP).start_up
+
+
 def test_colours_of_a_terminal_do_not_matter(tmp_path: Path) -> None:
     coloured = "\n".join(f"\x1b[0;36m{line}\x1b[0;0m" for line in STARTUP.splitlines())
     plain = read(tmp_path, STARTUP).start_up

@@ -23,11 +23,15 @@ _GRAPHS = re.compile(rf"Graph capturing finished in .*?took {_SIZE}")
 _GRAPHS_SET_ASIDE = re.compile(rf"Estimated CUDA graph memory: {_SIZE}")
 _VISIBLE = re.compile(rf"total_gpu_memory \({_SIZE}\)|Free memory on device[^(]*\([0-9.]+/{_SIZE}\)")
 _VERSION = re.compile(r"LLM engine \(v?([0-9][0-9A-Za-z.+]*)\)|vLLM API server version ([0-9][0-9A-Za-z.+]*)")
+_CONFIG_MODEL = re.compile(r"with config: model='([^']+)'")
 _MODEL = re.compile(r"""(?:^|[\s{(,])['"]?model(?:_tag)?['"]?\s*[=:]\s*['"]([^'"]+)['"]""")
 _QUANTIZATION = re.compile(r"""quantization['"]?\s*[=:]\s*['"]?([A-Za-z0-9_-]+)""")
 _BLOCK_SIZE = re.compile(r"Block size is set to ([0-9]+)")
 _SETTINGS: Mapping[str, re.Pattern[str]] = MappingProxyType(
-    {name: re.compile(rf"""{name}['"]?\s*(?:[=:]|\()\s*['"]?([A-Za-z0-9_]+(?:\.[0-9]+)?)""") for name in SETTINGS}
+    {
+        name: re.compile(rf"""(?<![\w]){name}['"]?\s*(?:[=:]|\()\s*['"]?(?!None\b)([A-Za-z0-9_]+(?:\.[0-9]+)?)""")
+        for name in SETTINGS
+    }
 )
 _MARKS = (_KV_SIZE, _KV_TOKENS, _BLOCKS)
 
@@ -60,7 +64,7 @@ class VllmStartupLog:
         stated = {name: found for name, pattern in _SETTINGS.items() if (found := _last(pattern, text)) is not None}
         if (block_size := _last(_BLOCK_SIZE, text)) is not None:
             stated["block_size"] = block_size
-        model, quantization = _last(_MODEL, text), _last(_QUANTIZATION, text)
+        model, quantization = _last(_CONFIG_MODEL, text) or _last(_MODEL, text), _last(_QUANTIZATION, text)
         visible = _last(_VISIBLE, text)
         return Measurements(
             path=path,
