@@ -83,6 +83,18 @@ def test_a_prefill_rate_says_how_fast_it_multiplies() -> None:
     assert fitted(study(prefill(5000.0))) == ("linear_flops",)
 
 
+@pytest.mark.parametrize(
+    ("model", "made", "read"), [("gpt-oss-120b", 33.0, 1700.0), ("qwen3-30b-a3b", 33.0, 3000.0), ("qwen3.5-35b-a3b", 28.0, 2500.0)]
+)
+def test_a_mixture_s_prefill_says_how_fast_it_multiplies_though_reading_hid_it(model: str, made: float, read: float) -> None:
+    """A prefill reads all experts, which takes longer than multiplying at the catalogue's rate: a slow one is slow arithmetic."""
+    found = study(decode(made), prefill(read), serving=ServingConfig(model=model))
+    assert set(fitted(found)) == {"weight_read_bytes_per_s", "linear_flops"}
+    assert found.speed is not None
+    assert found.speed.errors == [pytest.approx(0, abs=5e-3)] * 2
+    assert found.speed.found.constants.weight_read_bytes_per_s > 0.6 * SPARK.read_bandwidth.value
+
+
 def test_a_large_batch_at_a_long_context_says_how_fast_keys_are_read() -> None:
     assert fitted(study(decode(150.0, batch=64, depth=8192)))[0] == "kv_read_bytes_per_s"
 

@@ -2,14 +2,16 @@
 
 A constant is identified if moving it across what is plausible changes the figures by more than measurements scatter, in a way that
 no constant already chosen imitates: the columns of a Jacobian, picked one after the other by what is left of them (pivoted
-Gram-Schmidt). Rates come before fixed costs, so that a single decode rate says how fast weights are read.
+Gram-Schmidt). Prefills choose a rate of arithmetic first and decoding one of reading, and rates come before fixed costs: so a
+single decode rate says how fast weights are read, though a shorter overhead would explain it as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.hardware_spec import HardwareSpec
@@ -34,8 +36,14 @@ PLAUSIBLE: Mapping[str, float] = MappingProxyType(
     }
 )
 """Constants that a fit may move, and how far off they may plausibly be: standard deviation of the logarithm."""
-RATES = ("weight_read_bytes_per_s", "linear_flops", "kv_read_bytes_per_s", "attention_flops")
-"""One of these is chosen first."""
+_ARITHMETIC = ("linear_flops", "attention_flops")
+FIRST: Sequence[tuple[bool, tuple[str, ...]]] = (
+    (True, _ARITHMETIC),
+    (False, ("weight_read_bytes_per_s", "kv_read_bytes_per_s")),
+)
+"""One of these is chosen first, for prefills (true) and for decoding."""
+_SLOWER = -1.6
+"""Logarithm of how much slower a rate is tried, a fifth: arithmetic that hides behind reading comes out, as in mixtures."""
 STAGES: Sequence[tuple[str, ...]] = (
     ("weight_read_bytes_per_s", "linear_flops"),
     ("kv_read_bytes_per_s", "attention_flops", "state_bytes_per_s", "further_state_bytes_per_s"),
@@ -54,6 +62,8 @@ _SOFT_FROM = 3.0
 _WEAK = 0.02
 """Weight of what is plausible, beside a figure's: it decides only what figures leave open."""
 _ROUNDS = 3
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +92,23 @@ def peaks_of(hardware: HardwareSpec, weight_format: WeightFormat) -> dict[str, f
     }
 
 
-def identify(work: Work, measured: Float64Array, prior: StepConstants, peaks: Mapping[str, float]) -> Identified:
-    """Return the constants that fit `measured`, rates of tokens a second of the figures of `work`; at least one figure."""
+def identify(work: Work, measured: Float64Array, prefill: Mask, prior: StepConstants, peaks: Mapping[str, float]) -> Identified:
+    """Return the constants that fit measurements.
+
+    Args:
+        work: The figures, at least one.
+        measured: Their rates in tokens a second.
+        prefill: Which of them are prefills.
+        prior: What is assumed without them.
+        peaks: The datasheet's limits, by constant.
+    """
     held: list[str] = []
     base = prior
     while True:
         chosen: list[str] = []
         now, kept = base, dict[str, str]()
         for _ in range(_ROUNDS):
-            found, kept = _chosen(work, now, held, chosen)
+            found, kept = _chosen(work, prefill, now, held, chosen)
             if not set(found) - set(chosen):
                 break
             chosen = found
@@ -116,7 +134,12 @@ def fitted_to(
         off = (np.log(rates(work, at(x))) - np.log(measured)) / _UNIT
         return np.concatenate([softened(off, _SOFT_FROM), _WEAK * x / spreads])
 
-    return at(least_squares(residuals, np.zeros(len(names)))) if names else base
+    if not names:
+        return base
+    hidden = np.array([_SLOWER if name in _ARITHMETIC else 0.0 for name in names])
+    ends = [least_squares(residuals, start) for start in (np.zeros(len(names)), *([hidden] if hidden.any() else []))]
+    losses = [float(each @ each) for each in map(residuals, ends)]
+    return at(ends[int(np.argmin(losses))])
 
 
 def rates(work: Work, constants: StepConstants) -> Float64Array:
@@ -138,17 +161,22 @@ def _most(name: str, peaks: Mapping[str, float]) -> float:
     return 1.0 if name == "routing_exponent" else peaks.get(name, np.inf)
 
 
-def _chosen(work: Work, now: StepConstants, held: Sequence[str], before: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _chosen(
+    work: Work, prefill: Mask, now: StepConstants, held: Sequence[str], before: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
     """Return what the figures identify around `now`, what was chosen `before` included, and why not the others."""
     movable = [name for name in PLAUSIBLE if name not in held and 0 < getattr(now, name) < np.inf]
     effect = {name: _effect(work, now, name) for name in movable}
-    chosen, span = list(before), [effect[name] for name in before]
+    chosen = list(before) or list(_first(work, prefill, now, movable))
+    span = [effect[name] for name in chosen]
 
     def left(name: str) -> float:
         also = [effect["sequence_overhead_s"]] if chosen and name in _LIKE_A_SEQUENCE and "sequence_overhead_s" in effect else []
         return float(np.linalg.norm(_beyond(effect[name], [*span, *also])))
 
     def take(among: Sequence[str]) -> bool:
+        if len(chosen) >= work.tokens.size:
+            return False
         sizes = {name: left(name) for name in among if name in effect and name not in chosen}
         best = max(sizes, key=sizes.__getitem__, default=None)
         if best is None or sizes[best] < _NEEDED * SCATTER:
@@ -157,8 +185,8 @@ def _chosen(work: Work, now: StepConstants, held: Sequence[str], before: Sequenc
         span.append(effect[best])
         return True
 
-    for stage in (*([] if before else [RATES]), *STAGES):
-        while take(stage) and stage is not RATES:
+    for stage in STAGES:
+        while take(stage):
             pass
     kept = {}
     for name in movable:
@@ -169,13 +197,35 @@ def _chosen(work: Work, now: StepConstants, held: Sequence[str], before: Sequenc
     return chosen, kept
 
 
+def _first(work: Work, prefill: Mask, now: StepConstants, movable: Sequence[str]) -> Iterator[str]:
+    """Yield a rate of arithmetic for prefills and a rate of reading for decoding, where they depend on one."""
+    for kind, among in FIRST:
+        mine = prefill == kind
+        if not mine.any() or not set(among) <= set(movable):  # one is held at its peak: what the figures lack is elsewhere
+            continue
+        sizes = {name: float(np.linalg.norm(_when_slower(work, now, name)[mine])) for name in among}
+        best = max(sizes, key=lambda name: sizes[name] * PLAUSIBLE[name], default=None)
+        if best is not None and sizes[best] >= _NEEDED * SCATTER:
+            yield best
+
+
 def _effect(work: Work, now: StepConstants, name: str) -> Float64Array:
-    """Return by how much moving a constant up and down across what is plausible changes the logarithm of each rate, half of it."""
+    """Return by how much moving a constant across what is plausible changes the logarithm of each rate, on the side with more."""
     value, factor = getattr(now, name), float(np.exp(PLAUSIBLE[name]))
     up = min(value * factor, 1.0) if name == "routing_exponent" else value * factor
-    ends = [np.log(rates(work, replace(now, **{name: end}))) for end in (up, value / factor)]
-    half: Float64Array = (ends[0] - ends[1]) / 2
-    return half
+    low, here, high = (np.log(rates(work, replace(now, **{name: each}))) for each in (value / factor, value, up))
+    sides: list[Float64Array] = [high - here, here - low]
+    largest = max(sides, key=lambda side: float(np.linalg.norm(side)))
+    if name in _ARITHMETIC and np.linalg.norm(largest) < SCATTER:
+        return _when_slower(work, now, name) * (PLAUSIBLE[name] / -_SLOWER)
+    return largest
+
+
+def _when_slower(work: Work, now: StepConstants, name: str) -> Float64Array:
+    """Return by how much the logarithm of each rate falls with a constant at a fifth."""
+    slower = replace(now, **{name: getattr(now, name) * float(np.exp(_SLOWER))})
+    fall: Float64Array = np.log(rates(work, now)) - np.log(rates(work, slower))
+    return fall
 
 
 def _beyond(column: Float64Array, span: Sequence[Float64Array]) -> Float64Array:

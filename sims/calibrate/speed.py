@@ -101,9 +101,9 @@ def speed_of(subject: Subject, figures: Sequence[Figure], *, date: str, sources:
     peaks = peaks_of(request.hardware, request.weight_format)
     eager_s = EAGER_S_PER_LAYER if load_engine(subject.engine).runs_eagerly(subject.serving) else 0.0
     start = replace(prior.constants, layer_overhead_s=prior.constants.layer_overhead_s + eager_s)
-    found = identify(work, measured, start, peaks)
-    fitted, before = rates(work, found.constants), rates(work, start)
     kinds = np.array([point.kind for point in points])
+    found = identify(work, measured, kinds == "prefill", start, peaks)
+    fitted, before = rates(work, found.constants), rates(work, start)
     off = np.abs(fitted / measured - 1)
     group = {
         "machine": name,
@@ -172,7 +172,7 @@ def _doubts(off: Float64Array, kinds: npt.NDArray[np.str_], num_constants: int) 
     """Yield why figures that are `off` by so much do not validate so many constants."""
     for kind in KINDS:
         if (kinds == kind).any() and (error := float(off[kinds == kind].mean())) > MEAN_BARS[kind]:
-            yield f"its {kind} figures are off by {error:.0%} on average, more than {MEAN_BARS[kind]:.0%}"
+            yield f"its {kind} figures are off by {error:.1%} on average, more than {MEAN_BARS[kind]:.0%}"
     needed = num_constants + MORE_FIGURES_THAN_CONSTANTS
     if off.size < needed:
         yield f"{_counted(off.size, 'figure')}, needs {needed} for {_counted(num_constants, 'constant')}"
