@@ -88,7 +88,12 @@ def _measure(path: Path | None, device: str, *, json: str | None) -> None:
     check_json(json)
     gpu, notes = _gpu(device)
     print("Measuring for about a minute; leave the machine alone.", file=sys.stderr)  # noqa: T201
-    devices = [*([_measured(gpu())] if gpu is not None else [])]
+    devices = []
+    if gpu is not None:
+        try:
+            devices.append(_measured(gpu()))
+        except RuntimeError as error:  # CUDA's: memory that others hold, a driver that is too old
+            raise ConfigError(f"cannot measure the GPU: {error}; --device cpu measures the processor") from error
     if device != "cuda":
         from pagedkv.kernels.cpu_rates import measure_cpu
 
@@ -129,10 +134,10 @@ def _gpu(device: str) -> tuple[Callable[[], Any] | None, list[str]]:
 
 def _measured(rates: Any) -> "MeasuredDevice":
     """Return what the kernels measured, `MachineRates`, in the words of the simulator, which knows no kernels."""
-    from pagedkv.sims.calibrate.machine import MeasuredDevice, MeasuredRate
+    from pagedkv.sims.calibrate.machine import MeasuredDevice, ReachedRate
 
-    def rate(what: str, samples: Any) -> MeasuredRate:
-        return MeasuredRate(what=what, value=samples.median, low=samples.low, high=samples.high, num_samples=len(samples.values))
+    def rate(what: str, samples: Any) -> ReachedRate:
+        return ReachedRate(what=what, value=samples.median, low=samples.low, high=samples.high, num_samples=len(samples.values))
 
     by = f", {rates.threads} threads" if rates.threads else ""
     return MeasuredDevice(

@@ -12,16 +12,17 @@ from pagedkv.errors import ConfigError
 from pagedkv.kernels import cpu_rates
 from pagedkv.kernels.contract import KernelError
 from pagedkv.kernels.cpu_rates import ROWS, WIDTH, copy_all, matrix_product, measure_cpu, memory_bytes, read_all
+from pagedkv.kernels.machine_rates import MachineRates, Samples
 from pagedkv.sims import cli_calibrate
-from pagedkv.sims.calibrate.machine import MeasuredDevice, MeasuredRate, known_machine, measured_machine
+from pagedkv.sims.calibrate.machine import MeasuredDevice, ReachedRate, known_machine, measured_machine
 from pagedkv.sims.cli import main
 from pagedkv.units import GIB
 
 DATE = "2026-11-29"
 
 
-def rate(what: str, value: float) -> MeasuredRate:
-    return MeasuredRate(what=what, value=value, low=0.95 * value, high=1.02 * value, num_samples=7)
+def rate(what: str, value: float) -> ReachedRate:
+    return ReachedRate(what=what, value=value, low=0.95 * value, high=1.02 * value, num_samples=7)
 
 
 def device(name: str = "A processor", *, kind: Any = "cpu", memory_bytes: int | None = 64 * GIB) -> MeasuredDevice:
@@ -102,7 +103,7 @@ def test_samples_far_apart_are_told() -> None:
         kind="cpu",
         memory_bytes=GIB * 64,
         available_bytes=None,
-        read=MeasuredRate(what="reading", value=80e9, low=40e9, high=90e9, num_samples=7),
+        read=ReachedRate(what="reading", value=80e9, low=40e9, high=90e9, num_samples=7),
         copy=rate("copying", 70e9),
         kv_read=rate("keys", 60e9),
         product=rate("a product", 2e12),
@@ -187,3 +188,48 @@ def test_a_gpu_that_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[
         main(["calibrate", "--measure", "--device", "cuda"])
     assert refused.value.code == 2
     assert "pip install 'pagedkv[kernels]'; --device cpu measures the processor" in capsys.readouterr().err
+
+
+def fake_gpu() -> MachineRates:
+    one = Samples(values=(200e9, 210e9, 205e9))
+    return MachineRates(
+        device="NVIDIA GB10",
+        kind="cuda",
+        threads=None,
+        memory_bytes=round(121.69 * GIB),
+        available_bytes=None,
+        read=one,
+        copy=one,
+        kv_read=one,
+        product=Samples(values=(90e12, 91e12, 92e12)),
+        product_by="torch.matmul of bf16",
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_gpu_that_is_there_is_what_the_file_is_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_calibrate, "_gpu", lambda device: (fake_gpu, []))
+    out = tmp_path / "spark.toml"
+    main(["calibrate", "--measure", "--output", str(out), "--json", "-"])
+    document = json.loads(capsys.readouterr().out)
+    assert [each["kind"] for each in document["devices"]] == ["cuda", "cpu"]
+    machine = load_hardware(str(out))
+    assert (machine.like, machine.read_bandwidth.value) == ("dgx-spark", 205e9)
+    assert machine.reached_flops["bf16"].source.startswith("torch.matmul of bf16, NVIDIA GB10")
+    main(["--hardware", str(out), "--users", "1", "--duration", "30s", "--warmup", "0s", "--allocator", "paged"])
+    assert "spark.toml" in capsys.readouterr().out
+
+
+def test_a_gpu_whose_memory_is_taken_is_an_error_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> MachineRates:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(cli_calibrate, "_gpu", lambda device: (full, []))
+    with pytest.raises(SystemExit) as refused:
+        main(["calibrate", "--measure", "--device", "cuda"])
+    assert refused.value.code == 2
+    assert "cannot measure the GPU: CUDA out of memory" in capsys.readouterr().err

@@ -18,7 +18,7 @@ QUIET = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredRate:
+class ReachedRate:
     """One rate: the median of several samples, and how far they lie apart."""
 
     what: str
@@ -55,15 +55,15 @@ class MeasuredDevice:
     """Its memory; None: nobody says."""
     available_bytes: int | None
     """What is available of it now; None: nobody says."""
-    read: MeasuredRate
-    copy: MeasuredRate
-    kv_read: MeasuredRate
-    product: MeasuredRate
-    others: tuple[MeasuredRate, ...] = ()
+    read: ReachedRate
+    copy: ReachedRate
+    kv_read: ReachedRate
+    product: ReachedRate
+    others: tuple[ReachedRate, ...] = ()
     """Slower ways, for comparison."""
 
     @property
-    def rates(self) -> tuple[MeasuredRate, ...]:
+    def rates(self) -> tuple[ReachedRate, ...]:
         """All of them."""
         return (self.read, self.copy, self.kv_read, self.product, *self.others)
 
