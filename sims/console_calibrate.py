@@ -20,18 +20,20 @@ _ROWS = 40
 def show_calibration(study: CalibrationStudy, console: Console) -> None:
     """Print what came of measurements."""
     request = study.subject.request
-    title = f"{request.model.title} in {request.weight_format.name} on {request.hardware.title}, {study.subject.engine}"
-    console.print(Text(title, "bold"), "\n")
+    models = [request.model] if study.speed is None else [figure.point.subject.model for figure in study.speed.figures]
+    titles = ", ".join(dict.fromkeys(model.title for model in models))
+    title = f"{titles} in {request.weight_format.name} on {request.hardware.title}, {study.subject.engine}"
+    console.print(Text(title, "bold"), "\n", soft_wrap=True)
     if study.speed is not None:
         _show_speed(study.speed, console)
     if study.memory is not None:
         _show_memory(study.memory, console)
     if study.speed is None:
         console.print(Text("No rate was fitted: step times stay as they are.\n"), soft_wrap=True)
-    for each in study.left_out[:_ROWS]:
-        console.print(Text(f"Not fitted: {each.where}: {each.reason}", "yellow"), soft_wrap=True)
-    if len(study.left_out) > _ROWS:
-        console.print(Text(f"Not fitted: {len(study.left_out) - _ROWS} more, all in --json", "yellow"))
+    for reason in dict.fromkeys(each.reason for each in study.left_out):
+        places = [each.where for each in study.left_out if each.reason == reason]
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        console.print(Text(f"Not fitted: {places[0]}{more}: {reason}", "yellow"), soft_wrap=True)
     for note in (*(study.speed.notes if study.speed else ()), *study.notes):
         console.print(Text(f"Note: {note}"), soft_wrap=True)
 
@@ -52,12 +54,7 @@ def _show_speed(speed: SpeedFound, console: Console) -> None:
             values = ", ".join(f"{name} {_in_units(name, getattr(found.constants, name))}" for name in names)
             console.print(Text(f"  {values}: {why}"), soft_wrap=True)
         console.print()
-    rows = plain_table("figure", "measured", "before", "now", "off by", left=(0,))
-    shown = zip(speed.figures, speed.before_tok_s, speed.fitted_tok_s, speed.errors, strict=True)
-    for figure, old, new, error in islice(shown, _ROWS):
-        rows.add_row(figure.what, f"{figure.point.measured_tok_s:,.5g}", f"{old:,.5g}", f"{new:,.5g}", f"{error:+.1%}")
-    console.print(rows)
-    console.print()
+    _show_figures(speed, console)
     mean, largest = speed.group["mean_error"], speed.group["largest_error"]
     counted = f"{len(speed.figures)} figure{'s' if len(speed.figures) > 1 else ''}, {len(found.fitted)} fitted"
     console.print(f"{counted}: mean error {mean:.1%}, largest {largest:.1%}.", markup=False)
@@ -65,6 +62,21 @@ def _show_speed(speed: SpeedFound, console: Console) -> None:
         console.print(f"Left out one by one, {kind} figures come out within {spread:.1%}.", markup=False)
     status = f"Not validated: {speed.doubts}." if speed.doubts else "Validated by several models."
     console.print(Text(status + "\n", "yellow" if speed.doubts else "green"), soft_wrap=True)
+
+
+def _show_figures(speed: SpeedFound, console: Console) -> None:
+    """Print the rates as wide as they are: cut cells would hide what they are about."""
+    lines = [("measured", "before", "now", "off by", "tokens/s of")]
+    shown = zip(speed.figures, speed.before_tok_s, speed.fitted_tok_s, speed.errors, strict=True)
+    for figure, old, new, error in islice(shown, _ROWS):
+        lines.append((f"{figure.point.measured_tok_s:,.5g}", f"{old:,.5g}", f"{new:,.5g}", f"{error:+.1%}", figure.what))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    for n, line in enumerate(lines):
+        numbers = "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=False))
+        console.print(Text(f"{numbers}  {line[4]}", "bold" if n == 0 else ""), soft_wrap=True)
+    if len(speed.figures) > _ROWS:
+        console.print(f"... and {len(speed.figures) - _ROWS} more, all in --json", markup=False)
+    console.print()
 
 
 def _show_memory(memory: MemoryFound, console: Console) -> None:

@@ -492,6 +492,19 @@ def test_rows_of_several_models_validate_and_say_what_is_left_out(shared_data: P
         assert words in reasons
 
 
+def test_the_screen_shows_rates_whole_and_reasons_once(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["calibrate", str(shared_data / "dgx_spark_benchmarks.csv"), "--engine", "vllm", "--quantization", "fp8"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("Qwen3.6 27B in fp8 on NVIDIA DGX Spark")  # the model of the rows, not of --model
+    assert "decode, batch 10, context 2,112, Qwen3.8-27B (hybrid GDN, dense)" in shown
+    assert shown.count("speculative decoding, whose acceptance was not published") == 1
+    assert "…" not in shown
+    found = study(serving=replace(SERVING, engine="vllm"), files=(shared_data / "dgx_spark_benchmarks.csv",))
+    assert found.speed is not None
+    assert found.speed.group["kv_cache_dtypes"] == ["fp8"]  # as those rows ran
+    assert "a KV cache in fp8, not auto" in found.speed.doubts
+
+
 def test_two_files_are_fitted_together(batched: Path, qwen: ServingConfig, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(batched.read_text().replace("|   512 |", "|   513 |"))

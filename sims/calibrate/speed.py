@@ -108,7 +108,7 @@ def speed_of(subject: Subject, figures: Sequence[Figure], *, date: str, sources:
     group = {
         "machine": name,
         "engine": subject.engine,
-        "kv_cache_dtypes": [request.kv_cache_dtype],
+        "kv_cache_dtypes": sorted({point.kv_cache_dtype for point in points}),
         "source": f"{', '.join(sources)}: {_counted(len(points), 'figure')} of {', '.join(_models(points))}",
         "date": date,
         "num_figures": len(points),
