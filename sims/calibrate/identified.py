@@ -58,10 +58,13 @@ SCATTER = 0.02
 _NEEDED = 2.0
 """How many times the scatter a constant must make of difference."""
 _UNIT = 0.05
+"""What a good model misses by: figures count in units of it."""
 _SOFT_FROM = 3.0
+"""Units beyond which a figure counts linearly."""
 _WEAK = 0.02
 """Weight of what is plausible, beside a figure's: it decides only what figures leave open."""
 _ROUNDS = 3
+"""How often the choice is made anew around the values that were found."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -71,6 +74,8 @@ class Identified:
     """What a fit came to."""
 
     constants: StepConstants
+    start: StepConstants
+    """What was assumed before, but for rates that are held at the peak."""
     fitted: tuple[str, ...]
     """Constants that the figures decided, in the order of their weight."""
     at_the_peak: tuple[str, ...]
@@ -115,7 +120,7 @@ def identify(work: Work, measured: Float64Array, prefill: Mask, prior: StepConst
             now = fitted_to(work, measured, base, chosen, peaks)
         above = [name for name in chosen if name in peaks and getattr(now, name) >= peaks[name] * (1 - 1e-9)]
         if not above:
-            return Identified(constants=now, fitted=tuple(chosen), at_the_peak=tuple(held), kept=kept)
+            return Identified(constants=now, start=base, fitted=tuple(chosen), at_the_peak=tuple(held), kept=kept)
         held += above
         base = replace(base, **{name: peaks[name] for name in above})
 
@@ -148,11 +153,11 @@ def rates(work: Work, constants: StepConstants) -> Float64Array:
 
 
 def left_out_errors(work: Work, measured: Float64Array, found: Identified, peaks: Mapping[str, float]) -> Float64Array:
-    """Return how far each figure is off, as a logarithm, by constants fitted to all others. A fit per figure."""
+    """Return how far each figure is off, as a logarithm, by constants fitted to the others from the same start. A fit each."""
     off = np.empty(measured.size)
     for i in range(measured.size):
         others: Int64Array = np.delete(np.arange(measured.size), i)
-        constants = fitted_to(work.where(others), measured[others], found.constants, found.fitted, peaks)
+        constants = fitted_to(work.where(others), measured[others], found.start, found.fitted, peaks)
         off[i] = np.log(rates(work, constants)[i] / measured[i])
     return off
 
