@@ -12,12 +12,10 @@ from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.runtime.model_layers import check_model, model_layers
-from pagedkv.runtime.model_runner import ModelRunner, StepInput
-from pagedkv.runtime.sampling import GREEDY, Sampler, SamplingParams, sample
-from pagedkv.runtime.storage import PagedKVStorage
-from pagedkv.runtime.storage_layout import plan_storage
+from pagedkv.runtime.model_pair import ModelPair
+from pagedkv.runtime.sampling import GREEDY, Sampler, SamplingParams
 from pagedkv.runtime.texts import LENGTH, STOP, Generation, NewToken, Text
+from pagedkv.runtime.verification import verify
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Step
@@ -30,14 +28,14 @@ class StepObserver(Protocol):
         """A step is decided, and about to be computed."""
 
     def computed(self, step: Step) -> None:
-        """It is computed: the scheduler does not know its tokens yet."""
+        """It is computed, and its batch says how many drafts were accepted: the scheduler does not know its tokens yet."""
 
     def completed(self) -> None:
         """The scheduler knows them."""
 
 
 class LLMEngine:
-    """Serves requests in continuous batches: chunked prefill, prefix caching, preemption by recompute.
+    """Serves requests in continuous batches: chunked prefill, prefix caching, preemption by recompute, speculation.
 
     Who computes what, and in which blocks, `Scheduler` over `PagedStepAllocator` decide: the code that the simulator runs. Given
     the same arrivals by step, both come to the same batches and block tables. A model's windowed layers keep all tokens.
@@ -61,6 +59,8 @@ class LLMEngine:
         watermark: float = 0.0,
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
+        speculative_model: Any = None,
+        num_speculative_tokens: int = 0,
         observer: StepObserver | None = None,
     ) -> None:
         """Take the memory, and let `model` attend over it.
@@ -79,23 +79,29 @@ class LLMEngine:
             watermark: Share of the blocks that an admission must leave free while something runs.
             dtype: Element type of the storage, see `PagedKVStorage`; None: the model's.
             backend: Which kernel attends, see `pagedkv.kernels.paged_attention`.
+            speculative_model: A smaller model of the same vocabulary, type and device, that drafts tokens for `model` to verify.
+                Its keys and values lie in the same blocks, which are larger for it.
+            num_speculative_tokens: Drafts of a text that decodes, per step.
             observer: Is told how steps go: whoever has a clock.
 
         Raises:
             ConfigError: If the model is not supported, or numbers cannot be: with what would work.
         """
-        check_model(model)
-        layout = plan_storage(model_layers(model.config), block_size=block_size)
-        self.storage = PagedKVStorage(
-            layout,
+        self.models = ModelPair(
+            model,
+            speculative_model,
+            num_drafts=num_speculative_tokens,
             num_blocks=num_blocks,
             budget_bytes=budget_bytes,
-            dtype=model.dtype if dtype is None else dtype,
-            device=model.device,
+            block_size=block_size,
+            dtype=dtype,
+            backend=backend,
         )
+        self.storage = self.models.storage
         room = (self.storage.num_blocks - 1) * block_size
-        longest = getattr(model.config, "max_position_embeddings", None) or room
-        max_model_len = min(longest, room + 1) if max_model_len is None else max_model_len
+        longest = self.models.max_positions or room
+        if max_model_len is None:  # the last token needs no slot, but drafts behind it do
+            max_model_len = min(longest, room if num_speculative_tokens else room + 1)
         if max_model_len > longest:
             raise ConfigError(f"max_model_len is {max_model_len}: the model takes {longest} tokens at most")
         self.allocator = PagedStepAllocator(
@@ -105,6 +111,7 @@ class LLMEngine:
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 watermark=watermark,
+                lookahead_slots=num_speculative_tokens,
                 enable_prefix_caching=enable_prefix_caching,
             )
         )
@@ -114,13 +121,12 @@ class LLMEngine:
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_model_len=max_model_len,
                 enable_chunked_prefill=enable_chunked_prefill,
+                num_speculative_tokens=num_speculative_tokens,
                 policy=policy,
             ),
             self.allocator,
         )
-        self.runner = ModelRunner(model, self.storage, backend=backend)
         self.observer = observer
-        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._texts: dict[int, Text] = {}
 
     @property
@@ -154,8 +160,8 @@ class LLMEngine:
         chain = BlockHashChain(block_size=self.allocator.unit_slots, salt=salt)
         chain.extend(prompt)
         ids = chain.token_ids
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary:
-            raise ConfigError(f"token ids {ids.min()} to {ids.max()}: the model has 0 to {self._vocabulary - 1}")
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.models.vocab_size:
+            raise ConfigError(f"token ids {ids.min()} to {ids.max()}: the model has 0 to {self.models.vocab_size - 1}")
         request = self.scheduler.add(
             prompt_tokens=chain.num_tokens,
             output_tokens=max_tokens,
@@ -178,17 +184,21 @@ class LLMEngine:
             return []
         if observer is not None:
             observer.launched(step)
-        requests, tokens = self._compute(step)
+        texts = self._compute(step)
+        for i, (_, tokens) in texts.items():
+            step.batch["num_accepted_tokens"][i] = len(tokens) - 1
         if observer is not None:
             observer.computed(step)
-        for request, token in zip(requests, tokens, strict=True):
+        for request, tokens in texts.values():
             text = self._texts[request]
-            if token in text.ends:
-                scheduler.end_after(request, text.chain.num_tokens - text.prompt_tokens + 1)
+            if tokens[-1] in text.ends:
+                scheduler.end_after(request, text.chain.num_tokens - text.prompt_tokens + len(tokens))
         scheduler.complete()
-        if scheduler.sampled.tolist() != requests:
-            raise IntegrityError(f"tokens for requests {requests}, the scheduler wants some for {scheduler.sampled.tolist()}")
-        new = [self._append(request, token) for request, token in zip(requests, tokens, strict=True)]
+        requests, count = [request for request, _ in texts.values()], sum(len(tokens) for _, tokens in texts.values())
+        if scheduler.sampled.tolist() != requests or scheduler.num_output_tokens != count:
+            wanted = f"{scheduler.num_output_tokens} for {scheduler.sampled.tolist()}"
+            raise IntegrityError(f"{count} tokens for requests {requests}, the scheduler wants {wanted}")
+        new = [each for request, tokens in texts.values() for each in self._append(request, tokens)]
         if observer is not None:
             observer.completed()
         return new
@@ -238,30 +248,36 @@ class LLMEngine:
 
     def too_long(self, prompt_tokens: int, max_tokens: int, what: str = "a request") -> str:
         """Return what to say of a request that `add_request` refused."""
-        most = min(self.scheduler.settings.max_model_len, self.allocator.usable_slots + 1)
+        most, usable = self.scheduler.settings.max_model_len, self.allocator.usable_slots
+        most = most if most <= usable else min(most, usable + 1 - self.allocator.lookahead_slots)
         return f"{what} of {prompt_tokens} tokens and {max_tokens} new ones: prompt and output have room for {most} together"
 
-    def _compute(self, step: Step) -> tuple[list[int], list[int]]:
-        """Return who gets a token, in scheduling order, and which."""
+    def _compute(self, step: Step) -> dict[int, tuple[int, list[int]]]:
+        """Return by entry, of those that get tokens, whose they are and which."""
         batch, tables = step.batch[: step.num_entries], self.allocator.tables
         texts = [self._texts[request] for request in batch["request"].tolist()]
-        given = StepInput.of(batch)
         held = tables.num_blocks[batch["row"]]
         blocks: Int32Array = tables.blocks[batch["row"], : held.max()]
         blocks[np.arange(blocks.shape[1]) >= held[:, None]] = -1
-        logits = self.runner.logits(given, [text.chain.token_ids for text in texts], blocks)
-        tokens = sample(logits, [texts[i].sampler for i in given.samples.tolist()])
-        return batch["request"][given.samples].tolist(), tokens
+        for text in texts[step.num_running_before :]:
+            text.draft_lag = 0  # an admission begins with what both models have computed
+        entries, drafts, logits = self.models.compute(texts, batch, blocks)
+        verified = verify(logits, drafts, [texts[i].sampler for i in entries])
+        given = {}
+        for i, drafted, new in zip(entries, drafts, verified, strict=True):
+            texts[i].draft_lag = int(0 < len(drafted.tokens) == len(new) - 1)
+            given[i] = int(batch["request"][i]), texts[i].cut(new)
+        return given
 
-    def _append(self, request: int, token: int) -> NewToken:
-        """Let `token` be known; with it the key of a block may be."""
+    def _append(self, request: int, tokens: list[int]) -> list[NewToken]:
+        """Let `tokens` be known; with them keys of blocks may be."""
         text = self._texts[request]
         chain = text.chain
         num_keys = len(chain.keys)
-        chain.extend([token])
-        reason = STOP if token in text.ends else LENGTH if chain.num_tokens == text.last_at else None
+        chain.extend(tokens)
+        reason = STOP if tokens[-1] in text.ends else LENGTH if chain.num_tokens == text.last_at else None
         if reason is not None:
             del self._texts[request]
         elif self.scheduler.caches_prefixes and len(chain.keys) > num_keys:
             self.scheduler.add_keys(request, chain.keys[num_keys:])
-        return NewToken(request, token, reason)
+        return [*(NewToken(request, token, None) for token in tokens[:-1]), NewToken(request, tokens[-1], reason)]

@@ -15,7 +15,6 @@ from pagedkv.runtime.attention import use_paged_attention
 from pagedkv.runtime.forward_plan import ForwardPlan, plan_tokens
 from pagedkv.runtime.paged_layer import PagedLayer
 from pagedkv.runtime.storage import PagedKVStorage
-from pagedkv.step_batch import StepBatch
 
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies follow the longest sequence of the forward pass: others in the batch would change a text."""
@@ -24,10 +23,11 @@ _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class StepCache(Cache):
     """What transformers sees of the blocks: a cache for one row of tokens, of which each step begins anew."""
 
-    def __init__(self, config: Any, storage: PagedKVStorage, backend: str) -> None:
+    def __init__(self, config: Any, storage: PagedKVStorage, layers: range, backend: str) -> None:
+        """Let the model of `config` have these layers of `storage`."""
         self.config, self.storage, self.backend = config, storage, backend
         self._plan: ForwardPlan | None = None
-        super().__init__(layers=[PagedLayer(self, index) for index in range(len(storage.layout.places))])
+        super().__init__(layers=[PagedLayer(self, index) for index in layers])
 
     @property
     def is_forkable(self) -> bool:
@@ -50,33 +50,27 @@ class StepCache(Cache):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
-    """What a step computes, entry by entry."""
+    """What a forward pass computes, sequence by sequence."""
 
+    tokens: Sequence[Int32Array]
+    """Token ids of those that are computed."""
     last: Int64Array
-    """Tokens of its sequence that are in the cache after the step."""
-    counts: Int64Array
-    """Those of them that the step computes."""
-    samples: Int64Array
-    """Entries whose last token is the last one known: the next is sampled."""
-
-    @classmethod
-    def of(cls, batch: StepBatch) -> "StepInput":
-        """Return what the entries of `batch` say."""
-        last = batch["num_slots_needed"].copy()
-        return cls(
-            last=last, counts=batch["num_scheduled_tokens"].copy(), samples=np.flatnonzero(last == batch["num_known_tokens"])
-        )
+    """Tokens of the sequence that are in the cache afterwards: the new ones are the last of them."""
+    num_logits: Int64Array
+    """How many of the new tokens, from the last one back, give logits of what follows them."""
+    tables: Int32Array
+    """Its blocks [sequences, max_blocks], int32, -1 behind those that it holds."""
 
 
 class ModelRunner:
     """Runs a model over blocks that somebody else gives out.
 
-    Several entries of a step may share blocks, even those that the step itself fills: each layer writes all new keys and values
+    Several sequences of a pass may share blocks, even those that the pass itself fills: each layer writes all new keys and values
     before anybody attends.
     """
 
-    def __init__(self, model: Any, storage: PagedKVStorage, *, backend: str = "auto") -> None:
-        """Let `model` attend over `storage` from now on.
+    def __init__(self, model: Any, storage: PagedKVStorage, *, layers: range | None = None, backend: str = "auto") -> None:
+        """Let `model` attend over `storage` from now on, in these of its layers; None: in all.
 
         Raises:
             ConfigError: If it cannot, or its tokens would depend on who else is in the batch.
@@ -84,25 +78,20 @@ class ModelRunner:
         check_packs(model)
         use_paged_attention(model)
         self.model, self.storage = model, storage
-        self._cache = StepCache(model.config, storage, backend)
+        self._cache = StepCache(model.config, storage, range(len(storage.layout.places)) if layers is None else layers, backend)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def logits(self, step: StepInput, texts: Sequence[Int32Array], tables: Int32Array) -> torch.Tensor:
-        """Compute a step and return the logits of the next tokens [samples, vocabulary].
-
-        Args:
-            step: What is computed.
-            texts: By entry: the token ids of its sequence, at least up to `step.last`.
-            tables: By entry: its blocks [entries, max_blocks], int32, -1 behind those that it holds.
-        """
+    def logits(self, step: StepInput) -> torch.Tensor:
+        """Compute a step and return the logits that it asks for [sum of num_logits, vocabulary], sequence after sequence."""
         device = self.storage.device
-        first = step.last - step.counts
-        spans = list(zip(texts, first.tolist(), step.last.tolist(), strict=True))
-        tokens = np.concatenate([text[begin:end] for text, begin, end in spans]).astype(np.int64)
-        positions = np.concatenate([np.arange(begin, end) for _, begin, end in spans])
-        places = torch.from_numpy(np.cumsum(step.counts)[step.samples] - 1).to(device)
+        counts = np.array([new.size for new in step.tokens], np.int64)
+        tokens = np.concatenate(step.tokens).astype(np.int64)
+        positions = np.concatenate([np.arange(last - new.size, last) for new, last in zip(step.tokens, step.last, strict=True)])
+        ends = np.cumsum(counts)
+        kept = np.concatenate([np.arange(end - number, end) for end, number in zip(ends, step.num_logits, strict=True)])
+        places = torch.from_numpy(kept.astype(np.int64)).to(device)
         sizes = self.storage.layout.block_sizes
-        self._cache.begin(plan_tokens(step.counts, step.last, tables=[tables], block_sizes=sizes, device=device))
+        self._cache.begin(plan_tokens(counts, step.last, tables=[step.tables], block_sizes=sizes, device=device))
         with torch.no_grad():
             out = self.model(
                 input_ids=torch.from_numpy(tokens)[None].to(device),

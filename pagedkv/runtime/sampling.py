@@ -62,8 +62,27 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     return tokens
 
 
+def distributions(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """Return for each row the probabilities that `sample` draws by [rows, vocabulary], float64; no sampler may be greedy.
+
+    O(rows * vocabulary * log vocabulary).
+    """
+    shares, order = _ranked(logits, samplers)
+    return torch.zeros_like(shares).scatter_(-1, order, shares / shares.sum(-1, keepdim=True))
+
+
 def _drawn(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Return a token by row: where the sums of the kept probabilities, the likeliest first, pass its uniform number."""
+    shares, order = _ranked(logits, samplers)
+    sums = shares.cumsum(-1)
+    uniform = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64, device=logits.device)
+    place = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+    tokens: list[int] = order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0].tolist()
+    return tokens
+
+
+def _ranked(logits: torch.Tensor, samplers: Sequence[Sampler]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return probabilities, the likeliest first and 0 where not kept, and which tokens these are, both [rows, vocabulary]."""
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
@@ -76,7 +95,4 @@ def _drawn(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     ranked = ranked.masked_fill(torch.arange(vocabulary, device=logits.device) >= most, -torch.inf)
     shares = ranked.softmax(-1)
     before = shares.cumsum(-1) - shares
-    sums = shares.masked_fill(before >= enough, 0.0).cumsum(-1)
-    place = torch.searchsorted(sums, column([sampler.uniform() for sampler in samplers]) * sums[:, -1:], right=True)
-    tokens: list[int] = order.gather(-1, place.clamp(max=vocabulary - 1))[:, 0].tolist()
-    return tokens
+    return shares.masked_fill(before >= enough, 0.0), order

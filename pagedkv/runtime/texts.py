@@ -44,3 +44,11 @@ class Text:
     """Tokens that end it."""
     sampler: Sampler
     """Draws its tokens."""
+    draft_lag: int = 0
+    """Tokens that the target has computed and the draft model has not: 1 when all drafts of the last step were accepted, else 0."""
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """Return what of its next `tokens` it takes: up to one that ends it, or to the most that it may have."""
+        room = self.last_at - self.chain.num_tokens
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+        return tokens[: min(end, room)]

@@ -63,7 +63,9 @@ class Shadow:
         self.chunks += int((batch["num_slots_needed"] < batch["num_known_tokens"]).sum())
 
     def computed(self, step: Step) -> None:
-        pass
+        """Take over which drafts were accepted: all that the model decides."""
+        name = "num_accepted_tokens"
+        self.scheduler.step_arrays.batch[name][: step.num_entries] = step.batch[name][: step.num_entries]
 
     def completed(self) -> None:
         self.scheduler.complete()
@@ -80,3 +82,23 @@ class Shadow:
         np.testing.assert_array_equal(mine.pool.queue, its.pool.queue)
         np.testing.assert_array_equal(mine.pool.ref_cnt, its.pool.ref_cnt)
         np.testing.assert_array_equal(self.scheduler.waiting(), self.engine.scheduler.waiting())
+
+
+def serve(
+    engine: LLMEngine, shadow: Shadow, asks: list[Ask], *, eos: int | None = None, lengths: list[int] | None = None
+) -> list[list[int]]:
+    """Serve requests that arrive by step; tell the shadow their lengths, `lengths` where an end token cuts them."""
+    texts: list[list[int]] = [[] for _ in asks]
+    arrived, step = 0, 0
+    while arrived < len(asks) or engine.num_unfinished:
+        while arrived < len(asks) and asks[arrived].arrival_step <= step:
+            ask = asks[arrived]
+            assert engine.add_request(ask.prompt, max_tokens=ask.max_tokens, eos_token_id=eos, priority=ask.priority) == arrived
+            shadow.add(ask, ask.max_tokens if lengths is None else lengths[arrived])
+            arrived += 1
+        for new in engine.step():
+            texts[new.request].append(new.token)
+        step += 1
+    engine.scheduler.check_integrity()
+    assert engine.allocator.free_slots == engine.allocator.usable_slots
+    return texts

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="the runtime needs torch")
 pytest.importorskip("pagedkv.runtime")
 pytest.importorskip("transformers", reason="the runtime's models are transformers'")
 
-from shadow import Ask, Shadow, ragged_asks
+from shadow import Ask, Shadow, ragged_asks, serve
 from tiny_models import VOCAB, build
 
 from pagedkv.allocation import KVPoolSettings
@@ -26,26 +26,6 @@ def engine_and_shadow(*, caching: bool, policy: str = "fcfs", num_blocks: int = 
         tensor.fill_(torch.nan)
     pool = KVPoolSettings(num_blocks=num_blocks, block_size=4, max_num_seqs=12, max_model_len=120, enable_prefix_caching=caching)
     return engine, Shadow(engine, pool)
-
-
-def serve(
-    engine: LLMEngine, shadow: Shadow, asks: list[Ask], *, eos: int | None = None, lengths: list[int] | None = None
-) -> list[list[int]]:
-    """Serve requests that arrive by step; tell the shadow their lengths, `lengths` where an end token cuts them."""
-    texts: list[list[int]] = [[] for _ in asks]
-    arrived, step = 0, 0
-    while arrived < len(asks) or engine.num_unfinished:
-        while arrived < len(asks) and asks[arrived].arrival_step <= step:
-            ask = asks[arrived]
-            assert engine.add_request(ask.prompt, max_tokens=ask.max_tokens, eos_token_id=eos, priority=ask.priority) == arrived
-            shadow.add(ask, ask.max_tokens if lengths is None else lengths[arrived])
-            arrived += 1
-        for new in engine.step():
-            texts[new.request].append(new.token)
-        step += 1
-    engine.scheduler.check_integrity()
-    assert engine.allocator.free_slots == engine.allocator.usable_slots
-    return texts
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])

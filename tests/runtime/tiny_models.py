@@ -1,5 +1,6 @@
 """Small random models of the families that are served, ragged prompts for them, and what a contiguous cache answers."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,6 +83,16 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     model = MODELS[name]().to(dtype).eval()
     model.set_attn_implementation("eager")
     return model
+
+
+def draft_of(model: Any, noise: float = 0.03, seed: int = 0) -> Any:
+    """Return the same model with its weights shaken: of one mind with it for a while."""
+    draft = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight.add_(torch.randn_like(weight) * noise * weight.std())
+    return draft
 
 
 def prompts(count: int = 16, *, longest: int = 23, seed: int = 0) -> dict[str, torch.Tensor]:

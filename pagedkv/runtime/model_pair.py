@@ -1,0 +1,96 @@
+"""A model, and maybe a smaller one that drafts for it, over blocks that hold the keys and values of both."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pagedkv.arrays import Int32Array
+from pagedkv.errors import ConfigError
+from pagedkv.runtime.drafter import Drafter, check_draft
+from pagedkv.runtime.model_layers import check_model, model_layers
+from pagedkv.runtime.model_runner import ModelRunner, StepInput
+from pagedkv.runtime.storage import PagedKVStorage
+from pagedkv.runtime.storage_layout import plan_storage
+from pagedkv.runtime.texts import Text
+from pagedkv.runtime.verification import Drafts
+from pagedkv.step_batch import StepBatch
+
+
+class Computed(NamedTuple):
+    """What a step gave those of its entries whose known tokens are all computed."""
+
+    entries: list[int]
+    """Which they are."""
+    drafts: list[Drafts]
+    """By each of them: what was drafted for it, none without a draft model."""
+    logits: torch.Tensor
+    """By each: what follows its last known token, then what follows each draft [entries + drafts, vocabulary]."""
+
+
+class ModelPair:
+    """Computes the steps of a scheduler."""
+
+    def __init__(
+        self,
+        model: Any,
+        draft: Any,
+        *,
+        num_drafts: int,
+        num_blocks: int | None,
+        budget_bytes: int | None,
+        block_size: int,
+        dtype: torch.dtype | str | None,
+        backend: str,
+    ) -> None:
+        """Take the memory, and let both models attend over it; `draft` is None where nobody drafts.
+
+        Raises:
+            ConfigError: If a model is not supported, or both do not go together: with what would work.
+        """
+        check_model(model)
+        if draft is not None:
+            check_draft(draft, model, num_drafts)
+            check_model(draft)
+        elif num_drafts:
+            raise ConfigError(f"num-speculative-tokens is {num_drafts}: nothing drafts; give a speculative model too")
+        own, its = model_layers(model.config), () if draft is None else model_layers(draft.config)
+        self.storage = PagedKVStorage(
+            plan_storage([*own, *its], block_size=block_size),
+            num_blocks=num_blocks,
+            budget_bytes=budget_bytes,
+            dtype=model.dtype if dtype is None else dtype,
+            device=model.device,
+        )
+        self.runner = ModelRunner(model, self.storage, layers=range(len(own)), backend=backend)
+        self.drafter: Drafter | None = None
+        if draft is not None:
+            self.drafter = Drafter(draft, self.storage, layers=range(len(own), len(own) + len(its)), backend=backend)
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        """Token ids are below it."""
+        limits = [getattr(each.config, "max_position_embeddings", None) for each in (model, draft) if each is not None]
+        self.max_positions: int | None = min((limit for limit in limits if limit), default=None)
+        """Longest sequence that both take; None: there is no limit."""
+
+    def compute(self, texts: Sequence[Text], batch: StepBatch, tables: Int32Array) -> Computed:
+        """Compute a step.
+
+        Args:
+            texts: By entry.
+            batch: Its entries.
+            tables: By entry: its blocks, with room for all that it computes [entries, max_blocks], -1 behind those that it holds.
+        """
+        last, known = batch["num_slots_needed"].copy(), batch["num_known_tokens"].copy()
+        first = last - batch["num_scheduled_tokens"]
+        drafts = [Drafts() for _ in texts]
+        if self.drafter is not None:
+            drafts = self.drafter.draft(texts, first=first, last=last, known=known, tables=tables)
+        tokens = [
+            np.concatenate((text.chain.token_ids[begin:end], np.array(drafted.tokens, np.int32)))
+            for text, drafted, begin, end in zip(texts, drafts, first.tolist(), np.minimum(last, known).tolist(), strict=True)
+        ]
+        wanted = np.maximum(last - known + 1, 0)
+        logits = self.runner.logits(StepInput(tokens=tokens, last=last, num_logits=wanted, tables=tables))
+        entries = np.flatnonzero(wanted).tolist()
+        return Computed(entries, [drafts[i] for i in entries], logits)
