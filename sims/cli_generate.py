@@ -15,6 +15,8 @@ from pagedkv.sims.generate_config import DEFAULT_KV_CACHE, GenerateConfig
 from pagedkv.units import parse_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pagedkv.sims.prompt_file import Prompt
     from pagedkv.sims.real_load import Answer
     from pagedkv.sims.real_results import Served
@@ -79,6 +81,8 @@ class _Loaded(NamedTuple):
 
     model: Any
     """Of transformers."""
+    draft: Any
+    """What drafts for it; None if nothing does."""
     engine: Any
     """A `pagedkv.runtime.LLMEngine`."""
     decode: Callable[[list[int]], str] | None
@@ -91,16 +95,18 @@ class _Loaded(NamedTuple):
 
 def _load(asked: GenerateConfig, prompts: "list[Prompt]") -> _Loaded:
     from pagedkv.runtime.engine import LLMEngine
-    from pagedkv.runtime.load_model import load_model, load_tokenizer, random_model
+    from pagedkv.runtime.load_model import load_tokenizer
+    from pagedkv.sims.prompt_tokens import prompt_tokens
 
-    if asked.model is not None:
-        model, source = load_model(asked.model, dtype=asked.dtype, device=asked.device), asked.model
-    else:
-        assert asked.random_weights is not None
-        source = asked.random_weights
-        model = random_model(source, dtype=asked.dtype, device=asked.device, seed=asked.seed)
+    source = asked.random_weights if asked.model is None else asked.model
+    assert source is not None
+    model = _model(asked, source, asked.dtype)
+    draft = None
+    if asked.speculative_model is not None:
+        draft = _model(asked, asked.speculative_model, str(model.dtype).removeprefix("torch."))
     tokenizer = load_tokenizer(source)
-    tokens = [_tokens(prompt, number, tokenizer) for number, prompt in enumerate(prompts)]
+    chat = asked.apply_chat_template
+    tokens = [prompt_tokens(prompt, tokenizer, number=number, as_chat=chat) for number, prompt in enumerate(prompts)]
     blocks, size = asked.num_gpu_blocks_override, asked.kv_cache_memory_bytes or DEFAULT_KV_CACHE
     engine = LLMEngine(
         model,
@@ -111,9 +117,20 @@ def _load(asked: GenerateConfig, prompts: "list[Prompt]") -> _Loaded:
         max_num_batched_tokens=asked.max_num_batched_tokens,
         max_model_len=asked.max_model_len,
         enable_prefix_caching=asked.enable_prefix_caching,
+        speculative_model=draft,
+        num_speculative_tokens=asked.num_speculative_tokens or 0,
     )
     decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
-    return _Loaded(model, engine, decode, tokens, [prompt.max_tokens or asked.max_tokens for prompt in prompts])
+    return _Loaded(model, draft, engine, decode, tokens, [prompt.max_tokens or asked.max_tokens for prompt in prompts])
+
+
+def _model(asked: GenerateConfig, source: "Path", dtype: str) -> Any:
+    """Return a model from a folder, or with random weights, as is asked."""
+    from pagedkv.runtime.load_model import load_model, random_model
+
+    if asked.random_weights is None:
+        return load_model(source, dtype=dtype, device=asked.device)
+    return random_model(source, dtype=dtype, device=asked.device, seed=asked.seed)
 
 
 def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) -> "tuple[Run, list[Answer]]":
@@ -160,23 +177,15 @@ def _served(loaded: _Loaded) -> "Served":
     from pagedkv.sims.real_results import Served
 
     config, storage = loaded.model.config, loaded.engine.storage
+    models = [loaded.model] if loaded.draft is None else [loaded.model, loaded.draft]
     return Served(
         model=config.name_or_path or config.model_type,
         hardware=_device_name(storage.device),
         num_blocks=storage.num_blocks,
         block_bytes=storage.block_bytes,
         scheduler=loaded.engine.scheduler.settings,
-        weight_bytes=sum(each.numel() * each.element_size() for each in loaded.model.parameters()),
+        weight_bytes=sum(each.numel() * each.element_size() for model in models for each in model.parameters()),
     )
-
-
-def _tokens(prompt: "Prompt", number: int, tokenizer: Any) -> list[int]:
-    """Return the token ids of a prompt."""
-    if prompt.text is None:
-        return list(prompt.tokens)
-    if tokenizer is None:
-        raise ConfigError(f"prompt {number} is a text, and the model's folder has no tokenizer: write token ids, e.g. 12 7 105")
-    return list(tokenizer(prompt.text)["input_ids"])
 
 
 def _device_name(device: Any) -> str:

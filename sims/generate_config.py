@@ -14,11 +14,17 @@ class GenerateConfig:
     """A model that really runs, and who asks it."""
 
     prompts: Path
-    """File of prompts: a text (or token ids) a line, or .jsonl with {"prompt": ..., "max_tokens": ...}."""
+    """File of prompts: a text (or token ids) a line, or .jsonl with {"prompt": ..., "max_tokens": ...} or {"messages": [...]}."""
     model: Path | None = None
     """Folder with config.json, safetensors and a tokenizer."""
     random_weights: Path | None = None
     """Instead: a config.json, or its folder, of a model with random weights."""
+    apply_chat_template: bool = False
+    """Give each text to the tokenizer's chat template, as what a user says; conversations (messages) always go through it."""
+    speculative_model: Path | None = None
+    """Folder of a smaller model of the same words, that drafts; with --random-weights a config.json, with random weights too."""
+    num_speculative_tokens: int | None = None
+    """Drafts of each answer per step, for the model to verify."""
     users: int = 1
     """Each asks the next prompt as soon as the answer before it is there."""
     max_tokens: int = 16
@@ -67,5 +73,7 @@ class GenerateConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError("--kv-cache-memory-bytes and --num-gpu-blocks-override contradict each other: give one")
+        if (self.speculative_model is None) != (self.num_speculative_tokens is None):
+            raise ConfigError("speculation needs --speculative-model and --num-speculative-tokens, e.g. 3: give both, or none")
         if self.stream and self.users > 1:
             raise ConfigError(f"--stream goes with one user, not with --users {self.users}: texts would be mixed")

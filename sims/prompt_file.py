@@ -1,4 +1,4 @@
-"""Prompts from a file: a text a line, or JSON lines of texts, token ids, or objects with a `prompt`."""
+"""Prompts from a file: a text a line, or JSON lines of texts, token ids, or objects with a `prompt` or `messages`."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ class Prompt:
     """What somebody asks."""
 
     text: str | None = None
-    """As text; or else `tokens`."""
+    """As text; or else `messages` or `tokens`."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """As a conversation: (role, content) by message."""
     tokens: tuple[int, ...] = ()
     """As token ids."""
     max_tokens: int | None = None
@@ -23,8 +25,9 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Return the prompts of a file.
 
-    A name that ends in .jsonl has a JSON value a line: "text", [1, 2, 3], or {"prompt": either, "max_tokens": 20}. Any other file
-    has a prompt a line; one of numbers alone is token ids. Empty lines count for nothing.
+    A name that ends in .jsonl has a JSON value a line: "text", [1, 2, 3], {"prompt": either, "max_tokens": 20}, or a
+    conversation, {"messages": [{"role": "user", "content": "text"}]}. Any other file has a prompt a line; one of numbers alone is
+    token ids. Empty lines count for nothing.
 
     Raises:
         ConfigError: With the line that is no prompt.
@@ -53,13 +56,27 @@ def _of_json(line: str, where: str) -> Prompt:
         value: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: {error}; needs a JSON value a line") from error
-    max_tokens = None
+    max_tokens, messages = None, None
     if isinstance(value, dict):
-        max_tokens, value = value.get("max_tokens"), value.get("prompt")
+        max_tokens, messages, value = (value.get(name) for name in ("max_tokens", "messages", "prompt"))
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise ConfigError(f"{where}: max_tokens is {max_tokens!r}: needs a whole number of 1 or more")
+    if messages is not None:
+        if value is not None:
+            raise ConfigError(f"{where}: has a prompt and messages: give one of them")
+        return Prompt(messages=_conversation(messages, where), max_tokens=max_tokens)
     if isinstance(value, str) and value:
         return Prompt(text=value, max_tokens=max_tokens)
     if isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value):
         return Prompt(tokens=tuple(value), max_tokens=max_tokens)
-    raise ConfigError(f'{where}: needs a text, a list of token ids, or {{"prompt": either of them}}')
+    raise ConfigError(f'{where}: needs a text, a list of token ids, {{"prompt": either of them}}, or {{"messages": [...]}}')
+
+
+def _conversation(messages: object, where: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f'{where}: messages needs a list such as [{{"role": "user", "content": "text"}}]')
+    turns = [(each.get("role"), each.get("content")) if isinstance(each, dict) else (None, None) for each in messages]
+    for i, (role, content) in enumerate(turns):
+        if not (isinstance(role, str) and role and isinstance(content, str)):
+            raise ConfigError(f'{where}: messages[{i}] needs texts for "role", such as user, and for "content"')
+    return tuple((str(role), str(content)) for role, content in turns)

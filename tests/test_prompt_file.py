@@ -22,20 +22,33 @@ def test_a_line_is_a_prompt_and_numbers_alone_are_token_ids(tmp_path: Path) -> N
 
 def test_json_lines_are_texts_token_ids_or_objects(tmp_path: Path) -> None:
     text = '"12 7"\n[1, 2]\n{"prompt": "a", "max_tokens": 3, "other": 1}\n{"prompt": [5]}\n'
+    text += '{"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}], "max_tokens": 4}\n'
     assert read_prompts(written(tmp_path / "p.jsonl", text)) == [
         Prompt(text="12 7"),
         Prompt(tokens=(1, 2)),
         Prompt(text="a", max_tokens=3),
         Prompt(tokens=(5,)),
+        Prompt(messages=(("system", ""), ("user", "Hi")), max_tokens=4),
     ]
 
 
 @pytest.mark.parametrize(
-    "line", ["nonsense", "[]", '[1, "a"]', "[-1]", "[true]", '{"text": "a"}', '{"prompt": "a", "max_tokens": 0}', '""', "3"]
+    "line",
+    [
+        *("nonsense", "[]", '[1, "a"]', "[-1]", "[true]", '{"text": "a"}', '{"prompt": "a", "max_tokens": 0}', '""', "3"),
+        *('{"messages": []}', '{"messages": "Hi"}', '{"messages": ["Hi"]}', '{"messages": [{"role": "user"}]}'),
+        '{"messages": [{"role": "", "content": "Hi"}]}',
+    ],
 )
 def test_the_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match=r"line 2: .*needs"):
         read_prompts(written(tmp_path / "p.jsonl", f"[1]\n{line}\n"))
+
+
+def test_a_prompt_and_a_conversation_at_once_are_refused(tmp_path: Path) -> None:
+    line = '{"prompt": "a", "messages": [{"role": "user", "content": "Hi"}]}'
+    with pytest.raises(ConfigError, match="line 1: has a prompt and messages: give one"):
+        read_prompts(written(tmp_path / "p.jsonl", line + "\n"))
 
 
 def test_files_without_prompts_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pagedkv.errors import ConfigError
+from pagedkv.sims.chat_template import chat_tokens
 from pagedkv.sims.serve.errors import BAD_REQUEST, ApiError
 from pagedkv.sims.serve.served_engine import Decoder, Tokenizer
 
@@ -47,14 +49,10 @@ class _ModelTokenizer:
         return list(self._tokenizer(text)["input_ids"])
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise ApiError(BAD_REQUEST, "this model has no chat template: use /v1/completions", param="messages")
-        turns = [{"role": role, "content": content} for role, content in messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs, and refuse by any exception
-            raise ApiError(BAD_REQUEST, f"the chat template refuses these messages: {error}", param="messages") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return chat_tokens(self._tokenizer, messages)
+        except ConfigError as error:
+            raise ApiError(BAD_REQUEST, f"{error}; /v1/completions takes a prompt as it is", param="messages") from error
 
     def decoder(self) -> Decoder:
         return _ModelDecoder(self._tokenizer)

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="the runtime needs torch")
 pytest.importorskip("pagedkv.runtime")
 transformers = pytest.importorskip("transformers", reason="the runtime's models are transformers'")
 
+import tokenizers
 from tiny_models import COMMON, VOCAB, build
 
 from pagedkv.runtime.engine import LLMEngine
@@ -111,12 +112,79 @@ def test_an_interrupted_run_reports_what_was_done(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_draft_model_changes_no_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers.LlamaConfig(**COMMON | {"num_hidden_layers": 1}).save_pretrained("draft")
+    command = f"{BASE} --users 4 --num-gpu-blocks-override 40 --out"
+    main(shlex.split(f"{command} alone"))
+    main(shlex.split(f"{command} drafted --speculative-model draft --num-speculative-tokens 3"))
+    assert "3 drafts a step by draft" in " ".join(capsys.readouterr().out.split())
+    alone, drafted = ((folder / name / "answers.jsonl").read_text() for name in ("alone", "drafted"))
+    assert alone == drafted
+    documents = [json.loads((folder / name / "summary.json").read_text()) for name in ("alone", "drafted")]
+    assert documents[0]["results"][0]["num_draft_tokens"] is None
+    assert documents[1]["results"][0]["num_draft_tokens"] > 0
+    assert documents[1]["budget"]["kv_cache"] == 1.5 * documents[0]["budget"]["kv_cache"]
+    assert documents[1]["budget"]["weights"] > documents[0]["budget"]["weights"]
+
+
+def with_tokenizer(folder: Path, template: str | None) -> Any:
+    """Give the model of `folder` a tokenizer of a token per letter, and return it."""
+    letters = [chr(code) for code in range(32, 32 + VOCAB - 2)]
+    vocabulary = {"[UNK]": 0, "<s>": 1, **{letter: 2 + i for i, letter in enumerate(letters)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("<s>|."), "isolated")
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return made
+
+
+def test_texts_and_conversations_go_through_the_tokenizers_template(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    tokenizer = with_tokenizer(folder / "model", template)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    Path("chat.jsonl").write_text(f'{json.dumps({"messages": turns})}\n"Hi"\n[7, 8]\n', encoding="utf-8")
+    asked: list[list[int]] = []
+    add = LLMEngine.add_request
+
+    def noted(engine: LLMEngine, prompt: list[int], **more: Any) -> Any:
+        asked.append(list(prompt))
+        return add(engine, prompt, **more)
+
+    monkeypatch.setattr(LLMEngine, "add_request", noted)
+    command = "generate --random-weights model --prompts chat.jsonl --max-tokens 3 --num-gpu-blocks-override 60"
+    main(shlex.split(f"{command} --apply-chat-template"))
+    spelled = [tokenizer.decode(tokens).replace(" ", "") for tokens in asked[1:3]]
+    assert spelled == ["<s>[system]Bebrief.[user]Hi[assistant]", "<s>[user]Hi[assistant]"]
+    assert asked[1].count(1) == asked[2].count(1) == 1  # the template has written it: the tokenizer adds no second
+    assert asked[3] == [7, 8]
+    main(shlex.split(command))
+    assert asked[5] == asked[1]
+    assert asked[6] == tokenizer("Hi")["input_ids"] != asked[2]
+
+
+def test_a_conversation_needs_a_template_that_takes_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("chat.jsonl").write_text('{"messages": [{"role": "wizard", "content": "Hi"}]}\n', encoding="utf-8")
+    command = "generate --random-weights model --prompts chat.jsonl"
+    assert "prompt 0 is a conversation, and the model's folder has no tokenizer" in failing(command, capsys)
+    with_tokenizer(folder / "model", None)
+    assert "prompt 0: this model has no chat template" in failing(command, capsys)
+    with_tokenizer(folder / "model", "{{ raise_exception('no wizards') }}")
+    assert "the chat template refuses these messages: no wizards" in failing(command, capsys)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (f"{BASE} --model model", "give one of --model FOLDER and --random-weights"),
         (f"{BASE} --users 0", "--users is 0"),
         (f"{BASE} --users 2 --stream", "--stream goes with one user"),
+        (f"{BASE} --num-speculative-tokens 3", "speculation needs --speculative-model and --num-speculative-tokens"),
+        (f"{BASE} --speculative-model model", "e.g. 3: give both, or none"),
+        (f"{BASE} --speculative-model model --num-speculative-tokens 0", "num-speculative-tokens is 0"),
+        (f"{BASE} --speculative-model absent --num-speculative-tokens 2", "needs a config.json"),
+        (f"{BASE} --speculative-model other --num-speculative-tokens 2", "needs the vocabulary of its target"),
         (f"{BASE} --temperature -1", "temperature is -1"),
         (f"{BASE} --dtype fp8", "needs auto, float32"),
         (f"{BASE} --kv-cache-memory-bytes 1KiB", "holds 0 blocks"),
@@ -131,6 +199,7 @@ def test_an_interrupted_run_reports_what_was_done(
 def test_what_cannot_run_is_refused_with_what_would(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
 ) -> None:
+    transformers.LlamaConfig(**COMMON | {"vocab_size": 90}).save_pretrained("other")
     Path("words.txt").write_text("Hello there\n", encoding="utf-8")
     Path("hybrid.json").write_text(json.dumps({"model_type": "qwen3_next"}), encoding="utf-8")
     Path("strange.json").write_text(json.dumps({"model_type": "nonsense"}), encoding="utf-8")
