@@ -9,7 +9,7 @@ from pagedkv.arrays import BoolArray, Int32Array, Int64Array
 from pagedkv.block_moves import release_behind, release_blocks, take_blocks
 from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
-from pagedkv.errors import IntegrityError
+from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
 from pagedkv.jit import lean_jit
 from pagedkv.prefix_cache import Buckets, KeyIndex
@@ -33,6 +33,14 @@ class PagedArrays(NamedTuple):
     """By row: blocks of its state of fixed size, int32 [max_num_seqs, state blocks]."""
     hits: Int32Array
     """Room for one request's hits."""
+    forks: Int64Array
+    """NUM_FORKS and NUM_COPIES."""
+    copies: Int32Array
+    """forks[NUM_COPIES] pairs of blocks, source and destination: see `PagedStepAllocator.copies`."""
+
+
+NUM_FORKS, NUM_COPIES = 0, 1
+"""In `PagedArrays.forks`: how often a row was forked since the start; copies that the step decided last wants."""
 
 
 class PagedRules(NamedTuple):
@@ -162,7 +170,32 @@ class PagedStepAllocator:
             np.zeros(settings.max_num_seqs, np.int32),
             self.state_tables,
             np.zeros(self.tables.blocks.shape[1], np.int32),
+            np.zeros(2, np.int64),
+            np.zeros((settings.max_num_seqs, 2), np.int32),
         )
+
+    @property
+    def copies(self) -> Int32Array:
+        """Blocks to copy, in this order, before the step decided last computes anything [copies, 2]: source, destination. A view.
+
+        Who writes first into a block that he shares with a fork gets one of his own.
+        """
+        return self.arrays.copies[: self.arrays.forks[NUM_COPIES]]
+
+    def fork(self, row: int, child_row: int, num_tokens: int) -> None:
+        """Let `child_row`, which holds nothing, hold the blocks of the first `num_tokens` of `row` too. O(blocks).
+
+        Raises:
+            ConfigError: If rows have a state of fixed size, which nobody can share.
+        """
+        if self.state_units:
+            raise ConfigError("a state of fixed size (linear attention, Mamba) cannot be shared: requests cannot be forked")
+        number, tables = -(-num_tokens // self.unit_slots), self.tables
+        self.pool.share(tables.blocks[row, :number])
+        tables.blocks[child_row, :number] = tables.blocks[row, :number]
+        tables.num_blocks[child_row] = number
+        self.arrays.num_registered[child_row] = min(self.arrays.num_registered[row], number)
+        self.arrays.forks[NUM_FORKS] += 1
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if even the empty pool is too small (the last output token never needs a slot, drafts do)."""

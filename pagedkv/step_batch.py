@@ -25,9 +25,13 @@ STEP_ENTRY = np.dtype(
 * num_known_tokens: prompt and outputs so far: what vLLM's full-prompt gate wants to fit at admission;
 * admission_slots: what `Allocator.admission_slots` set for it at arrival;
 * num_accepted_tokens: of the drafts that it verifies, those that the model would have generated too: known when the step is
-  computed, so whoever owns the clock writes it before the step is completed (speculative decoding; else 0);
+  computed, so whoever owns the clock writes it before the step is completed (speculative decoding; else 0). `HELD`: it gets no
+  token, not even the usual one, and computes its last one again: a beam that waits for the others of its search;
 * row: the row of the running batch that holds its block table.
 """
+
+HELD = -1
+"""In num_accepted_tokens."""
 
 StepBatch: TypeAlias = npt.NDArray[np.void]
 """`STEP_ENTRY` [max_num_seqs], in scheduling order: first running requests, then admissions."""

@@ -15,7 +15,7 @@ def complete_step(
     """Count the step's tokens as computed and give an output token to each request whose known tokens all are.
 
     Tokens computed beyond the known ones were drafts: those that are accepted become known, one more follows them, and the slots of
-    the others are written anew by the next step.
+    the others are written anew by the next step. Who is `HELD` gets none, and computes its last known token again.
 
     Args:
         state: Who runs; finished requests leave it, the others keep their order.
@@ -41,6 +41,8 @@ def complete_step(
             requests["num_known_tokens"][request] += accepted + 1
             requests["num_computed_tokens"][request] = requests["num_known_tokens"][request] - 1
             state.counts[NUM_DRAFTED] += drafts
+            if accepted < 0:  # held: -1
+                continue
             state.counts[NUM_ACCEPTED] += accepted
             num_tokens += accepted + 1
             sampled[num_sampled] = request

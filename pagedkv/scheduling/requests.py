@@ -96,6 +96,20 @@ class RequestTable:
         self.size = index + 1
         return index
 
+    def fork(self, parent: int, content: Segments, room: int) -> int:
+        """Append a request that knows as many tokens as `parent`, of the same prompt, and return its index. See `add`."""
+        old = self.arrays[parent]
+        child = self.add(
+            prompt_tokens=int(old["prompt_tokens"]),
+            output_tokens=int(old["output_tokens"]),
+            admission_slots=int(old["admission_slots"]),
+            priority=int(old["priority"]),
+            content=content,
+            room=room,
+        )
+        self.arrays["num_known_tokens"][child] = self.arrays["num_known_tokens"][parent]
+        return child
+
     def add_segments(self, request: int, segments: Segments) -> None:
         """Let `request` go on through `segments`, for which it has room: what was its own is found by others from now on."""
         first = int(self.arrays["first_segment"][request]) + int(self.arrays["num_segments"][request])

@@ -13,7 +13,7 @@ from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.jit import fixed_types
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.completion import complete_paged_step, complete_step
-from pagedkv.scheduling.content import Contents, Segments, content_of, keyed_segments
+from pagedkv.scheduling.content import NO_SEGMENTS, Contents, Segments, content_of, keyed_segments
 from pagedkv.scheduling.plain_step import admit, plan_step
 from pagedkv.scheduling.requests import NO_ROW, RequestTable
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
@@ -29,6 +29,8 @@ from pagedkv.scheduling.waiting import (
     goes_before,
     leave_running,
     push_waiting,
+    return_waiting,
+    start_running,
     stop_running,
     withdraw_waiting,
 )
@@ -43,6 +45,8 @@ _withdraw_waiting = fixed_types(withdraw_waiting)
 _plan_step = fixed_types(plan_step)
 _admit = fixed_types(admit)
 _complete_step = fixed_types(complete_step)
+_return_waiting = fixed_types(return_waiting)
+_start_running = fixed_types(start_running)
 
 
 class StepArrays(NamedTuple):
@@ -236,6 +240,94 @@ class Scheduler:
             raise ConfigError(f"keys of {first} + {len(keys)} blocks for a request of {known} known tokens: needs full blocks")
         segments["end_token"] += first * self.allocator.unit_slots
         self.requests.add_segments(request, segments)
+
+    def fork(self, parent: int, *, content: Segments | None = None, keys: BlockKeys | None = None) -> int:
+        """Let a new request go on from what `parent` has computed, with a last token of its own; return its index.
+
+        It runs at once, behind the others, if a row is free: the two share blocks, and who writes first into one that is not full
+        gets a copy (`PagedStepAllocator.copies`). Else it waits in front, and computes anew what the prefix cache has lost.
+        O(blocks shared).
+
+        Args:
+            parent: A running request whose known tokens are computed but for the last; not within a step.
+            content: What the new request shares with others, as in `add`.
+            keys: In its place, if the parent was added with `keys_follow`: keys of its blocks that are full.
+
+        Raises:
+            ConfigError: If the parent is not such a request, memory is not paged, or keys do not fit; nothing has changed then.
+        """
+        paged = self._expect_decoding(parent)
+        self._expect_keys(parent, keys)
+        segments = keyed_segments(keys, self.allocator.unit_slots) if keys is not None else content
+        child = self.requests.fork(
+            parent,
+            segments if self._caches and segments is not None else NO_SEGMENTS,
+            self._num_full(parent) if parent in self._keys_follow else 0,
+        )
+        if parent in self._keys_follow:
+            self._keys_follow.add(child)
+        requests, num_running = self.requests.arrays, self.num_running
+        if num_running == self.settings.max_num_seqs:
+            if self.num_waiting + num_running + 1 >= self.arrays.waiting.size:
+                self._grow_queue()
+            _return_waiting(self.arrays, requests, child, self.limits.by_priority)
+            return child
+        row, known = int(self.arrays.free_rows[num_running]), int(requests["num_known_tokens"][parent])
+        paged.fork(int(requests["row"][parent]), row, known - 1)
+        _start_running(self.arrays, requests, child, row)
+        for name in ("num_computed_tokens", "num_cached_tokens", "num_hit_tokens"):
+            requests[name][child] = known - 1
+        requests["num_queried_tokens"][child] = known
+        return child
+
+    def take_over(self, request: int, parent: int, *, keys: BlockKeys | None = None) -> None:
+        """Let `request`, a beam that is dropped, give up what it has and go on from what `parent` has computed, as a fork would.
+
+        O(blocks given back and shared).
+
+        Args:
+            request: Running, of the same prompt, with as many tokens known and computed.
+            parent: As in `fork`, and added as `request` was.
+            keys: If they were added with `keys_follow`: keys of the full blocks of what `request` is from now on.
+
+        Raises:
+            ConfigError: If the requests are not such, memory is not paged, or keys do not fit; nothing has changed then.
+        """
+        self._expect_decoding(request)
+        paged, requests = self._expect_decoding(parent), self.requests.arrays
+        names = ["num_known_tokens", "prompt_tokens", "output_tokens"]
+        alike = (request in self._keys_follow) == (parent in self._keys_follow)
+        if request == parent or not alike or any(requests[name][request] != requests[name][parent] for name in names):
+            raise ConfigError(f"request {request} cannot go on from {parent}: needs another of the same prompt, and as far")
+        self._expect_keys(parent, keys)
+        row = int(requests["row"][request])
+        paged.free(row)
+        paged.fork(int(requests["row"][parent]), row, int(requests["num_computed_tokens"][parent]))
+        if keys is not None:
+            requests["num_segments"][request] = 0
+            self.requests.add_segments(request, keyed_segments(keys, self.allocator.unit_slots))
+
+    def _expect_decoding(self, request: int) -> PagedStepAllocator:
+        """Return the memory, if `request` is one that can be forked."""
+        requests = self.requests.arrays
+        if self._paged is None or self._paged.state_units:
+            raise ConfigError(f"requests cannot be forked over {self.allocator.name} with a state: needs paged memory without")
+        runs = not self._in_flight and 0 <= request < self.requests.size and requests["row"][request] != NO_ROW
+        known = requests["num_known_tokens"][request] if runs else 0
+        if not runs or requests["num_computed_tokens"][request] != known - 1 or known <= requests["prompt_tokens"][request]:
+            raise ConfigError(f"request {request} cannot be forked: needs one that decodes, between steps")
+        return self._paged
+
+    def _expect_keys(self, parent: int, keys: BlockKeys | None) -> None:
+        full = int(self.requests.arrays["num_known_tokens"][parent]) // self.allocator.unit_slots
+        if (keys is not None) != (parent in self._keys_follow) or (keys is not None and len(keys) > full):
+            given = "no keys" if keys is None else f"{len(keys)} keys"
+            raise ConfigError(f"{given} for a fork of request {parent}: needs them if its keys follow, up to {full}, and else none")
+
+    def _num_full(self, request: int) -> int:
+        """Return how many blocks `request` will ever fill."""
+        known = self.requests.arrays[request]
+        return int(known["prompt_tokens"] + known["output_tokens"] - 1) // self.allocator.unit_slots
 
     def end_after(self, request: int, num_output_tokens: int) -> None:
         """Let `request` generate no more than so many tokens, fewer than it was added with: the last one ends its text.

@@ -11,7 +11,7 @@ from pagedkv.arrays import Int64Array
 from pagedkv.block_moves import take_blocks, touch_blocks
 from pagedkv.free_queue import NULL_BLOCK, NUM_FREE
 from pagedkv.jit import lean_jit
-from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
+from pagedkv.paged_steps import NUM_COPIES, NUM_FORKS, PagedArrays, PagedRules, free_row
 from pagedkv.prefix_cache import find_key, insert_key
 from pagedkv.scheduling.content import Segments, segment_of, stream_of
 from pagedkv.scheduling.requests import RequestArrays
@@ -26,6 +26,7 @@ from pagedkv.scheduling.waiting import (
     start_running,
     stop_running,
 )
+from pagedkv.shared_tails import part_tail, shares_tail
 from pagedkv.step_batch import StepBatch
 
 RAN_BEFORE, ENTRIES, PREEMPTED, BLOCKER = 0, 1, 2, 3
@@ -49,14 +50,18 @@ class SchedulerLimits(NamedTuple):
 def _grant(
     pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int, num_tokens: int
 ) -> bool:
-    """Give a running `request` the slots of its next tokens. O(blocks taken and filled)."""
+    """Give a running `request` the slots of its next tokens, and a tail of its own to write to. O(blocks taken and filled)."""
     slots, held = requests["num_computed_tokens"][request] + num_tokens, int(pool.num_blocks[row])
     registered = int(pool.num_registered[row])
     filled = rules.caches and min(slots, requests["num_known_tokens"][request]) >= (registered + 1) * rules.block_size
     needed = max(-(-slots // rules.block_size), held)
     full = min(slots, requests["num_known_tokens"][request]) // rules.block_size if filled else registered
-    if not take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held):
+    parts = pool.forks[NUM_FORKS] > 0 and shares_tail(pool, rules, row, requests["num_computed_tokens"][request])
+    if needed - held + parts > pool.queue[NUM_FREE]:
         return False
+    if parts:
+        part_tail(pool, rules, row, requests["num_computed_tokens"][request])
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held)
     if full > registered:
         _register(pool, rules, requests, segments, request, row, registered, full)
     pool.num_blocks[row] = needed
@@ -76,7 +81,8 @@ def _register(
         while place < end and segments["end_token"][place] < (i + 1) * rules.block_size:
             place += 1
             word_a, word_b = stream_of(segments, place, end, request)
-        insert_key(pool.blocks, pool.key_index, pool.buckets, pool.tables[row, i], word_a + np.uint64(i), word_b)
+        if pool.blocks["next_same"][pool.tables[row, i]] == NULL_BLOCK:  # one that was full when it was shared may carry its key
+            insert_key(pool.blocks, pool.key_index, pool.buckets, pool.tables[row, i], word_a + np.uint64(i), word_b)
     pool.num_registered[row] = last
 
 
@@ -173,6 +179,7 @@ def _schedule_running(
 ) -> tuple[int, int, int]:
     """Let running requests go on, in their order; return entries, preemptions and the token budget that is left."""
     budget, entries, num_preempted = limits.max_num_batched_tokens, 0, 0  # entry i of the batch is running request i
+    forked = pool.forks[NUM_FORKS] > 0
     while entries < state.counts[NUM_RUNNING] and budget > 0:
         request = state.running[entries]
         known = requests["num_known_tokens"][request]
@@ -187,6 +194,8 @@ def _schedule_running(
         enough = slots <= int(pool.num_blocks[row]) * rules.block_size
         if rules.caches:
             enough &= slots < (int(pool.num_registered[row]) + 1) * rules.block_size
+        if forked:
+            enough &= not shares_tail(pool, rules, row, slots - tokens)
         # Most steps stay within the last block: `_grant` would do nothing, and its call would cost more than all else.
         while not (enough or gone or _grant(pool, rules, requests, segments, request, row, tokens)):
             place = _victim(state, requests, limits)
@@ -278,6 +287,7 @@ def schedule_step(
     counts = state.counts
     threshold = limits.long_prefill_token_threshold
     present = counts[NUM_RUNNING] + counts[NUM_WAITING]
+    pool.forks[NUM_COPIES] = 0
     if present == 1:
         threshold = 0
     elif threshold > 0 and limits.adaptive_threshold:

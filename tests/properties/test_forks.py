@@ -1,0 +1,279 @@
+"""Forks under the scheduler: whoever writes where, each request finds its own tokens in its blocks, and all blocks come back."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagedkv.allocation import KVPoolSettings
+from pagedkv.block_hash import BlockHashChain
+from pagedkv.errors import ConfigError
+from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.scheduler_settings import SchedulerSettings
+from pagedkv.scheduling.waiting import NUM_RUNNING
+from pagedkv.step_batch import HELD
+
+BLOCK = 4
+
+
+@dataclass
+class Forking:
+    """A scheduler whose requests have tokens, and a memory that holds them, slot by slot."""
+
+    scheduler: Scheduler
+    rng: np.random.Generator
+    chains: dict[int, BlockHashChain] = field(default_factory=dict)
+    copies: int = 0
+
+    @classmethod
+    def of(
+        cls, *, num_blocks: int = 30, rows: int = 6, caches: bool = True, drafts: int = 0, policy: str = "fcfs", seed: int = 0
+    ) -> "Forking":
+        pool = KVPoolSettings(
+            num_blocks=num_blocks,
+            block_size=BLOCK,
+            max_num_seqs=rows,
+            max_model_len=60,
+            lookahead_slots=drafts,
+            enable_prefix_caching=caches,
+        )
+        limits = SchedulerSettings(
+            max_num_seqs=rows, max_num_batched_tokens=24, max_model_len=60, num_speculative_tokens=drafts, policy=policy
+        )
+        one = cls(Scheduler(limits, PagedStepAllocator(pool)), np.random.default_rng(seed))
+        one.memory = np.full(num_blocks * BLOCK, -1)
+        return one
+
+    def __post_init__(self) -> None:
+        self.memory = np.zeros(0, np.int64)
+
+    @property
+    def allocator(self) -> PagedStepAllocator:
+        allocator = self.scheduler.allocator
+        assert isinstance(allocator, PagedStepAllocator)
+        return allocator
+
+    def keys(self, request: int) -> dict[str, object]:
+        return {"keys": self.chains[request].keys} if self.scheduler.caches_prefixes else {}
+
+    def add(self, prompt: list[int], output_tokens: int, priority: int = 0) -> int | None:
+        chain = BlockHashChain(block_size=BLOCK)
+        chain.extend(prompt)
+        keys = {"keys": chain.keys, "keys_follow": True} if self.scheduler.caches_prefixes else {}
+        request = self.scheduler.add(prompt_tokens=len(prompt), output_tokens=output_tokens, priority=priority, **keys)  # type: ignore[arg-type]
+        if request is not None:
+            self.chains[request] = chain
+        return request
+
+    def decoding(self) -> list[int]:
+        """Return who can be forked."""
+        known = self.scheduler.requests.arrays
+        running = self.scheduler.arrays.running[: self.scheduler.arrays.counts[NUM_RUNNING]].tolist()
+        return [
+            i
+            for i in running
+            if known["num_computed_tokens"][i] == known["num_known_tokens"][i] - 1
+            and known["num_known_tokens"][i] > known["prompt_tokens"][i]
+        ]
+
+    def replaced(self, parent: int) -> BlockHashChain:
+        """Return the parent's tokens with another last one."""
+        chain = BlockHashChain(block_size=BLOCK)
+        chain.extend([*self.chains[parent].token_ids[:-1].tolist(), int(self.rng.integers(5))])
+        return chain
+
+    def fork(self, parent: int) -> int:
+        chain = self.replaced(parent)
+        keys = chain.keys if self.scheduler.caches_prefixes else None
+        child = self.scheduler.fork(parent, keys=keys)
+        self.chains[child] = chain
+        self.scheduler.check_integrity()
+        return child
+
+    def take_over(self, request: int, parent: int) -> None:
+        chain = self.replaced(parent)
+        self.scheduler.take_over(request, parent, keys=chain.keys if self.scheduler.caches_prefixes else None)
+        self.chains[request] = chain
+        self.scheduler.check_integrity()
+
+    def step(self, *, held: float = 0.0) -> None:
+        """Do a step: copy, write, look at what everybody reads, draw new tokens."""
+        scheduler, memory = self.scheduler, self.memory
+        step = scheduler.schedule()
+        batch = step.batch[: step.num_entries]
+        for source, destination in self.allocator.copies.tolist():
+            slots = np.arange(BLOCK)
+            memory[destination * BLOCK + slots] = memory[source * BLOCK + slots]
+            self.copies += 1
+        reads = []
+        for entry in batch:
+            request, last, known = int(entry["request"]), int(entry["num_slots_needed"]), int(entry["num_known_tokens"])
+            ids = self.chains[request].token_ids
+            drafted = self.rng.integers(5, size=max(last - known, 0))
+            tokens = np.concatenate((ids, drafted))[:last]
+            table = self.allocator.tables.of(int(entry["row"])).astype(np.int64)
+            slots = table[np.arange(last) // BLOCK] * BLOCK + np.arange(last) % BLOCK
+            first = last - int(entry["num_scheduled_tokens"])
+            memory[slots[first:]] = tokens[first:]
+            reads.append((slots, tokens))
+        for slots, tokens in reads:
+            np.testing.assert_array_equal(memory[slots], tokens)
+        accepted = [int(self.rng.integers(max(0, d) + 1)) for d in batch["num_slots_needed"] - batch["num_known_tokens"]]
+        accepted = [HELD if self.rng.random() < held else count for count in accepted]
+        batch["num_accepted_tokens"] = accepted
+        before = scheduler.requests.arrays["num_known_tokens"].copy()
+        drafted_tokens = {int(entry["request"]): tokens for entry, (_, tokens) in zip(batch, reads, strict=True)}
+        scheduler.complete()
+        for request, tokens in drafted_tokens.items():
+            chain, known = self.chains[request], int(scheduler.requests.arrays["num_known_tokens"][request])
+            if (gained := known - int(before[request])) > 0:
+                old = len(chain.keys)
+                chain.extend([*tokens[before[request] :][: gained - 1].tolist(), int(self.rng.integers(5))])
+                if request not in scheduler.finished and scheduler.caches_prefixes and len(chain.keys) > old:
+                    scheduler.add_keys(request, chain.keys[old:])
+        scheduler.check_integrity()
+
+    def finish(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.num_running + self.scheduler.num_waiting:
+                break
+            self.step()
+        assert self.allocator.free_slots == self.allocator.usable_slots
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["add", "fork", "fork", "take over", "step", "step", "held step", "abort"]), st.integers(0, 2**16)),
+    max_size=60,
+)
+
+
+@given(
+    operations=OPERATIONS,
+    caches=st.booleans(),
+    drafts=st.sampled_from([0, 0, 3]),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    num_blocks=st.integers(17, 40),
+)
+@settings(max_examples=80, deadline=None)
+def test_each_request_reads_its_own_tokens(
+    operations: list[tuple[str, int]], *, caches: bool, drafts: int, policy: str, num_blocks: int
+) -> None:
+    one = Forking.of(num_blocks=num_blocks, caches=caches, drafts=drafts, policy=policy)
+    for kind, number in operations:
+        forkable = one.decoding()
+        if kind == "add":
+            one.add([number % 3] * (1 + number % 19), 1 + number % 23, priority=number % 3)
+        elif kind == "fork" and forkable:
+            one.fork(forkable[number % len(forkable)])
+        elif kind == "take over" and forkable:
+            parent = forkable[number % len(forkable)]
+            known = one.scheduler.requests.arrays
+            names = ["prompt_tokens", "output_tokens", "num_known_tokens"]
+            alike = [i for i in forkable if i != parent and all(known[name][i] == known[name][parent] for name in names)]
+            if alike:
+                one.take_over(alike[number % len(alike)], parent)
+        elif kind == "step":
+            one.step()
+        elif kind == "held step":
+            one.step(held=0.5)
+        elif kind == "abort" and one.chains:
+            one.scheduler.abort(number % one.scheduler.requests.size)
+            one.scheduler.check_integrity()
+    one.finish()
+
+
+def decode(one: Forking, prompt_tokens: int, output_tokens: int = 20) -> int:
+    request = one.add(list(range(prompt_tokens)), output_tokens)
+    assert request is not None
+    while not one.decoding():
+        one.step()
+    return request
+
+
+@pytest.mark.parametrize("caches", [True, False])
+def test_all_but_the_last_of_those_who_share_a_tail_copy_it(*, caches: bool) -> None:
+    one = Forking.of(caches=caches)
+    parent = decode(one, 10)  # two blocks and a half
+    for _ in range(3):
+        one.fork(parent)
+    assert one.allocator.free_slots == one.allocator.usable_slots - 3 * BLOCK
+    one.step()
+    assert one.allocator.copies.shape == (3, 2)
+    assert one.allocator.free_slots == one.allocator.usable_slots - (2 + 4) * BLOCK
+    one.step()
+    assert not one.allocator.copies.size
+    one.finish()
+
+
+def test_a_full_tail_is_shared_for_good() -> None:
+    one = Forking.of()
+    parent = decode(one, 12)
+    one.fork(parent)
+    one.step()
+    assert not one.allocator.copies.size
+    assert one.allocator.free_slots == one.allocator.usable_slots - (3 + 2) * BLOCK
+    one.finish()
+
+
+def test_a_fork_that_finds_no_row_waits_in_front_and_finds_what_was_full() -> None:
+    one = Forking.of(rows=2)
+    parent = decode(one, 10, 9)
+    one.fork(parent)
+    late = one.fork(parent)
+    other = one.add([9] * 5, 3)
+    assert one.scheduler.waiting().tolist() == [late, other]
+    one.finish()
+    known = one.scheduler.requests.arrays
+    assert known["num_cached_tokens"][late] == 8
+    assert (known["num_known_tokens"][:4] == [19, 19, 19, 8]).all()
+
+
+def test_a_held_request_gets_its_token_when_it_is_held_no_more() -> None:
+    one = Forking.of()
+    request = decode(one, 7, 8)
+    known = one.scheduler.requests.arrays
+    for held, gained in ((1.0, 1), (1.0, 1), (0.0, 2)):
+        one.step(held=held)
+        assert known["num_known_tokens"][request] - 7 == gained
+        assert known["num_computed_tokens"][request] == known["num_known_tokens"][request] - 1
+        assert one.scheduler.sampled.tolist() == ([request] if held == 0 else [])
+    one.finish()
+
+
+def test_misuse_says_what_works_and_changes_nothing() -> None:
+    one = Forking.of()
+    request = one.add([1] * 5, 4)
+    assert request is not None
+    with pytest.raises(ConfigError, match="needs one that decodes"):
+        one.scheduler.fork(request, keys=one.chains[request].keys)
+    parent, other = decode(one, 10), one.add([2] * 3, 9)
+    assert other is not None
+    keys = one.chains[parent].keys
+    before = one.allocator.free_slots
+    for wrong, message in (
+        (lambda: one.scheduler.fork(parent), "no keys for a fork"),
+        (lambda: one.scheduler.fork(parent, keys=np.concatenate((keys, keys))), "4 keys for a fork of request"),
+        (lambda: one.scheduler.take_over(parent, parent, keys=keys), "cannot go on from"),
+        (lambda: one.scheduler.take_over(other, parent, keys=keys), "needs one that decodes"),
+        (lambda: one.scheduler.fork(99, keys=keys), "needs one that decodes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            wrong()
+        assert one.allocator.free_slots == before
+    one.scheduler.schedule()
+    with pytest.raises(ConfigError, match="between steps"):
+        one.scheduler.fork(parent, keys=keys)
+
+
+def test_a_state_cannot_be_shared() -> None:
+    pool = KVPoolSettings(num_blocks=30, block_size=BLOCK, max_num_seqs=4, max_model_len=60, state_slots=BLOCK)
+    one = Forking(
+        Scheduler(SchedulerSettings(max_num_seqs=4, max_model_len=60), PagedStepAllocator(pool)), np.random.default_rng(0)
+    )
+    one.memory = np.full(120, -1)
+    parent = decode(one, 5)
+    with pytest.raises(ConfigError, match="without"):
+        one.scheduler.fork(parent)
