@@ -134,6 +134,7 @@ def _model(asked: GenerateConfig, source: "Path", dtype: str) -> Any:
 
 
 def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) -> "tuple[Run, list[Answer]]":
+    from pagedkv.runtime.beam_search import BeamParams
     from pagedkv.runtime.load_model import end_tokens
     from pagedkv.runtime.sampling import SamplingParams
     from pagedkv.sims.progress import ProgressOnStderr
@@ -141,11 +142,19 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
 
     engine, stream, done = loaded.engine, _Stream(loaded.decode) if asked.stream else None, 0
     ends = () if asked.ignore_eos else end_tokens(loaded.model)
+    beams = None
+    if asked.beam_width is not None:
+        beams = BeamParams(width=asked.beam_width, length_penalty=1.0 if asked.length_penalty is None else asked.length_penalty)
 
     def submit(number: int) -> int | None:
-        params = SamplingParams(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, seed=asked.seed + number)
+        seed = asked.seed + number * asked.n  # text i of a prompt is drawn by seed + i
         request: int | None = engine.add_request(
-            loaded.tokens[number], max_tokens=loaded.max_tokens[number], eos_token_id=ends, sampling=params
+            loaded.tokens[number],
+            max_tokens=loaded.max_tokens[number],
+            eos_token_id=ends,
+            sampling=SamplingParams(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, seed=seed),
+            n=asked.n,
+            beams=beams,
         )
         return request
 
@@ -156,7 +165,7 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
             if stream is not None:
                 stream.told(answer)
             done += answer.finish_reason is not None
-            progress("generate", 0, done / len(loaded.tokens))
+            progress("generate", 0, done / len(loaded.tokens) / asked.n)
 
         filler = [0] * (2 * asked.block_size - 1)  # two blocks are filled, one of them by what is generated
         warm_up(engine, lambda: engine.add_request(filler, max_tokens=3, salt="warm-up"), time.perf_counter)
@@ -167,6 +176,7 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
             submit,
             list(zip(map(len, loaded.tokens), loaded.max_tokens, strict=True)),
             users=asked.users,
+            num_texts=asked.n,
             now=lambda: time.perf_counter() - began_s,
             told=told,
             stopped=stopped,

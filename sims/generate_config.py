@@ -31,6 +31,12 @@ class GenerateConfig:
     """Most tokens of an answer. Default as of vLLM's SamplingParams."""
     ignore_eos: bool = False
     """Go on behind tokens that end a text."""
+    n: int = 1
+    """Texts for each prompt, which share its blocks; with --beam-width the best ones."""
+    beam_width: int | None = None
+    """Search the likeliest texts with so many beams."""
+    length_penalty: float | None = None
+    """A beam's score is the sum of its log-probabilities / tokens ** this [default: 1]."""
     temperature: float = 0.0
     """0: always the likeliest token."""
     top_k: int = 0
@@ -68,12 +74,17 @@ class GenerateConfig:
         """
         if (self.model is None) == (self.random_weights is None):
             raise ConfigError("give one of --model FOLDER and --random-weights CONFIG")
-        for name in ("users", "max_tokens"):
+        for name in ("users", "max_tokens", "n"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError("--kv-cache-memory-bytes and --num-gpu-blocks-override contradict each other: give one")
         if (self.speculative_model is None) != (self.num_speculative_tokens is None):
             raise ConfigError("speculation needs --speculative-model and --num-speculative-tokens, e.g. 3: give both, or none")
-        if self.stream and self.users > 1:
-            raise ConfigError(f"--stream goes with one user, not with --users {self.users}: texts would be mixed")
+        if self.stream and max(self.users, self.n) > 1:
+            mixed = f"--users {self.users}" if self.users > 1 else f"--n {self.n}"
+            raise ConfigError(f"--stream goes with one user and one text, not with {mixed}: texts would be mixed")
+        if self.n > 1 and self.beam_width is None and not self.temperature:
+            raise ConfigError(f"--n {self.n} with temperature 0: all texts would be the same; give --temperature, or --beam-width")
+        if self.length_penalty is not None and self.beam_width is None:
+            raise ConfigError(f"--length-penalty {self.length_penalty} is for beams: give --beam-width, e.g. 4")

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import Step
 from pagedkv.sims.recorder import Recorder
+from pagedkv.sims.recording import NUM_OUTPUT_TOKENS
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.step_time import StepCost
@@ -51,6 +54,19 @@ class RealClock:
         """Note the tokens that came out, at the end of the step."""
         self.recorder.tokens(self._since_s)
         self._idle = self._scheduler.num_running == self._scheduler.num_waiting == 0
+
+    def forked(self, parent: int, child: int) -> None:
+        """Note that `child` goes on from what `parent` has computed, and has its first tokens from it: it came when that did.
+
+        A beam that takes the place of another is not new, and keeps what is known of it.
+        """
+        times = self.recorder.arrays.times
+        if child < times.size and not np.isnan(times["arrival_s"][child]):
+            return
+        self.recorder.arrival(child, float(times["arrival_s"][parent]))
+        times = self.recorder.arrays.times
+        times[child] = times[parent]
+        self.recorder.arrays.counters[NUM_OUTPUT_TOKENS] += 1
 
     def close(self) -> Run:
         """End now and return the run."""

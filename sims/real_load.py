@@ -16,7 +16,7 @@ class TextEngine(Protocol):
     observer: Any
 
     def step(self) -> Sequence[Any]:
-        """Compute a step; return (request, token, reason why it is the last one or None) of each token that came out."""
+        """Compute a step; return the tokens that came out, as `pagedkv.runtime.texts.NewToken`."""
 
     def abort(self, request: int) -> bool:
         """Take a request out."""
@@ -28,10 +28,14 @@ class Answer:
 
     prompt: int
     """Its number in the file, from 0 on."""
+    index: int = 0
+    """Which of the prompt's texts it is."""
     tokens: list[int] = field(default_factory=list)
     """New token ids."""
     finish_reason: str | None = None
     """"stop", "length", "rejected", or None: it was interrupted."""
+    score: float | None = None
+    """By which a beam was chosen."""
 
 
 def serve_prompts(
@@ -40,6 +44,7 @@ def serve_prompts(
     lengths: Sequence[tuple[int, int]],
     *,
     users: int,
+    num_texts: int = 1,
     now: Callable[[], float],
     told: Callable[[Answer], None],
     stopped: Callable[[], bool],
@@ -50,15 +55,16 @@ def serve_prompts(
         engine: Serves; nobody else uses it.
         submit: Gives the engine the prompt of that number; None if it is refused.
         lengths: By prompt: its tokens and the most new ones.
-        users: How many ask at a time.
+        users: How many ask at a time; who has all texts of a prompt asks the next one.
+        num_texts: Texts of each prompt.
         now: The clock, seconds from any moment on.
         told: Is told an answer with each of its tokens.
         stopped: Whether to end before all is answered: who runs is aborted.
     """
     clock = RealClock(engine.scheduler, now)
     engine.observer = clock
-    answers = [Answer(prompt=number) for number in range(len(lengths))]
-    numbers, active = iter(range(len(lengths))), dict[int, Answer]()
+    answers = [[Answer(prompt=number, index=index) for index in range(num_texts)] for number in range(len(lengths))]
+    numbers, active = iter(range(len(lengths))), dict[int, list[Answer]]()
 
     def ask() -> None:
         for number in numbers:
@@ -68,24 +74,25 @@ def serve_prompts(
                 active[request] = answers[number]
                 return
             clock.rejection(*lengths[number])
-            answers[number].finish_reason = "rejected"
+            for answer in answers[number]:
+                answer.finish_reason = "rejected"
 
     for _ in range(users):
         ask()
     while active and not stopped():
-        for request, token, reason in engine.step():
-            answer = active[request]
-            answer.tokens.append(token)
-            answer.finish_reason = reason
+        for new in engine.step():
+            answer = active[new.request][new.text]
+            answer.tokens.append(new.token)
+            answer.finish_reason, answer.score = new.finish_reason, new.score
             told(answer)
-            if reason is not None:
-                del active[request]
+            if all(each.finish_reason is not None for each in active[new.request]):
+                del active[new.request]
                 ask()
     run = clock.close()
     engine.observer = None
     for request in active:
         engine.abort(request)
-    return run, answers
+    return run, [answer for each in answers for answer in each]
 
 
 def warm_up(engine: TextEngine, submit: Callable[[], int | None], now: Callable[[], float]) -> None:
@@ -95,6 +102,6 @@ def warm_up(engine: TextEngine, submit: Callable[[], int | None], now: Callable[
     request = submit()
     if request is not None:
         clock.arrival(request)
-        while not any(reason is not None for _, _, reason in engine.step()):
+        while not any(new.finish_reason is not None for new in engine.step()):
             pass
     engine.observer = None

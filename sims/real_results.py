@@ -67,7 +67,11 @@ def write_real(folder: Path, document: dict[str, Any], run: Run, answers: Sequen
         ConfigError: If it cannot be written.
     """
     lines = [
-        json.dumps({"prompt": answer.prompt, "text": text, "tokens": answer.tokens, "finish_reason": answer.finish_reason})
+        json.dumps(
+            {"prompt": answer.prompt, "index": answer.index, "text": text, "tokens": answer.tokens}
+            | {"finish_reason": answer.finish_reason}
+            | ({} if answer.score is None else {"score": answer.score})
+        )
         for answer, text in answers
     ]
     files = run_files({run.allocator.name: [run]}) | {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from pagedkv.runtime.attention import use_paged_attention
+    from pagedkv.runtime.beam_search import BeamParams
     from pagedkv.runtime.engine import LLMEngine
     from pagedkv.runtime.memory_study import study_memory
     from pagedkv.runtime.paged_cache import PagedCache
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pagedkv.runtime.storage_layout import StorageLayout, plan_storage
 
 __all__ = [
+    "BeamParams",
     "LLMEngine",
     "PagedCache",
     "PagedKVStorage",
@@ -29,6 +31,7 @@ __all__ = [
     "use_paged_attention",
 ]
 _HOME = {
+    "BeamParams": "beam_search",
     "LLMEngine": "engine",
     "SamplingParams": "sampling",
     "PagedCache": "paged_cache",

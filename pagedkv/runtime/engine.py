@@ -1,7 +1,8 @@
 """A serving engine: the scheduler and the allocator that the simulator runs, with a real model behind them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,30 +13,22 @@ from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.runtime.beam_room import beams_fit, check_search, longest_beam
+from pagedkv.runtime.beam_search import BeamParams, BeamSearch
 from pagedkv.runtime.model_pair import ModelPair
 from pagedkv.runtime.sampling import GREEDY, Sampler, SamplingParams
-from pagedkv.runtime.texts import LENGTH, STOP, Generation, NewToken, Text
-from pagedkv.runtime.verification import verify
+from pagedkv.runtime.step_observer import StepObserver
+from pagedkv.runtime.text_table import TextTable
+from pagedkv.runtime.texts import Generation, NewToken, Text
+from pagedkv.runtime.token_choice import TokenChoice, choose_tokens
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Step
-
-
-class StepObserver(Protocol):
-    """Is told how steps go; the engine has no clock."""
-
-    def launched(self, step: Step) -> None:
-        """A step is decided, and about to be computed."""
-
-    def computed(self, step: Step) -> None:
-        """It is computed, and its batch says how many drafts were accepted: the scheduler does not know its tokens yet."""
-
-    def completed(self) -> None:
-        """The scheduler knows them."""
+from pagedkv.step_batch import HELD
 
 
 class LLMEngine:
-    """Serves requests in continuous batches: chunked prefill, prefix caching, preemption by recompute, speculation.
+    """Serves requests in continuous batches: chunked prefill, prefix caching, preemption by recompute, speculation, forks.
 
     Who computes what, and in which blocks, `Scheduler` over `PagedStepAllocator` decide: the code that the simulator runs. Given
     the same arrivals by step, both come to the same batches and block tables. A model's windowed layers keep all tokens.
@@ -127,12 +120,12 @@ class LLMEngine:
             self.allocator,
         )
         self.observer = observer
-        self._texts: dict[int, Text] = {}
+        self.texts = TextTable(self.scheduler)
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that run or wait."""
-        return len(self._texts)
+        """Texts that are not done, of requests that run or wait; beams count as one each."""
+        return len(self.texts)
 
     def add_request(
         self,
@@ -141,6 +134,8 @@ class LLMEngine:
         max_tokens: int,
         eos_token_id: int | Iterable[int] | None = None,
         sampling: SamplingParams = GREEDY,
+        n: int = 1,
+        beams: BeamParams | None = None,
         priority: int = 0,
         salt: str = "",
     ) -> int | None:
@@ -151,17 +146,29 @@ class LLMEngine:
             max_tokens: Most tokens to generate.
             eos_token_id: Tokens that end the text.
             sampling: How tokens are drawn.
+            n: Texts to generate. They share the prompt's blocks, the last one until they write to it; text i is drawn by seed + i.
+            beams: Search so: then the `n` best texts come at its end, all tokens at once.
             priority: Its urgency under policy "priority".
             salt: Only requests of the same salt share blocks.
 
         Raises:
-            ConfigError: If there is no prompt, max_tokens is below 1, or a token id is not the model's.
+            ConfigError: If there is no prompt, max_tokens or n is below 1, a token id is not the model's, or beams cannot be
+                searched here.
         """
         chain = BlockHashChain(block_size=self.allocator.unit_slots, salt=salt)
         chain.extend(prompt)
         ids = chain.token_ids
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.models.vocab_size:
             raise ConfigError(f"token ids {ids.min()} to {ids.max()}: the model has 0 to {self.models.vocab_size - 1}")
+        if n < 1:
+            raise ConfigError(f"n is {n}: needs 1 or more texts")
+        ends = frozenset(() if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id)
+        search = None
+        if beams is not None:
+            search = BeamSearch(params=beams, ends=ends, max_tokens=max_tokens)
+            check_search(search, self.scheduler, self.models, sampling=sampling, n=n)
+            if not beams_fit(beams.width, chain.num_tokens + max_tokens, self.allocator):
+                return None
         request = self.scheduler.add(
             prompt_tokens=chain.num_tokens,
             output_tokens=max_tokens,
@@ -170,50 +177,58 @@ class LLMEngine:
             keys_follow=True,
         )
         if request is not None:
-            ends = frozenset(() if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id)
-            self._texts[request] = Text(chain, chain.num_tokens, chain.num_tokens + max_tokens, ends, Sampler(sampling))
+            text = Text(
+                owner=request,
+                chain=chain,
+                prompt_tokens=chain.num_tokens,
+                last_at=chain.num_tokens + max_tokens,
+                ends=ends,
+                sampler=Sampler(sampling),
+                search=search,
+                num_results=n,
+            )
+            if search is not None:
+                search.members = [request]
+            else:
+                text.siblings = [Sampler(replace(sampling, seed=sampling.seed + place)) for place in range(1, n)]
+            self.texts.add(request, text)
         return request
 
     def step(self) -> list[NewToken]:
-        """Decide a step, compute it, and return the tokens that came out, in scheduling order; nothing if nobody is there."""
+        """Decide a step, compute it, and return the tokens that came out; nothing if nobody is there."""
         scheduler, observer = self.scheduler, self.observer
         step = scheduler.schedule()
         if not step.num_entries:
-            if self._texts:
-                raise IntegrityError(f"nobody of {len(self._texts)} requests can go on")
+            if self.num_unfinished:
+                raise IntegrityError(f"nobody of {self.num_unfinished} texts can go on")
             return []
         if observer is not None:
             observer.launched(step)
-        texts = self._compute(step)
-        for i, (_, tokens) in texts.items():
-            step.batch["num_accepted_tokens"][i] = len(tokens) - 1
+        choice = self._compute(step)
         if observer is not None:
             observer.computed(step)
-        for request, tokens in texts.values():
-            text = self._texts[request]
-            if tokens[-1] in text.ends:
-                scheduler.end_after(request, text.chain.num_tokens - text.prompt_tokens + len(tokens))
+        for request in choice.ending:
+            text = self.texts[request]
+            scheduler.end_after(request, text.chain.num_tokens - text.prompt_tokens + len(choice.tokens[request]))
         scheduler.complete()
-        requests, count = [request for request, _ in texts.values()], sum(len(tokens) for _, tokens in texts.values())
+        requests, count = list(choice.tokens), sum(map(len, choice.tokens.values()))
         if scheduler.sampled.tolist() != requests or scheduler.num_output_tokens != count:
             wanted = f"{scheduler.num_output_tokens} for {scheduler.sampled.tolist()}"
             raise IntegrityError(f"{count} tokens for requests {requests}, the scheduler wants {wanted}")
-        new = [each for request, tokens in texts.values() for each in self._append(request, tokens)]
         if observer is not None:
             observer.completed()
+        new = self.texts.apply(choice, observer)
+        if step.num_entries == len(choice.held) == step.num_running_before:
+            self.texts.untangle()
         return new
 
     def abort(self, request: int) -> bool:
-        """Take a request out, running or waiting; its blocks are free at once. Return whether it was there."""
-        if self._texts.pop(request, None) is None:
-            return False
-        return self.scheduler.abort(request)
+        """Take a request out, running or waiting, with all its texts; its blocks are free at once. Return whether it was there."""
+        return self.texts.abort(request)
 
     def forget_done(self) -> dict[int, int]:
         """Forget requests that are done, so that a server can run for good; return the others' new numbers by their old ones."""
-        new = {old: i for i, old in enumerate(self.scheduler.forget_done().tolist())}
-        self._texts = {new[old]: text for old, text in self._texts.items()}
-        return new
+        return self.texts.renumber({old: i for i, old in enumerate(self.scheduler.forget_done().tolist())})
 
     def generate(
         self,
@@ -222,62 +237,59 @@ class LLMEngine:
         max_tokens: int,
         eos_token_id: int | Iterable[int] | None = None,
         sampling: SamplingParams = GREEDY,
+        n: int = 1,
+        beams: BeamParams | None = None,
     ) -> list[Generation]:
-        """Serve `prompts` all at once, with whoever is there already, and return their texts in order.
+        """Serve `prompts` all at once, with whoever is there already, and return their texts in order, `n` for each prompt.
 
         Raises:
             ConfigError: If one could never run here: it is too long, with what fits; nothing has been computed then.
         """
         numbers: list[int] = []
         for i, prompt in enumerate(prompts):
-            request = self.add_request(prompt, max_tokens=max_tokens, eos_token_id=eos_token_id, sampling=sampling)
+            request = self.add_request(
+                prompt, max_tokens=max_tokens, eos_token_id=eos_token_id, sampling=sampling, n=n, beams=beams
+            )
             if request is None:
                 for other in numbers:
                     self.abort(other)
-                raise ConfigError(self.too_long(len(prompt), max_tokens, f"prompt {i}"))
+                width = 1 if beams is None else beams.width
+                raise ConfigError(self.too_long(len(prompt), max_tokens, f"prompt {i}", num_beams=width))
             numbers.append(request)
-        tokens: dict[int, list[int]] = {number: [] for number in numbers}
-        reasons: dict[int, str] = {}
-        while len(reasons) < len(numbers):
+        tokens: dict[tuple[int, int], list[int]] = {(number, place): [] for number in numbers for place in range(n)}
+        done: dict[tuple[int, int], Generation] = {}
+        while len(done) < len(tokens):
             for new in self.step():
-                if new.request in tokens:
-                    tokens[new.request].append(new.token)
+                key = new.request, new.text
+                if key in tokens:
+                    tokens[key].append(new.token)
                     if new.finish_reason is not None:
-                        reasons[new.request] = new.finish_reason
-        return [Generation(tokens[number], reasons[number]) for number in numbers]
+                        done[key] = Generation(tokens[key], new.finish_reason, new.score)
+        return [done[key] for key in tokens]
 
-    def too_long(self, prompt_tokens: int, max_tokens: int, what: str = "a request") -> str:
+    def too_long(self, prompt_tokens: int, max_tokens: int, what: str = "a request", *, num_beams: int = 1) -> str:
         """Return what to say of a request that `add_request` refused."""
         most, usable = self.scheduler.settings.max_model_len, self.allocator.usable_slots
         most = most if most <= usable else min(most, usable + 1 - self.allocator.lookahead_slots)
-        return f"{what} of {prompt_tokens} tokens and {max_tokens} new ones: prompt and output have room for {most} together"
+        if num_beams > 1:
+            most = min(most, longest_beam(num_beams, self.allocator))
+        beams = f" in each of {num_beams} beams" if num_beams > 1 else ""
+        return f"{what} of {prompt_tokens} tokens and {max_tokens} new ones: prompt and output have room for {most} together{beams}"
 
-    def _compute(self, step: Step) -> dict[int, tuple[int, list[int]]]:
-        """Return by entry, of those that get tokens, whose they are and which."""
+    def _compute(self, step: Step) -> TokenChoice:
+        """Copy what forks write to, compute, and choose tokens; how many were accepted is written to the step's batch."""
         batch, tables = step.batch[: step.num_entries], self.allocator.tables
-        texts = [self._texts[request] for request in batch["request"].tolist()]
+        requests: list[int] = batch["request"].tolist()
+        texts = [self.texts[request] for request in requests]
         held = tables.num_blocks[batch["row"]]
         blocks: Int32Array = tables.blocks[batch["row"], : held.max()]
         blocks[np.arange(blocks.shape[1]) >= held[:, None]] = -1
         for text in texts[step.num_running_before :]:
             text.draft_lag = 0  # an admission begins with what both models have computed
-        entries, drafts, logits = self.models.compute(texts, batch, blocks)
-        verified = verify(logits, drafts, [texts[i].sampler for i in entries])
-        given = {}
-        for i, drafted, new in zip(entries, drafts, verified, strict=True):
-            texts[i].draft_lag = int(0 < len(drafted.tokens) == len(new) - 1)
-            given[i] = int(batch["request"][i]), texts[i].cut(new)
-        return given
-
-    def _append(self, request: int, tokens: list[int]) -> list[NewToken]:
-        """Let `tokens` be known; with them keys of blocks may be."""
-        text = self._texts[request]
-        chain = text.chain
-        num_keys = len(chain.keys)
-        chain.extend(tokens)
-        reason = STOP if tokens[-1] in text.ends else LENGTH if chain.num_tokens == text.last_at else None
-        if reason is not None:
-            del self._texts[request]
-        elif self.scheduler.caches_prefixes and len(chain.keys) > num_keys:
-            self.scheduler.add_keys(request, chain.keys[num_keys:])
-        return [*(NewToken(request, token, None) for token in tokens[:-1]), NewToken(request, tokens[-1], reason)]
+        self.storage.copy_blocks(self.allocator.copies)
+        choice = choose_tokens(texts, requests, self.models.compute(texts, batch, blocks))
+        accepted = batch["num_accepted_tokens"]
+        for i, request in enumerate(requests):
+            accepted[i] = len(choice.tokens[request]) - 1 if request in choice.tokens else 0
+        accepted[choice.held] = HELD
+        return choice

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.kernels.cache_ops import copy_slots, reshape_and_cache
+from pagedkv.kernels.cache_ops import copy_blocks, copy_slots, reshape_and_cache
 from pagedkv.kernels.contract import KV_LAYOUTS, need
 from pagedkv.kernels.dispatch import paged_attention
 from pagedkv.runtime.storage_layout import StorageLayout
@@ -162,6 +162,16 @@ class PagedKVStorage:
             **options,
         )
 
+    def copy_blocks(self, pairs: Int32Array) -> None:
+        """Copy blocks [n, 2], source and destination, in order, in all layers: forks that are written to. O(copies * layers).
+
+        Raises:
+            KernelError: On the CPU, if a block is outside.
+        """
+        for batch in _independent(pairs):
+            for layer in range(len(self._pools)):
+                copy_blocks(self.keys(layer), self.values(layer), batch, kv_layout=self.kv_layout)
+
     def apply_copies(self, copies: Int64Array) -> None:
         """Make the copies of a grant, [n, 2] of source and destination slots, in order, in all layers. O(copies * layers).
 
@@ -202,12 +212,12 @@ def _to_fp8(values: torch.Tensor, scale: float) -> torch.Tensor:
     return (values.float() / scale).clamp(-limit, limit).to(FP8)
 
 
-def _independent(copies: Int64Array) -> list[Int64Array]:
+def _independent(copies: Int64Array | Int32Array) -> list[Int64Array]:
     """Cut copies that are to be made in order into runs that can be made at once: none reads or writes what one before wrote."""
     runs, start, written = [], 0, set[int]()
     for i, (source, destination) in enumerate(copies.tolist()):
         if source in written or destination in written:
-            runs.append(copies[start:i])
+            runs.append(np.asarray(copies[start:i], np.int64))
             start, written = i, set()
         written.add(destination)
-    return [*runs, np.asarray(copies[start:])]
+    return [*runs, np.asarray(copies[start:], np.int64)] if len(copies) else []

@@ -1,9 +1,10 @@
 """Requests as an engine knows them, by their tokens, and what comes out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pagedkv.block_hash import BlockHashChain
+from pagedkv.runtime.beam_search import BeamSearch
 from pagedkv.runtime.sampling import Sampler
 
 STOP, LENGTH = "stop", "length"
@@ -11,14 +12,18 @@ STOP, LENGTH = "stop", "length"
 
 
 class NewToken(NamedTuple):
-    """What a step gave one request."""
+    """What a step gave one text."""
 
     request: int
     """Its number, as `LLMEngine.add_request` returned it."""
     token: int
     """The token id."""
     finish_reason: str | None
-    """STOP or LENGTH if it is the last one."""
+    """STOP or LENGTH if it is the last one of its text."""
+    text: int = 0
+    """Which of the request's texts, from 0 on."""
+    score: float | None = None
+    """With a beam's last token: the score of its text."""
 
 
 class Generation(NamedTuple):
@@ -28,12 +33,18 @@ class Generation(NamedTuple):
     """New token ids, the one that ended it included."""
     finish_reason: str
     """STOP or LENGTH."""
+    score: float | None = None
+    """Of a beam: see `BeamParams.length_penalty`."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Text:
-    """A request: the scheduler knows no more than its lengths and keys."""
+    """One text that is being generated, as a request of the scheduler, which knows no more than its lengths and keys."""
 
+    owner: int
+    """The request that it belongs to, by the number that its user knows."""
+    place: int = 0
+    """Which of the owner's texts it is."""
     chain: BlockHashChain
     """Its tokens, and the keys of the blocks that they fill."""
     prompt_tokens: int
@@ -46,9 +57,19 @@ class Text:
     """Draws its tokens."""
     draft_lag: int = 0
     """Tokens that the target has computed and the draft model has not: 1 when all drafts of the last step were accepted, else 0."""
+    siblings: list[Sampler] = field(default_factory=list)
+    """Draw the further texts of the same prompt, which fork from this one when the prompt is computed."""
+    search: BeamSearch | None = None
+    """It is a beam of this search, shared with the others; None: it is no beam."""
+    num_results: int = 1
+    """Texts that are told when the search is over, the best first."""
 
     def cut(self, tokens: list[int]) -> list[int]:
         """Return what of its next `tokens` it takes: up to one that ends it, or to the most that it may have."""
         room = self.last_at - self.chain.num_tokens
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
         return tokens[: min(end, room)]
+
+    def reason(self, token: int, num_tokens: int) -> str | None:
+        """Return why it ends with `token` as its last of `num_tokens`, prompt included; None if it goes on."""
+        return STOP if token in self.ends else LENGTH if num_tokens == self.last_at else None

@@ -1,6 +1,6 @@
 """Continuous batching with vLLM's order of decisions, over any allocator."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -306,6 +306,24 @@ class Scheduler:
         if keys is not None:
             requests["num_segments"][request] = 0
             self.requests.add_segments(request, keyed_segments(keys, self.allocator.unit_slots))
+
+    def requeue(self, requests: Sequence[int]) -> None:
+        """Let these wait in front of all others, in this order; who runs is preempted. fcfs only, not within a step. O(all).
+
+        Raises:
+            ConfigError: Under another policy, within a step, or if one of them neither runs nor waits; nothing has changed then.
+        """
+        running, waiting = self.arrays.running[: self.num_running].tolist(), self.waiting().tolist()
+        if self._in_flight or self.limits.by_priority or not set(requests) <= {*running, *waiting}:
+            raise ConfigError(f"requests {[*requests]} cannot queue anew: needs fcfs, and requests that are there, between steps")
+        known = self.requests.arrays
+        for request in reversed(requests):
+            if request in waiting:
+                _withdraw_waiting(self.arrays, known, request, False)  # noqa: FBT003
+                _return_waiting(self.arrays, known, request, False)  # noqa: FBT003
+            else:
+                place = int(np.flatnonzero(self.arrays.running[: self.num_running] == request)[0])
+                self.allocator.free(stop_running(self.arrays, known, place, False))  # noqa: FBT003
 
     def _expect_decoding(self, request: int) -> PagedStepAllocator:
         """Return the memory, if `request` is one that can be forked."""

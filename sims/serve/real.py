@@ -28,7 +28,7 @@ class LanguageModel(Protocol):
         """Put a request into the queue."""
 
     def step(self) -> Sequence[Any]:
-        """Compute a step; return (request, token, reason why it is the last one or None) of each token that came out."""
+        """Compute a step; return the tokens that came out, as `pagedkv.runtime.texts.NewToken`."""
 
     def abort(self, request: int) -> bool:
         """Take a request out."""
@@ -121,7 +121,7 @@ class RealEngine:
         """Decide a step, compute it in the engine's thread, and return what came out."""
         began_s = self._now()
         new = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.step)
-        outputs = [Output(request, [token], reason) for request, token, reason in new]
+        outputs = [Output(each.request, [each.token], each.finish_reason) for each in new]
         return StepReport(began_s, self._ended_s, self._admitted, self._num_preempted, outputs)
 
     def launched(self, step: Step) -> None:
@@ -136,6 +136,10 @@ class RealEngine:
     def completed(self) -> None:
         """Do nothing: the tokens are what `step` returns."""
 
+    def forked(self, parent: int, child: int) -> None:
+        """Do nothing: each answer is a request of its own here, and nothing forks."""
+        del parent, child
+
     def close(self) -> None:
         """End the thread, behind the step that runs."""
         self._thread.shutdown()
@@ -144,5 +148,5 @@ class RealEngine:
 def warm_up(model: LanguageModel, *, block_size: int) -> None:
     """Let all that is compiled at its first use be compiled, by a request that fills a block and finds it in no other's prompt."""
     request = model.add_request([0] * (2 * block_size - 1), max_tokens=3, salt="warm-up")
-    while request is not None and not any(reason is not None for _, _, reason in model.step()):
+    while request is not None and not any(new.finish_reason is not None for new in model.step()):
         pass

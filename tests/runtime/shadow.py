@@ -41,13 +41,18 @@ class Shadow:
     """Watches an engine's steps and does each, without tokens, a second time."""
 
     def __init__(self, engine: LLMEngine, pool: Any) -> None:
-        self.engine, self.steps, self.chunks, self.preemptions = engine, 0, 0, 0
+        self.engine, self.steps, self.chunks, self.preemptions, self.forks, self.copies = engine, 0, 0, 0, 0, 0
+        self.contents: dict[int, Segments] = {}
         self.allocator = PagedStepAllocator(pool)
         self.scheduler = Scheduler(engine.scheduler.settings, self.allocator)
         engine.observer = self
 
     def add(self, ask: Ask, output_tokens: int) -> None:
-        self.scheduler.add(prompt_tokens=len(ask.prompt), output_tokens=output_tokens, content=ask.content, priority=ask.priority)
+        request = self.scheduler.add(
+            prompt_tokens=len(ask.prompt), output_tokens=output_tokens, content=ask.content, priority=ask.priority
+        )
+        assert request is not None
+        self.contents[request] = ask.content
 
     def launched(self, step: Step) -> None:
         own = self.scheduler.schedule()
@@ -56,6 +61,8 @@ class Shadow:
         for name in STEP_ENTRY.names:
             np.testing.assert_array_equal(own.batch[name][: own.num_entries], step.batch[name][: own.num_entries])
         np.testing.assert_array_equal(self.scheduler.preempted, self.engine.scheduler.preempted)
+        np.testing.assert_array_equal(self.allocator.copies, self.engine.allocator.copies)
+        self.copies += len(self.allocator.copies)
         self.compare()
         self.steps += 1
         self.preemptions += step.num_preempted
@@ -72,6 +79,16 @@ class Shadow:
         for name in ("sampled", "finished"):
             np.testing.assert_array_equal(getattr(self.scheduler, name), getattr(self.engine.scheduler, name))
         self.compare()
+
+    def forked(self, parent: int, child: int) -> None:
+        """Fork likewise; its own keys are not known here, but what both share is."""
+        if child < self.scheduler.requests.size:
+            self.scheduler.take_over(child, parent)
+        else:
+            assert self.scheduler.fork(parent, content=self.contents.get(parent)) == child
+            self.contents[child] = self.contents.get(parent, NO_SEGMENTS)
+        self.compare()
+        self.forks += 1
 
     def compare(self) -> None:
         """Hold block tables, free queue and reference counts together."""
