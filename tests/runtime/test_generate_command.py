@@ -127,6 +127,31 @@ def test_a_draft_model_changes_no_answer(folder: Path, capsys: pytest.CaptureFix
     assert documents[1]["budget"]["weights"] > documents[0]["budget"]["weights"]
 
 
+def test_several_texts_of_each_prompt_and_the_best_beams(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"{BASE} --users 2 --num-gpu-blocks-override 90"
+    main(shlex.split(f"{command} --out drawn --n 3 --temperature 1"))
+    answers = [json.loads(line) for line in (folder / "drawn" / "answers.jsonl").read_text().splitlines()]
+    assert [(answer["prompt"], answer["index"]) for answer in answers] == [(i, k) for i in range(12) for k in range(3)]
+    assert [len(answer["tokens"]) for answer in answers] == [12] * 33 + [0] * 3
+    assert len({tuple(answer["tokens"]) for answer in answers}) > 25
+    document = json.loads((folder / "drawn" / "summary.json").read_text())
+    result: dict[str, Any] = document["results"][0]
+    assert (result["num_finished"], result["num_rejected"]) == (33, 1)  # each text counts as a request
+    assert sum(int(row["num_output_tokens"]) for row in csv.DictReader((folder / "drawn" / "requests.csv").open())) == 33 * 12
+    assert result["running_max"] == 6
+    assert sum(result["kv"].values()) == pytest.approx(1)
+    rows = list(csv.DictReader((folder / "drawn" / "requests.csv").open()))
+    for row in rows:
+        if row["outcome"] == "finished":
+            assert float(row["arrival_s"]) <= float(row["scheduled_s"]) < float(row["first_token_s"]) < float(row["last_token_s"])
+    main(shlex.split(f"{command} --out beams --n 2 --beam-width 3 --length-penalty 0"))
+    beams = [json.loads(line) for line in (folder / "beams" / "answers.jsonl").read_text().splitlines()]
+    for best, second in zip(beams[:22:2], beams[1:22:2], strict=True):
+        assert best["score"] >= second["score"]
+        assert best["tokens"] != second["tokens"]
+    capsys.readouterr()
+
+
 def with_tokenizer(folder: Path, template: str | None) -> Any:
     """Give the model of `folder` a tokenizer of a token per letter, and return it."""
     letters = [chr(code) for code in range(32, 32 + VOCAB - 2)]
@@ -179,12 +204,20 @@ def test_a_conversation_needs_a_template_that_takes_it(folder: Path, capsys: pyt
     [
         (f"{BASE} --model model", "give one of --model FOLDER and --random-weights"),
         (f"{BASE} --users 0", "--users is 0"),
-        (f"{BASE} --users 2 --stream", "--stream goes with one user"),
+        (f"{BASE} --users 2 --stream", "--stream goes with one user and one text, not with --users 2"),
         (f"{BASE} --num-speculative-tokens 3", "speculation needs --speculative-model and --num-speculative-tokens"),
         (f"{BASE} --speculative-model model", "e.g. 3: give both, or none"),
         (f"{BASE} --speculative-model model --num-speculative-tokens 0", "num-speculative-tokens is 0"),
         (f"{BASE} --speculative-model absent --num-speculative-tokens 2", "needs a config.json"),
         (f"{BASE} --speculative-model other --num-speculative-tokens 2", "needs the vocabulary of its target"),
+        (f"{BASE} --n 0", "--n is 0: needs 1 or more"),
+        (f"{BASE} --n 2", "all texts would be the same; give --temperature, or --beam-width"),
+        (f"{BASE} --n 2 --temperature 1 --stream", "--stream goes with one user and one text, not with --n 2"),
+        (f"{BASE} --length-penalty 1", "is for beams: give --beam-width"),
+        (f"{BASE} --beam-width 1", "beam-width is 1: needs 2 or more"),
+        (f"{BASE} --beam-width 2 --n 3", "3 texts of 2 beams"),
+        (f"{BASE} --beam-width 2 --temperature 1", "needs temperature 0"),
+        (f"{BASE} --beam-width 2 --speculative-model model --num-speculative-tokens 2", "use one of both"),
         (f"{BASE} --temperature -1", "temperature is -1"),
         (f"{BASE} --dtype fp8", "needs auto, float32"),
         (f"{BASE} --kv-cache-memory-bytes 1KiB", "holds 0 blocks"),
