@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
@@ -22,6 +22,7 @@ SERVER = Group("Server", sort_key=0)
 REAL_SETTINGS = (
     *("model", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill"),
     *("enable_prefix_caching", "watermark", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_queue"),
+    *("speculative_model", "num_speculative_tokens"),
 )
 """Fields of `ServingConfig` that mean something to a model that is really there."""
 
@@ -110,6 +111,8 @@ def _check_real(asked: ServeConfig, serving: ServingConfig) -> None:
     usual = ServingConfig()
     if (asked.random_weights is None) == (serving.model == usual.model):
         raise ConfigError("give one of --simulated, --model FOLDER and --random-weights CONFIG")
+    if (serving.speculative_model is None) != (serving.num_speculative_tokens is None):
+        raise ConfigError("speculation needs --speculative-model and --num-speculative-tokens, e.g. 3: give both, or none")
     for field in fields(serving):
         if field.name not in REAL_SETTINGS and getattr(serving, field.name) != getattr(usual, field.name):
             flag = f"--{field.name.replace('_', '-')} {getattr(serving, field.name)}"
@@ -128,13 +131,16 @@ def _real(asked: ServeConfig, serving: ServingConfig) -> "tuple[ServedEngine, st
     from pagedkv.sims.serve.model_text import model_tokenizer
     from pagedkv.sims.serve.real import RealEngine, warm_up
 
-    dtype, device = asked.dtype or "auto", asked.device or "auto"
-    if asked.random_weights is None:
-        source = Path(serving.model)
-        model = load_model(source, dtype=dtype, device=device)
-    else:
-        source = asked.random_weights
-        model = random_model(source, dtype=dtype, device=device, seed=asked.seed)
+    device, source = asked.device or "auto", asked.random_weights or Path(serving.model)
+
+    def loaded(path: Path, dtype: str) -> Any:
+        if asked.random_weights is None:
+            return load_model(path, dtype=dtype, device=device)
+        return random_model(path, dtype=dtype, device=device, seed=asked.seed)
+
+    model, draft = loaded(source, asked.dtype or "auto"), None
+    if serving.speculative_model is not None:  # of the same type, since both share blocks
+        draft = loaded(Path(serving.speculative_model), str(model.dtype).removeprefix("torch."))
     tokenizer = load_tokenizer(source)
     blocks, size = serving.num_gpu_blocks_override, serving.kv_cache_memory_bytes or DEFAULT_KV_CACHE
     llm = LLMEngine(
@@ -148,6 +154,8 @@ def _real(asked: ServeConfig, serving: ServingConfig) -> "tuple[ServedEngine, st
         enable_prefix_caching=serving.enable_prefix_caching is not False,
         enable_chunked_prefill=serving.enable_chunked_prefill is not False,
         watermark=serving.watermark,
+        speculative_model=draft,
+        num_speculative_tokens=serving.num_speculative_tokens or 0,
     )
     warm_up(llm, block_size=serving.block_size)
     engine = RealEngine(

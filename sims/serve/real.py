@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any, Protocol
 
 from pagedkv.scheduling.scheduler import Scheduler
@@ -121,7 +122,10 @@ class RealEngine:
         """Decide a step, compute it in the engine's thread, and return what came out."""
         began_s = self._now()
         new = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.step)
-        outputs = [Output(each.request, [each.token], each.finish_reason) for each in new]
+        outputs = []
+        for request, tokens in groupby(new, lambda each: each.request):  # several tokens where drafts were accepted
+            given = list(tokens)
+            outputs.append(Output(request, [each.token for each in given], given[-1].finish_reason))
         return StepReport(began_s, self._ended_s, self._admitted, self._num_preempted, outputs)
 
     def launched(self, step: Step) -> None:

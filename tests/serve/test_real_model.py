@@ -18,6 +18,7 @@ from small_server import MODEL, samples, served
 
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.runtime.sampling import SamplingParams
+from pagedkv.scheduling.waiting import NUM_ACCEPTED
 from pagedkv.sims.serve.model_text import model_tokenizer
 from pagedkv.sims.serve.real import RealEngine, warm_up
 
@@ -63,12 +64,13 @@ def real(model: LLMEngine, tokenizer: Any = None, end_tokens: Sequence[int] = ()
 PROMPTS = [[(7 * i + j * j) % 250 for j in range(3 + 5 * i)] for i in range(10)]
 
 
-def test_greedy_answers_are_the_engines_own_whoever_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_greedy_answers_are_the_engines_own_whoever_else_is_there(monkeypatch: pytest.MonkeyPatch, drafts: int) -> None:
     monkeypatch.setattr("pagedkv.sims.serve.serve_loop.FORGET_AT", -20)  # before every step
     expected = [text.tokens for text in llm().generate(PROMPTS, max_tokens=40)]
 
     async def test() -> None:
-        model = llm()
+        model = llm() if not drafts else llm(speculative_model=llm().models.runner.model, num_speculative_tokens=drafts)
         warm_up(model, block_size=4)
         async with served(real(model)) as server:
 
@@ -84,6 +86,7 @@ def test_greedy_answers_are_the_engines_own_whoever_else_is_there(monkeypatch: p
             counted = samples(server.loop.metrics.text(MODEL, num_waiting=0))
         assert counted["generation_tokens_total"] == 40 * len(PROMPTS)
         assert counted["num_preemptions_total"] > 0
+        assert bool(model.scheduler.arrays.counts[NUM_ACCEPTED] > 200) is (drafts > 0)
         assert counted["e2e_request_latency_seconds_count"] == len(PROMPTS)
         parts = [counted[f"request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode")]
         assert counted["e2e_request_latency_seconds_sum"] == pytest.approx(sum(parts))

@@ -47,6 +47,8 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, capsys: 
         ("--model . --speed 2", "--speed 2.0 needs --simulated"),
         ("--model . --hardware h100", "--hardware h100 says nothing to a model that really runs"),
         ("--model . --random-weights .", "give one of"),
+        ("--model . --speculative-model .", "needs --speculative-model and --num-speculative-tokens"),
+        ("--model . --speculative-method ngram", "--speculative-method ngram says nothing to a model that really runs"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_would_work(flags: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
