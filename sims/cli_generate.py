@@ -61,6 +61,9 @@ def generate(
         from pagedkv.sims.console_generate import show_real
 
         print_view(lambda console: show_real(document, console))
+    if why := _rejection(asked, loaded, answers):
+        sys.stdout.flush()
+        print(why, file=sys.stderr)  # noqa: T201
     if interrupted:
         sys.stdout.flush()
         print("interrupted: these are the figures until then", file=sys.stderr)  # noqa: T201
@@ -137,10 +140,11 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
     from pagedkv.runtime.beam_search import BeamParams
     from pagedkv.runtime.load_model import end_tokens
     from pagedkv.runtime.sampling import SamplingParams
+    from pagedkv.sims.answer_stream import AnswerStream
     from pagedkv.sims.progress import ProgressOnStderr
     from pagedkv.sims.real_load import serve_prompts, warm_up
 
-    engine, stream, done = loaded.engine, _Stream(loaded.decode) if asked.stream else None, 0
+    engine, stream, done = loaded.engine, AnswerStream(loaded.decode, sys.stdout) if asked.stream else None, 0
     ends = () if asked.ignore_eos else end_tokens(loaded.model)
     beams = None
     if asked.beam_width is not None:
@@ -183,6 +187,18 @@ def _serve(asked: GenerateConfig, loaded: _Loaded, stopped: Callable[[], bool]) 
         )
 
 
+def _rejection(asked: GenerateConfig, loaded: _Loaded, answers: "list[Answer]") -> str | None:
+    """Return why prompts were rejected, by the first of them; None if none was."""
+    rejected = [answer.prompt for answer in answers if answer.finish_reason == "rejected" and not answer.index]
+    if not rejected:
+        return None
+    first = rejected[0]
+    why: str = loaded.engine.too_long(
+        len(loaded.tokens[first]), loaded.max_tokens[first], f"prompt {first}", num_beams=asked.beam_width or 1
+    )
+    return f"{len(rejected)} prompt{'s' if len(rejected) > 1 else ''} rejected: {why}"
+
+
 def _served(loaded: _Loaded) -> "Served":
     from pagedkv.sims.real_results import Served
 
@@ -204,25 +220,6 @@ def _device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-
-
-class _Stream:
-    """Prints a text as it grows, and nothing that the next token may still change; without a tokenizer, token ids."""
-
-    def __init__(self, decode: Callable[[list[int]], str] | None) -> None:
-        self._decode, self._shown, self._prompt = decode, 0, -1
-
-    def told(self, answer: "Answer") -> None:
-        """Print what is new."""
-        if answer.prompt != self._prompt:
-            self._prompt, self._shown = answer.prompt, 0
-        text = " ".join(map(str, answer.tokens)) if self._decode is None else self._decode(answer.tokens)
-        if not text.endswith("\ufffd") or answer.finish_reason is not None:
-            sys.stdout.write(text[self._shown :])
-            self._shown = len(text)
-        if answer.finish_reason is not None:
-            sys.stdout.write("\n\n")
-        sys.stdout.flush()
 
 
 @contextmanager

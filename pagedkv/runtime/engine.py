@@ -96,7 +96,8 @@ class LLMEngine:
         if max_model_len is None:  # the last token needs no slot, but drafts behind it do
             max_model_len = min(longest, room if num_speculative_tokens else room + 1)
         if max_model_len > longest:
-            raise ConfigError(f"max_model_len is {max_model_len}: the model takes {longest} tokens at most")
+            who = "the model takes" if speculative_model is None else "the model and its draft model take"
+            raise ConfigError(f"max_model_len is {max_model_len}: {who} {longest} tokens at most")
         self.allocator = PagedStepAllocator(
             KVPoolSettings(
                 num_blocks=self.storage.num_blocks,

@@ -43,9 +43,10 @@ def failing(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_figures_are_those_of_a_simulation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(shlex.split(f"{BASE} --users 6 --num-gpu-blocks-override 25 --out out"))
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
     assert "6 users" in shown
     assert "TTFT P50" in shown
+    assert "1 prompt rejected: prompt 11 of 600 tokens and 12 new ones: prompt and output have room for 97 together" in told
     document = json.loads((folder / "out" / "summary.json").read_text())
     result: dict[str, Any] = document["results"][0]
     assert (result["num_injected"], result["num_finished"], result["num_rejected"]) == (12, 11, 1)
