@@ -1,4 +1,4 @@
-"""The pictures of a simulation, as plotly figures. Colours are Okabe and Ito's: distinct for colour-blind readers and in print."""
+"""The pictures of a simulation, as plotly figures."""
 
 from collections.abc import Iterator
 from html import escape
@@ -10,35 +10,45 @@ from plotly.subplots import make_subplots
 from pagedkv.arrays import Float64Array
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.latencies import Latencies
+from pagedkv.sims.palette import (
+    BLUE,
+    GREEN,
+    INK,
+    NEUTRAL,
+    ORANGE,
+    PANEL,
+    PINK,
+    SKY,
+    SOFT,
+    TOTAL,
+    VERMILION,
+    WHITE,
+    base_layout,
+    series,
+)
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import Results
 from pagedkv.units import GIB
 
 KIND_COLOURS = {
-    "tokens": "#0072b2",
-    "reserved": "#56b4e9",
-    "internal": "#d55e00",
-    "external": "#e69f00",
-    "cached": "#cc79a7",
-    "state": "#009e73",
+    "tokens": BLUE,
+    "reserved": SKY,
+    "internal": VERMILION,
+    "external": ORANGE,
+    "cached": PINK,
+    "state": GREEN,
     "free": "#e8eaed",
 }
 _HATCHES = {"reserved": ".", "internal": "/", "external": "\\"}
-_ALLOCATOR_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 _CDF_POINTS = 400
-
-
-def _base(height: int) -> dict[str, object]:
-    return {
-        "template": "plotly_white",
-        "height": height,
-        "margin": {"l": 10, "r": 10, "t": 30, "b": 10},
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1b1f24"},
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
-        "hovermode": "x unified",
-    }
+_LABEL = {"showarrow": False, "bgcolor": PANEL, "borderpad": 2, "opacity": 0.9}
+LATENCIES = (
+    ("ttft_s", "ttft", "Time to first token"),
+    ("tpot_s", "tpot", "Time per output token"),
+    ("e2e_s", "e2el", "End-to-end latency"),
+)
+"""Latencies that have a goal: figure, goal, title."""
 
 
 def waterfall(results: Results) -> go.Figure:
@@ -48,7 +58,7 @@ def waterfall(results: Results) -> go.Figure:
     labels = [*PARTS.values(), "visible memory"]
     starts = [*np.cumsum([0.0, *sizes])[:-1].tolist(), 0.0]
     sizes.append(budget.visible / GIB)
-    colours = [KIND_COLOURS["tokens"] if label == "KV cache" else "#6e7781" for label in labels[:-1]] + ["#57606a"]
+    colours = [KIND_COLOURS["tokens"] if label == "KV cache" else NEUTRAL for label in labels[:-1]] + [TOTAL]
     figure = go.Figure(
         go.Bar(
             y=labels,
@@ -58,15 +68,16 @@ def waterfall(results: Results) -> go.Figure:
             marker={"color": colours},
             text=[f"{size:,.2f} GiB" for size in sizes],
             textposition="auto",
-            insidetextfont={"color": "#ffffff"},
-            outsidetextfont={"color": "#1b1f24"},
+            insidetextfont={"color": WHITE},
+            outsidetextfont={"color": INK},
+            cliponaxis=False,
             hovertemplate="%{y}: %{text}<extra></extra>",
         )
     )
-    figure.update_layout(**_base(360), showlegend=False)
+    figure.update_layout(**base_layout(360), showlegend=False)
     figure.update_layout(hovermode="closest")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_xaxes(title="GiB", range=[0, budget.visible / GIB])
+    figure.update_xaxes(title="GiB", range=[0, 1.15 * budget.visible / GIB])  # room for what stands beside a bar
     return figure
 
 
@@ -92,12 +103,12 @@ def kv_over_time(results: Results) -> go.Figure:
                 mode="lines",
                 line={"width": 0, "color": KIND_COLOURS[kind]},
                 fillcolor=KIND_COLOURS[kind],
-                fillpattern={"shape": hatch, "fgcolor": "#ffffff", "size": 5, "solidity": 0.25} if hatch else None,
+                fillpattern={"shape": hatch, "fgcolor": WHITE, "size": 5, "solidity": 0.25} if hatch else None,
                 hovertemplate="%{y:.1f} %",
                 row=row,
                 col=1,
             )
-    figure.update_layout(**_base(100 + 190 * len(names)))
+    figure.update_layout(**base_layout(100 + 190 * len(names)))
     figure.update_layout(margin={"t": 90}, legend={"y": 1 + 0.12 / len(names)})
     figure.update_yaxes(range=[0, 100], ticksuffix=" %")
     figure.update_xaxes(title="simulated time, s", row=len(names), col=1)
@@ -113,8 +124,7 @@ def occupancy(results: Results) -> go.Figure:
     for i, (name, result) in enumerate(results.by_allocator.items()):
         timeline = result.runs[0].recorder.timeline
         starts_s, seconds, means = timeline.means()
-        times_s, colour = starts_s + seconds / 2, _ALLOCATOR_COLOURS[i % len(_ALLOCATOR_COLOURS)]
-        line = {"color": colour, "dash": _DASHES[i % len(_DASHES)], "width": 2}
+        times_s, line = starts_s + seconds / 2, series(i)
         for row, gauge in ((1, RUNNING), (2, WAITING)):
             figure.add_scatter(
                 x=_rounded(times_s),
@@ -134,13 +144,13 @@ def occupancy(results: Results) -> go.Figure:
                 y=_rounded(np.interp(at_s, times_s, means[:, RUNNING])),
                 name=f"{name}: preemptions",
                 mode="markers",
-                marker={"symbol": "x", "color": colour, "size": 8, "line": {"width": 1, "color": "#ffffff"}},
+                marker={"symbol": "x", "color": line["color"], "size": 8, "line": {"width": 1, "color": WHITE}},
                 customdata=preemptions.astype(int),
                 hovertemplate="%{customdata} preempted",
                 row=1,
                 col=1,
             )
-    figure.update_layout(**_base(500))
+    figure.update_layout(**base_layout(500))
     figure.update_layout(margin={"t": 90}, legend={"y": 1.08})
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(title="simulated time, s", row=2, col=1)
@@ -151,12 +161,7 @@ def occupancy(results: Results) -> go.Figure:
 def latency_cdfs(results: Results) -> Iterator[tuple[go.Figure, str]]:
     """Yield the distributions of TTFT, TPOT and E2E with the goals as lines, each with its caption."""
     goals = {goal.metric: goal.limit_s for goal in results.scenario.goals}
-    captions = {
-        "ttft_s": ("ttft", "Time to first token"),
-        "tpot_s": ("tpot", "Time per output token"),
-        "e2e_s": ("e2el", "End-to-end latency"),
-    }
-    for field, (metric, caption) in captions.items():
+    for field, metric, caption in LATENCIES:
         figure = go.Figure()
         for i, (name, result) in enumerate(results.by_allocator.items()):
             samples_s = np.sort(np.concatenate([_samples(run, field) for run in result.runs]))
@@ -168,14 +173,14 @@ def latency_cdfs(results: Results) -> Iterator[tuple[go.Figure, str]]:
                 y=_rounded(100 * shares),
                 name=name,
                 mode="lines",
-                line={"color": _ALLOCATOR_COLOURS[i % len(_ALLOCATOR_COLOURS)], "dash": _DASHES[i % len(_DASHES)], "width": 2},
+                line=series(i),
                 hovertemplate="%{y:.0f} % within %{x:.3g} s",
             )
         if metric in goals:
-            figure.add_vline(x=goals[metric], line={"color": "#1b1f24", "dash": "dot"})
+            figure.add_vline(x=goals[metric], line={"color": INK, "dash": "dot"})
             # On a log axis plotly places lines by value and annotations by its logarithm.
-            figure.add_annotation(x=np.log10(goals[metric]), y=5, text=f"goal {goals[metric]:g} s", xanchor="left", showarrow=False)
-        figure.update_layout(**_base(300))
+            figure.add_annotation(x=np.log10(goals[metric]), y=5, text=f" goal {goals[metric]:g} s", xanchor="left", **_LABEL)
+        figure.update_layout(**base_layout(300))
         figure.update_layout(hovermode="closest")
         figure.update_xaxes(type="log", title=f"{caption}, s (log scale)")
         figure.update_yaxes(range=[0, 100], ticksuffix=" %")
@@ -192,7 +197,7 @@ def _samples(run: object, field: str) -> Float64Array:
 def _mark_warmup(figure: go.Figure, results: Results) -> None:
     warmup_s = results.scenario.warmup_s
     if warmup_s > 0:
-        figure.add_vline(x=warmup_s, line={"color": "#57606a", "dash": "dot", "width": 1})
+        figure.add_vline(x=warmup_s, line={"color": SOFT, "dash": "dot", "width": 1})
 
 
 def _rounded(values: Float64Array) -> list[float]:

@@ -1,76 +1,72 @@
 """report.html: one offline page with the verdict, the pictures and every assumption. Numbers come from the result document."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from pagedkv.sims import figures
-from pagedkv.sims.budget_timeline import budget_timeline, troubles
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import advantages, prefix_note
-from pagedkv.sims.deployment import memory_request
-from pagedkv.sims.memory_frames import frames_of
+from pagedkv.sims.memory_frames import watch_frames
 from pagedkv.sims.memory_map import legend_text, memory_map
-from pagedkv.sims.reporting.page import badge, command, figure, page, section
+from pagedkv.sims.memory_panel import Frame
+from pagedkv.sims.reporting.page import Drawing, Section, badge, command, page, picture, pictures
 from pagedkv.sims.reporting.sections import assumptions_table, comparison_table, glossary_table
+from pagedkv.sims.reporting.slowest import slowest_section
+from pagedkv.sims.reporting.timeline_section import timeline_body
+from pagedkv.sims.reporting.words import budget_words, kinds_words, latency_words, map_words, occupancy_words
 from pagedkv.sims.results import Results
-from pagedkv.sims.timeline_figure import caption, memory_over_time
+from pagedkv.sims.simulation import run
+from pagedkv.sims.slow_requests import SlowRequest, looks_at, slow_requests, slowest_entries
 
 _MOST_MAPS, _MOST_CELLS = 2, 640
 """Memories side by side, and cells of each: what keeps the page small, and legible on a phone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What the sections show."""
+
+    results: Results
+    document: dict[str, Any]
+    frames: dict[str, list[Frame]]
+    """Moments of the memory, by allocator: of the first ones."""
+    slow: list[SlowRequest]
+    """The slowest requests of the first allocator."""
+
+    @classmethod
+    def of(cls, results: Results) -> "Shown":
+        """Do the runs again, and look at them: what was recorded does not say which block was whose."""
+        scenario, seed = results.scenario, results.scenario.config.measurement.seed
+        frames: dict[str, list[Frame]] = {}
+        slow: list[SlowRequest] = []
+        for place, (name, result) in enumerate(list(results.by_allocator.items())[:_MOST_MAPS]):
+            first, seen = result.runs[0], frames.setdefault(name, [])
+            watch = watch_frames(scenario, seen, end_s=first.end_s)
+            entries = slowest_entries(first) if place == 0 else None
+            looks = None if entries is None else looks_at(first, entries)
+            run(scenario, name, seed=seed, watch=watch if looks is None else watch.beside(looks.watch))
+            if entries is not None:
+                slow = slow_requests(scenario, first, entries, looks)
+        return cls(results=results, document=results.document(), frames=frames, slow=slow)
+
+
 def html(results: Results) -> str:
     """Return the page. It loads nothing from anywhere; all text that a user chose is escaped."""
-    document = results.document()
+    shown = Shown.of(results)
     title = f"{results.scenario.load.title} on {results.scenario.deployment.hardware.title}"
-    sections = (
-        _verdict(results, document),
-        section("memory", "Where the memory goes", figure("budget", figures.waterfall(results), _kv_line(results, document))),
-        _memory_over_time(results),
-        section("kv", "KV memory over time", figure("kinds", figures.kv_over_time(results), _caption_kv())),
-        _map(results),
-        section("occupancy", "Running, waiting, preempted", figure("requests", figures.occupancy(results), _caption_occupancy())),
-        section("latency", "Latency", _latency(results)),
-        section("comparison", "All figures", comparison_table(document)),
-        section("assumptions", "Assumptions", assumptions_table(results)),
-        section("glossary", "Glossary", glossary_table()),
-    )
-    return page(title, sections)
+    sections = [section for build in SECTIONS if (section := build(shown)) is not None]
+    return page(title, _verdict(shown), sections)
 
 
-def _memory_over_time(results: Results) -> str:
-    """Return the section of how memory fills from before the start on; empty where the host has a memory of its own."""
-    scenario = results.scenario
-    if not scenario.deployment.hardware.unified or scenario.model_serving is not None:
-        return ""
-    answer = budget_timeline(memory_request(scenario.config.serving))
-    drawn = figure("timeline", memory_over_time(answer.timeline), escape(caption(answer.timeline)))
-    items = "".join(f"<li><strong>{escape(p.title)}</strong>: {escape(p.verdict.text)}</li>" for p in troubles(answer.timeline))
-    avoid = "" if answer.advice is None else f"<p>What avoids it: <code>{escape(' · '.join(answer.advice.settings))}</code></p>"
-    notes = "".join(f"<p>{escape(note)}</p>" for note in answer.timeline.notes)
-    return section("timeline", "Memory over time", f"{drawn}{f'<ul>{items}</ul>' if items else ''}{avoid}{notes}")
-
-
-def _map(results: Results) -> str:
-    """Return the section of the memory map, what paging is compared with beside it."""
-    names = list(results.by_allocator)[:_MOST_MAPS]
-    seed = results.scenario.config.measurement.seed
-    panels = {name: frames_of(results.scenario, name, seed=seed, end_s=results.by_allocator[name].runs[0].end_s) for name in names}
-    drawn = memory_map(panels, most_cells=_MOST_CELLS)
-    return section("map", "The memory, block by block", figure("map", drawn, legend_text()))
-
-
-def _latency(results: Results) -> str:
-    return "".join(figure(f"latency-{i}", f, caption) for i, (f, caption) in enumerate(figures.latency_cdfs(results)))
-
-
-def _verdict(results: Results, document: dict[str, Any]) -> str:
-    scenario = results.scenario
+def _verdict(shown: Shown) -> str:
+    results, document, scenario = shown.results, shown.document, shown.results.scenario
     items = "".join(
         f"<li><strong>{escape(c['allocator'])}</strong> {badge(c['verdict']['status'])} {escape(c['verdict']['text'])}</li>"
         for c in document["results"]
     )
-    note = prefix_note(document, results.scenario.deployment.why_no_prefix_caching)
+    note = prefix_note(document, scenario.deployment.why_no_prefix_caching)
     gains = "".join(f"<li>{escape(line)}</li>" for line in (*advantages(document), *([note] if note else [])))
     first = document["results"][0]["verdict"]
     headline = first["text"].partition(f": {first['status']}")[0]  # a trace's name may hold a colon, too
@@ -78,25 +74,97 @@ def _verdict(results: Results, document: dict[str, Any]) -> str:
     model = f"{scenario.model_titles}, {served.weight_format.name} weights"
     subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"
     return (
-        f'<section id="verdict">\n<h1>{escape(headline)}</h1>\n<p class="soft">{escape(subtitle)}</p>\n'
-        f"<ul>{items}{gains}</ul>\n<p>This run:</p>{command('this-run', command_line(scenario.config))}\n"
+        f'<section id="verdict" aria-labelledby="verdict-title">\n<h1 id="verdict-title">{escape(headline)}</h1>\n'
+        f'<p class="soft">{escape(subtitle)}</p>\n<ul>{items}{gains}</ul>\n'
+        f"<p>This run:</p>{command('this-run', command_line(results.scenario.config))}\n"
         f"<p>Try next:</p>{command('next-run', first['next_command'])}\n</section>"
     )
 
 
-def _kv_line(results: Results, document: dict[str, Any]) -> str:
-    budget = document["budget"]
-    warnings = "".join(f"<br><strong>Warning:</strong> {escape(w)}" for w in results.scenario.deployment.budget.warnings)
+def _memory(shown: Shown) -> Section:
+    budget = shown.document["budget"]
+    warnings = "".join(f"<br><strong>Warning:</strong> {escape(w)}" for w in shown.results.scenario.deployment.budget.warnings)
     tokens = budget["num_blocks"] * budget["block_size"]
-    return (
+    caption = (
         f"{budget['num_blocks']:,} blocks of {budget['block_size']} tokens = {tokens:,} tokens, "
         f"{budget['kv_bytes_per_token']:,} bytes each. The parts sum to the memory that the engine sees.{warnings}"
     )
+    drawing = Drawing(name="budget", figure=figures.waterfall(shown.results), words=budget_words(shown.document))
+    return Section(anchor="memory", title="Where the memory goes", body=picture(drawing, caption))
 
 
-def _caption_kv() -> str:
-    return "Share of the pool's slots by what they are. Hatched kinds are memory that is taken and holds nothing now."
+def _timeline(shown: Shown) -> Section | None:
+    made = timeline_body(shown.results.scenario)
+    return None if made is None else Section(anchor="timeline", title="Memory over time", body=made[1])
 
 
-def _caption_occupancy() -> str:
-    return "Requests in the running batch and in the queue. Crosses mark moments at which running requests were preempted."
+def _kv(shown: Shown) -> Section:
+    caption = "Share of the pool's slots by what they are. Hatched kinds are memory that is taken and holds nothing now."
+    drawing = Drawing(name="kinds", figure=figures.kv_over_time(shown.results), words=kinds_words(shown.results))
+    return Section(anchor="kv", title="KV memory over time", body=picture(drawing, caption))
+
+
+def _map(shown: Shown) -> Section:
+    drawings = [
+        Drawing(
+            name=f"map-{name}",
+            figure=memory_map({name: frames}, most_cells=_MOST_CELLS),
+            words=map_words(name, frames),
+        )
+        for name, frames in shown.frames.items()
+        if frames
+    ]
+    labels = [frame.label for frame in next(iter(shown.frames.values()))]
+    several = shown.results.scenario.replication.is_fleet or shown.results.scenario.model_serving is not None
+    whose = " Of several processes, this is the first one's memory." if several else ""
+    body = pictures(drawings, escape(legend_text() + whose), labels)
+    return Section(anchor="map", title="The memory, block by block", body=body)
+
+
+def _occupancy(shown: Shown) -> Section:
+    caption = "Requests in the running batch and in the queue. Crosses mark moments at which running requests were preempted."
+    drawing = Drawing(name="requests", figure=figures.occupancy(shown.results), words=occupancy_words(shown.results))
+    return Section(anchor="occupancy", title="Running, waiting, preempted", body=picture(drawing, caption))
+
+
+def _latency(shown: Shown) -> Section:
+    results = shown.results
+    body = "".join(
+        picture(Drawing(name=f"latency-{metric}", figure=drawn, words=latency_words(results, field, title, metric)), caption)
+        for (field, metric, title), (drawn, caption) in zip(figures.LATENCIES, figures.latency_cdfs(results), strict=True)
+    )
+    return Section(anchor="latency", title="Latency", body=body)
+
+
+def _slowest(shown: Shown) -> Section:
+    allocator = next(iter(shown.results.by_allocator))
+    title = f"The slowest {len(shown.slow)} requests, and why" if shown.slow else "The slowest requests"
+    return Section(anchor="slowest", title=title, body=slowest_section(shown.results, allocator, shown.slow))
+
+
+def _comparison(shown: Shown) -> Section:
+    return Section(anchor="comparison", title="All figures", body=comparison_table(shown.document))
+
+
+def _assumptions(shown: Shown) -> Section:
+    return Section(anchor="assumptions", title="Assumptions and how sure they are", body=assumptions_table(shown.results))
+
+
+def _glossary(shown: Shown) -> Section:
+    del shown
+    return Section(anchor="glossary", title="Glossary", body=glossary_table())
+
+
+SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
+    _memory,
+    _timeline,
+    _kv,
+    _map,
+    _occupancy,
+    _latency,
+    _slowest,
+    _comparison,
+    _assumptions,
+    _glossary,
+)
+"""In the order of the page. Another section is another function here."""

@@ -46,6 +46,16 @@ class Watch:
     see: Callable[[float, StepScheduler], None]
     """Told the time, and shown the scheduler, a step of which may be in flight."""
 
+    def beside(self, other: "Watch") -> "Watch":
+        """Return one who looks for both, each at its times."""
+        whose = sorted([(at_s, 0) for at_s in self.times_s] + [(at_s, 1) for at_s in other.times_s])
+        turns = iter(whose)
+
+        def see(now_s: float, scheduler: StepScheduler) -> None:
+            (self, other)[next(turns)[1]].see(now_s, scheduler)
+
+        return Watch(times_s=[at_s for at_s, _ in whose], see=see)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
