@@ -64,6 +64,11 @@ class CapacityAnswer:
         return asdict(self) | {"interval": list(self.interval)}
 
 
+def shown_value(found: CapacityAnswer) -> int:
+    """Return the value whose run shows the most: what was found, or, if nothing fits, the smallest that was tried."""
+    return found.value or found.tried[0].value
+
+
 def check_attain(attain: float) -> None:
     """Refuse what is no share of the requests.
 

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
+from pagedkv.sims.cli_report import question_command, report_file, write_capacity_report
 from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ Measurement = Annotated[MeasurementConfig, Parameter(name="*", group=MEASUREMENT
 Attain = Annotated[float, Parameter(group=MEASUREMENT)]
 Config = Annotated[Path | None, Parameter(group=OUTPUT)]
 Json = Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)]
+Report = Annotated[str | None, Parameter(group=OUTPUT)]
 
 
 def max_users(
@@ -33,6 +35,7 @@ def max_users(
     attain: Attain = ATTAIN,
     config: Config = None,
     json: Json = None,
+    report: Report = None,
 ) -> None:
     """Find the largest number of users within the goals; without goals, the largest that is stable. Allocator: the engine's own.
 
@@ -40,14 +43,20 @@ def max_users(
         attain: Share of the requests that must meet the goals.
         config: Take settings from a config.toml, as --out of simulate writes it; flags override it.
         json: Write the answer to this file; - prints it, and nothing else, to stdout.
+        report: Write report.html to this file: the curve of the search, and the run at what was found.
     """
-    from pagedkv.sims.capacity_answer import SCHEMA_VERSION
-    from pagedkv.sims.command import flat
+    from pagedkv.sims.capacity_answer import SCHEMA_VERSION, shown_value
+    from pagedkv.sims.command import changed, flat
     from pagedkv.sims.console_capacity import show_max_users
     from pagedkv.sims.max_users import max_users as search
 
     del config  # main has put its settings among the flags
+    page = report_file(report)
     asked, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
+    if page is not None:
+        words = question_command("max-users", SimulationConfig(load=load, serving=serving, measurement=measurement), attain=attain)
+        run = changed(asked, users=shown_value(answers[0]))
+        write_capacity_report(page, run, answers, unit="users", attain=attain, command=words)
     if json is None:
         print_view(lambda console: show_max_users(answers, console, attain=attain))
         return
@@ -63,6 +72,7 @@ def max_context(
     attain: Attain = ATTAIN,
     config: Config = None,
     json: Json = None,
+    report: Report = None,
 ) -> None:
     """Find the longest context at which --users N fit: within the goals; without goals, stable and without preemptions.
 
@@ -73,14 +83,24 @@ def max_context(
         attain: Share of the requests that must meet the goals.
         config: Take settings from a config.toml, as --out of simulate writes it; flags override it.
         json: Write the answer to this file; - prints it, and nothing else, to stdout.
+        report: Write report.html to this file: the curve of the search, and the run at what was found.
     """
-    from pagedkv.sims.capacity_answer import SCHEMA_VERSION
+    from pagedkv.sims.capacity_answer import SCHEMA_VERSION, shown_value
     from pagedkv.sims.command import flat
     from pagedkv.sims.console_capacity import show_max_context
     from pagedkv.sims.max_context import max_context as search
+    from pagedkv.sims.max_context import with_context
 
     del config  # main has put its settings among the flags
+    page = report_file(report)
     asked, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
+    if page is not None:
+        words = question_command(
+            "max-context", SimulationConfig(load=load, serving=serving, measurement=measurement), attain=attain
+        )
+        found = [answer.found for answer in answers]
+        run = with_context(asked, shown_value(found[0]), output_len=answers[0].output_len)
+        write_capacity_report(page, run, found, unit="tokens of context", attain=attain, command=words)
     if json is None:
         print_view(lambda console: show_max_context(answers, console, attain=attain))
         return

@@ -7,8 +7,9 @@ from rich.text import Text
 
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.flat_figures import SUMMED
-from pagedkv.sims.sweep import Sweep, errors, labels, value_text
+from pagedkv.sims.sweep import Sweep, errors, value_text
 from pagedkv.sims.sweep_findings import Row
+from pagedkv.sims.sweep_words import anomaly_text, cliff_text
 
 _FIGURES = {
     "output_tokens_per_s": "tokens/s",
@@ -17,7 +18,6 @@ _FIGURES = {
     "ttft_s.p99": "TTFT P99, s",
     "tpot_s.p99": "TPOT P99, s",
 }
-_SURE = {True: "beyond the 95 % intervals", False: "within the 95 % intervals", None: "perhaps noise"}
 _MOST_ROWS = 200
 
 
@@ -37,16 +37,9 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
         console.print(f"and {len(sweep.rows) - _MOST_ROWS:,} more in results.csv")
     console.print()
     for cliff in sweep.cliffs:
-        axis = cliff.axis.replace("_", "-")
-        console.print(
-            f"Preemption begins between {axis} {cliff.calm} and {cliff.preempting} ({cliff.num_preemptions:,} preemptions)"
-            + _at(labels(cliff.others)),
-            markup=False,
-        )
+        console.print(cliff_text(cliff), markup=False)
     for anomaly in sweep.anomalies:
-        moves = f"{anomaly.figure} goes from {anomaly.figure_before:,.4g} to {anomaly.figure_after:,.4g}"
-        axis = f"{anomaly.axis.replace('_', '-')} goes from {anomaly.before} to {anomaly.after}"
-        console.print(Text(f"Anomaly: {moves} as {axis}{_at(labels(anomaly.others))}; {_SURE[anomaly.sure]}", "yellow"))
+        console.print(Text(anomaly_text(anomaly), "yellow"))
     for what, why in errors(sweep.rows):
         console.print(Text(f"Cannot run: {what}: {why}", "yellow"))
 
@@ -58,10 +51,6 @@ def _repeats(sweep: Sweep, row: Row) -> int:
 def _per_run(sweep: Sweep, row: Row, name: str) -> Any:
     value, repeats = row.figure(name), _repeats(sweep, row)
     return value / repeats if name in SUMMED and repeats > 1 else value
-
-
-def _at(others: str) -> str:
-    return f", at {others}" if others else ""
 
 
 def _number(value: float | None) -> str:

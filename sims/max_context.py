@@ -31,6 +31,12 @@ class ContextAnswer:
         return max(self.found.value - self.output_len, 0)
 
 
+def with_context(config: SimulationConfig, context: int, *, output_len: int) -> SimulationConfig:
+    """Return `config` with requests of `context` tokens, `output_len` of them output."""
+    model_len = config.serving.max_model_len or context
+    return changed(config, random_input_len=context - output_len, random_output_len=output_len, max_model_len=model_len)
+
+
 def max_context(
     config: SimulationConfig, allocator: str, *, attain: float, progress: Callable[[float], None] | None = None
 ) -> ContextAnswer:
@@ -61,12 +67,8 @@ def max_context(
             f"--random-output-len is {output_len}: needs 1 or more, and a prompt beside it within {longest} tokens and whole blocks"
         )
 
-    def at(context: int) -> SimulationConfig:
-        model_len = config.serving.max_model_len or context
-        return changed(config, random_input_len=context - output_len, random_output_len=output_len, max_model_len=model_len)
-
     found = answer(
-        at,
+        lambda context: with_context(config, context, output_len=output_len),
         allocator,
         attain=attain,
         first=first,

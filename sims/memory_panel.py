@@ -29,7 +29,7 @@ _PLAIN_COLOURS = ("#eef1f4", "#c9cfd6", NEUTRAL)
 _HOVER = (
     "block %{customdata[0]}<br>held by %{customdata[3]}<br>%{customdata[4]} tokens, %{customdata[5]} slots unfilled<extra></extra>"
 )
-_TABLE_ROWS, _TABLE_BLOCKS, _TABLE_LETTERS = 5, 12, 34
+_TABLE_ROWS, _TABLE_BLOCKS, _TABLE_LETTERS = 5, 12, 26
 """Requests shown; of each, blocks, or as many as so many letters name: what fits on a telephone."""
 
 Cells: TypeAlias = npt.NDArray[np.int64]

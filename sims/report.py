@@ -11,6 +11,7 @@ from pagedkv.sims.comparison import advantages, prefix_note
 from pagedkv.sims.memory_frames import watch_frames
 from pagedkv.sims.memory_map import legend_text, memory_map
 from pagedkv.sims.memory_panel import Frame
+from pagedkv.sims.reporting.capacity_section import Capacity, capacity_body, capacity_head
 from pagedkv.sims.reporting.page import Drawing, Section, badge, command, page, picture, pictures
 from pagedkv.sims.reporting.sections import assumptions_table, comparison_table, glossary_table
 from pagedkv.sims.reporting.slowest import slowest_section
@@ -34,9 +35,11 @@ class Shown:
     """Moments of the memory, by allocator: of the first ones."""
     slow: list[SlowRequest]
     """The slowest requests of the first allocator."""
+    capacity: Capacity | None
+    """The search that chose this load, if one did."""
 
     @classmethod
-    def of(cls, results: Results) -> "Shown":
+    def of(cls, results: Results, capacity: Capacity | None) -> "Shown":
         """Do the runs again, and look at them: what was recorded does not say which block was whose."""
         scenario, seed = results.scenario, results.scenario.config.measurement.seed
         frames: dict[str, list[Frame]] = {}
@@ -49,18 +52,29 @@ class Shown:
             run(scenario, name, seed=seed, watch=watch if looks is None else watch.beside(looks.watch))
             if entries is not None:
                 slow = slow_requests(scenario, first, entries, looks)
-        return cls(results=results, document=results.document(), frames=frames, slow=slow)
+        return cls(results=results, document=results.document(), frames=frames, slow=slow, capacity=capacity)
 
 
-def html(results: Results) -> str:
-    """Return the page. It loads nothing from anywhere; all text that a user chose is escaped."""
-    shown = Shown.of(results)
+def html(results: Results, capacity: Capacity | None = None) -> str:
+    """Return the page. It loads nothing from anywhere; all text that a user chose is escaped.
+
+    Args:
+        results: What is shown.
+        capacity: The search that chose the load of `results`, if one did: its answer and its curve come first then.
+    """
+    shown = Shown.of(results, capacity)
     title = f"{results.scenario.load.title} on {results.scenario.deployment.hardware.title}"
     sections = [section for build in SECTIONS if (section := build(shown)) is not None]
-    return page(title, _verdict(shown), sections)
+    return page(title, _head(shown), sections)
 
 
-def _verdict(shown: Shown) -> str:
+def _head(shown: Shown) -> str:
+    if shown.capacity is None:
+        return _verdict(shown, level=1)
+    return capacity_head(shown.capacity) + _verdict(shown, level=2)
+
+
+def _verdict(shown: Shown, *, level: int) -> str:
     results, document, scenario = shown.results, shown.document, shown.results.scenario
     items = "".join(
         f"<li><strong>{escape(c['allocator'])}</strong> {badge(c['verdict']['status'])} {escape(c['verdict']['text'])}</li>"
@@ -74,11 +88,17 @@ def _verdict(shown: Shown) -> str:
     model = f"{scenario.model_titles}, {served.weight_format.name} weights"
     subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"
     return (
-        f'<section id="verdict" aria-labelledby="verdict-title">\n<h1 id="verdict-title">{escape(headline)}</h1>\n'
+        f'<section id="verdict" aria-labelledby="verdict-title">\n<h{level} id="verdict-title">{escape(headline)}</h{level}>\n'
         f'<p class="soft">{escape(subtitle)}</p>\n<ul>{items}{gains}</ul>\n'
         f"<p>This run:</p>{command('this-run', command_line(results.scenario.config))}\n"
         f"<p>Try next:</p>{command('next-run', first['next_command'])}\n</section>"
     )
+
+
+def _capacity(shown: Shown) -> Section | None:
+    if shown.capacity is None:
+        return None
+    return Section(anchor="capacity", title=f"Capacity against {shown.capacity.unit}", body=capacity_body(shown.capacity))
 
 
 def _memory(shown: Shown) -> Section:
@@ -156,6 +176,7 @@ def _glossary(shown: Shown) -> Section:
 
 
 SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
+    _capacity,
     _memory,
     _timeline,
     _kv,
@@ -167,4 +188,4 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     _assumptions,
     _glossary,
 )
-"""In the order of the page. Another section is another function here."""
+"""In the order of the page; None leaves a section out. Another section is another function here."""

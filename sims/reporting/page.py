@@ -40,8 +40,8 @@ class Drawing:
     """The same in a sentence or two, with the main numbers: for those who do not see it."""
 
 
-def page(title: str, head: str, sections: Sequence[Section]) -> str:
-    """Return the page: `head` (HTML, with the h1), links to the sections, the sections."""
+def page(title: str, head: str, sections: Sequence[Section], *, closing: str = "Simulated; see the assumptions.") -> str:
+    """Return the page: `head` (HTML, with the h1), links to the sections, the sections, a last line."""
     links = "".join(f'<li><a href="#{each.anchor}">{escape(each.title)}</a></li>' for each in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -52,7 +52,7 @@ def page(title: str, head: str, sections: Sequence[Section]) -> str:
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
         "<noscript><p>The pictures need JavaScript; what each says stands below it, in words.</p></noscript>\n"
         + "\n".join(_section(each) for each in sections)
-        + f'\n</main>\n<p class="soft">pagedkv {__version__}. Simulated; see the assumptions.</p>\n'
+        + f'\n</main>\n<p class="soft">pagedkv {__version__}. {escape(closing)}</p>\n'
         '<p id="said" class="unseen" role="status" aria-live="polite"></p>\n'
         f'<script type="application/json" id="dark-colours">{json.dumps(DARK)}</script>\n'
         f"<script>{get_plotlyjs()}</script>\n<script>\n{_file('page.js')}</script>\n</body>\n</html>\n"
@@ -81,8 +81,7 @@ def _caption(caption: str) -> str:
 
 
 def _words(drawing: Drawing) -> str:
-    text = f'<p id="figure-{drawing.name}-words">{escape(drawing.words)}</p>'
-    return f'<details class="words"><summary>In words</summary>{text}</details>'
+    return f'<details class="words"><summary>In words</summary><p>{escape(drawing.words)}</p></details>'
 
 
 def _drawn(drawing: Drawing) -> str:
@@ -92,7 +91,7 @@ def _drawn(drawing: Drawing) -> str:
     text = json.dumps(spec, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     height = drawing.figure.layout.height
     return (
-        f'<div class="drawing" id="{anchor}" data-figure role="img" aria-labelledby="{anchor}-words" '
+        f'<div class="drawing" id="{anchor}" data-figure role="img" aria-label="{escape(drawing.words)}" '
         f'style="height:{height}px"></div>'
         f'<script type="application/json" id="{anchor}-data">{text}</script>'
     )

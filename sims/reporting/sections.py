@@ -26,7 +26,7 @@ def comparison_table(document: dict[str, Any]) -> str:
         else:
             heading = f'<th scope="rowgroup" colspan="{len(names) + 1}">{_explained(row.label)}</th>'
             body.append(f'<tr class="heading">{heading}</tr>')
-    return table(("", *names), "".join(body), kind="numbers", label="All figures by allocator")
+    return table(("", *names), "".join(body), kind="numbers", label="Figures by allocator")
 
 
 def _explained(label: str) -> str:
@@ -54,7 +54,7 @@ def assumptions_table(results: Results) -> str:
     settings = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in document["config"].items() if value is not None)
     return (
         f"{uncertainty(document)}<h3>Every number behind it</h3><p>Tags: {tags}.</p>"
-        + table(("what", "value", "tag", "source"), body, kind="sources", label="Assumptions")
+        + table(("what", "value", "tag", "source"), body, kind="sources", label="Numbers with tags and sources")
         + f"<h3>All settings</h3><p><code>{escape(settings)}</code></p>"
     )
 
@@ -95,5 +95,5 @@ def glossary_table() -> str:
         f"<td>{escape(e.meaning)}</td></tr>"
         for e in GLOSSARY.values()
     )
-    words = table(("word", "formula", "meaning"), body, kind="sources", label="Glossary")
+    words = table(("word", "formula", "meaning"), body, kind="sources", label="Words with their formulas")
     return f"<p>E is the end of the run, W the end of the warm-up.</p>{words}"

@@ -65,7 +65,7 @@ def slowest_section(results: Results, allocator: str, slow: Sequence[SlowRequest
         "output",
     )
     return picture(drawing, _caption(results, allocator, run, slow)) + table(
-        head, rows(body), kind="slowest", label="The slowest requests"
+        head, rows(body), kind="slowest", label="The slowest requests one by one"
     )
 
 

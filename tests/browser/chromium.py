@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,14 @@ QUIET = (
     *("--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
 PATIENCE_S = 60.0
+_AT_3_AND_4 = """
+import fcntl, os, sys
+reads, writes = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""A program that becomes the browser, with its pipes where that looks for them."""
 
 
 class Browser:
@@ -119,8 +128,8 @@ def browser(profile: Path) -> Iterator[Browser]:
     child_reads, commands = os.pipe()
     answers, child_writes = os.pipe()
 
-    process = subprocess.Popen(  # it looks for them at descriptors 3 and 4
-        ["/bin/sh", "-c", f'exec "$@" 3<&{child_reads} 4>&{child_writes}', "sh", CHROMIUM, *QUIET, f"--user-data-dir={profile}"],
+    process = subprocess.Popen(
+        [sys.executable, "-c", _AT_3_AND_4, str(child_reads), str(child_writes), CHROMIUM, *QUIET, f"--user-data-dir={profile}"],
         pass_fds=(child_reads, child_writes),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,51 @@
+"""What max-users and max-context do with --report: the run at what they found, as a page, with their curve."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pagedkv.sims.cli_output import output_path
+from pagedkv.sims.config import ATTAIN, SimulationConfig
+
+if TYPE_CHECKING:
+    from pagedkv.sims.capacity_answer import CapacityAnswer
+
+
+def report_file(report: str | None) -> Path | None:
+    """Return the file that --report names, and make sure that it can be written, before anything is computed.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    from pagedkv.sims.export import prepare_file
+
+    if (path := output_path(report, "--report")) is not None:
+        prepare_file(path, flag="--report")
+    return path
+
+
+def question_command(question: str, asked: SimulationConfig, *, attain: float) -> str:
+    """Return the command line of a question about `asked`."""
+    from pagedkv.sims.command import command_line
+
+    words = command_line(asked).replace("simulate", f"simulate {question}", 1)
+    return words if attain == ATTAIN else f"{words} --attain {attain:g}"
+
+
+def write_capacity_report(
+    path: Path, config: SimulationConfig, answers: "Sequence[CapacityAnswer]", *, unit: str, attain: float, command: str
+) -> None:
+    """Run `config`, the load that was found, and write its report with the search that found it."""
+    from pagedkv.sims.export import write_atomically
+    from pagedkv.sims.progress import ProgressOnStderr
+    from pagedkv.sims.report import html
+    from pagedkv.sims.reporting.capacity_section import Capacity
+    from pagedkv.sims.results import simulate
+    from pagedkv.sims.scenario import resolve
+
+    scenario = resolve(config)
+    with ProgressOnStderr(scenario.allocators, repeats=config.measurement.repeats) as progress:
+        results = simulate(scenario, attain=attain, progress=progress)
+    write_atomically(path, html(results, Capacity(unit=unit, answers=answers, attain=attain, command=command)))
+    print(f"Written: {path}", file=sys.stderr)  # noqa: T201
