@@ -7,16 +7,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pagedkv.heaps import HEAPS
 from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import AT_LEAST, Row, advantages, comparison, prefix_note
-from pagedkv.sims.console_classes import class_tables
-from pagedkv.sims.console_models import model_tables, models_memory
+from pagedkv.sims.console_models import models_memory
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.error_interval import calibration_lines
+from pagedkv.sims.part_tables import PartTable, class_tables, model_tables
 from pagedkv.sims.results import Results
+from pagedkv.sims.run_texts import contiguous_max_holds, kv_equation, run_facts, run_title, window_note
 from pagedkv.sims.scenario import Scenario
 from pagedkv.units import gib
 
@@ -29,10 +29,9 @@ def show(results: Results, console: Console) -> None:
     for part in (
         _setting(results),
         _memory(results.scenario),
-        *_contiguous_max_holds(results),
+        *([Text(holds)] if (holds := contiguous_max_holds(results)) else []),
         _comparison(results, console.width),
-        *class_tables(results.document()),
-        *model_tables(results.document()),
+        *map(_part, (*class_tables(results.document()), *model_tables(results.document()))),
         _calibration(results),
         _verdict(results),
     ):
@@ -44,38 +43,14 @@ def show(results: Results, console: Console) -> None:
 
 
 def _setting(results: Results) -> RenderableType:
-    config = results.document()["config"]
-    scenario = results.scenario
-    title = Text(
-        f"{scenario.load.title} on {scenario.deployment.hardware.title}, {scenario.model_titles}, {config['engine']}",
-        "bold",
-    )
-    if config["workload"] is not None:
-        load = f"workload {config['workload']}"
-    elif config["users"] is not None:
-        load = f"think time {config['think_time']}"
-    elif config["request_rate"] is not None:
-        load = f"burstiness {config['burstiness']:g}"
-    else:
-        load = f"trace format {config['trace_format']}, rate × {config['trace_rate'] or 1:g}"
-    measured = config["duration"] or "until all are answered"
-    serving = f"weights {scenario.deployment.weight_format.name}, KV {config['kv_cache_dtype']}"
-    facts = (
-        f"{load} · lengths {scenario.load.lengths_name} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
-        + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
-        + f" · {serving} · max-model-len {scenario.deployment.scheduler.max_model_len:,} · "
-        f"block-size {scenario.deployment.pool.block_size} · {_share(scenario.deployment)}"
-        f"max-num-seqs {config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
-        f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
-        + ("" if scenario.deployment.drafting is None else f" · {scenario.deployment.drafting.title}")
-    )
-    return Group(title, Text(facts, "dim"))
+    return Group(Text(run_title(results), "bold"), Text(run_facts(results), "dim"))
 
 
-def _share(deployment: Deployment) -> str:
-    """Return the engine's own setting of how much memory it takes, if it has one."""
-    setting = deployment.engine.setting
-    return "" if setting is None else f"{setting} {deployment.budget.utilization:g} · "
+def _part(table: PartTable) -> RenderableType:
+    rows = plain_table(*table.head)
+    for row in table.rows:
+        rows.add_row(*row)
+    return Group(Text(table.title, "bold"), rows)
 
 
 def _memory(scenario: Scenario) -> RenderableType:
@@ -98,35 +73,12 @@ def waterfall(deployment: Deployment) -> RenderableType:
         end = round(_BAR_WIDTH * before / budget.visible)
         bar = Text(" " * start + ("█" * (end - start) or ("▏" if size else "")), "cyan" if part == "kv_cache" else "blue")
         table.add_row(Text(f"  {label}", "bold" if part == "kv_cache" else ""), gib(size), bar)
-    lines: list[RenderableType] = [Text("Memory", "bold"), table, Text(_kv_equation(deployment)), Text(budget.gate)]
-    if any(group.kind in ("sliding_window", "chunked") for group in deployment.model.layer_groups):
-        lines.append(
-            Text(
-                "Layers with a window keep all tokens in paged memory; vLLM gives their blocks back: --allocator hybrid.", "yellow"
-            )
-        )
+    equation, blocks = kv_equation(deployment)
+    lines: list[RenderableType] = [Text("Memory", "bold"), table, Text(f"{equation}\n         = {blocks}"), Text(budget.gate)]
+    if note := window_note(deployment):
+        lines.append(Text(note, "yellow"))
     lines += [Text(f"warning: {warning}", "yellow") for warning in budget.warnings]
     return Group(*lines)
-
-
-def _kv_equation(deployment: Deployment) -> str:
-    budget, spec = deployment.budget, deployment.model.kv_spec(deployment.config.kv_cache_dtype)
-    state = f", and {gib(spec.state_bytes_per_sequence)} of state per request" if spec.state_bytes_per_sequence else ""
-    return (
-        f"{budget.equation}\n"
-        f"         = {budget.num_blocks:,} blocks of {budget.block_size} tokens = {budget.num_kv_tokens:,} tokens "
-        f"of {budget.kv_bytes_per_token:,} bytes{state}"
-    )
-
-
-def _contiguous_max_holds(results: Results) -> list[RenderableType]:
-    """Say how many requests contiguous-max would hold: it depends on nothing but max-model-len."""
-    if "contiguous-max" not in results.by_allocator:
-        return []
-    pool = results.scenario.deployment.pool
-    heap = HEAPS.load(pool.contiguous_heap)(1)
-    holds = ", ".join(f"{pool.num_slots // heap.rounded((k << 10) + pool.state_slots)} at {k}k" for k in (8, 32, 128))
-    return [Text(f"contiguous-max would hold {holds} of max-model-len (here {pool.max_model_len:,}).")]
 
 
 def _comparison(results: Results, width: int) -> RenderableType:

@@ -1,8 +1,6 @@
-"""How each of several models fared, and what it took of the machine, in the terminal."""
+"""What each of several models takes of the machine, in the terminal."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -10,18 +8,6 @@ from rich.text import Text
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.model_serving import HEADROOM, ModelServing
 from pagedkv.units import GIB, gib
-
-
-def model_tables(document: dict[str, Any]) -> Iterator[RenderableType]:
-    """Yield a table per entry of `results` in which models come and go."""
-    for result in document["results"]:
-        if rows := result.get("models"):
-            table = plain_table("", "requests", "TTFT, s", "E2E, s", "loads", "failed", "load, s", "there", "GiB")
-            for row in rows:
-                table.add_row(row["model"], *_cells(row))
-            yield Group(
-                Text(f"By model, {result['allocator']} (TTFT P50 and P99, E2E P50; loads over the whole run)", "bold"), table
-            )
 
 
 def models_memory(serving: ModelServing) -> RenderableType:
@@ -46,14 +32,3 @@ def models_memory(serving: ModelServing) -> RenderableType:
             f"loaded beside others if what Ollama expects of it is at most {HEADROOM:.0%} of what they leave; else one is unloaded."
         ),
     )
-
-
-def _cells(row: dict[str, Any]) -> Iterator[str]:
-    yield f"{row['num_injected']:,}"
-    yield "–" if row["ttft_s"] is None else f"{row['ttft_s']['p50']:,.1f} {row['ttft_s']['p99']:,.1f}"
-    yield "–" if row["e2e_s"] is None else f"{row['e2e_s']['p50']:,.1f}"
-    yield f"{row['num_loads']:,}"
-    yield f"{row['num_failed_loads']:,}"
-    yield f"{row['load_s'] / row['num_loads']:,.1f}" if row["num_loads"] else "–"
-    yield "–" if row["loaded_share"] is None else f"{100 * row['loaded_share']:.0f} %"
-    yield "–" if row["held_bytes"] is None else f"{row['held_bytes'] / GIB:.1f}"

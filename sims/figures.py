@@ -112,7 +112,7 @@ def kv_over_time(results: Results) -> go.Figure:
     figure.update_layout(margin={"t": 90}, legend={"y": 1 + 0.12 / len(names)})
     figure.update_yaxes(range=[0, 100], ticksuffix=" %")
     figure.update_xaxes(title="simulated time, s", row=len(names), col=1)
-    _mark_warmup(figure, results)
+    _mark_times(figure, results)
     return figure
 
 
@@ -154,7 +154,7 @@ def occupancy(results: Results) -> go.Figure:
     figure.update_layout(margin={"t": 90}, legend={"y": 1.08})
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(title="simulated time, s", row=2, col=1)
-    _mark_warmup(figure, results)
+    _mark_times(figure, results)
     return figure
 
 
@@ -194,7 +194,11 @@ def _samples(run: object, field: str) -> Float64Array:
     return samples[np.isfinite(samples) & (samples > 0)]
 
 
-def _mark_warmup(figure: go.Figure, results: Results) -> None:
+def _mark_times(figure: go.Figure, results: Results) -> None:
+    """Mark the end of the warm-up, and when replicas were down."""
+    end_s = max(result.runs[0].end_s for result in results.by_allocator.values())
+    for fault in results.scenario.replication.faults:
+        figure.add_vrect(x0=fault.at_s, x1=min(fault.back_s, end_s), fillcolor=SOFT, opacity=0.2, line_width=0, layer="above")
     warmup_s = results.scenario.warmup_s
     if warmup_s > 0:
         figure.add_vline(x=warmup_s, line={"color": SOFT, "dash": "dot", "width": 1})

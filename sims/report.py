@@ -8,16 +8,19 @@ from typing import Any
 from pagedkv.sims import figures
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import advantages, prefix_note
+from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.memory_frames import watch_frames
 from pagedkv.sims.memory_map import legend_text, memory_map
 from pagedkv.sims.memory_panel import Frame
+from pagedkv.sims.part_tables import class_tables, model_tables, replica_tables
 from pagedkv.sims.reporting.capacity_section import Capacity, capacity_body, capacity_head
-from pagedkv.sims.reporting.page import Drawing, Section, badge, command, page, picture, pictures
+from pagedkv.sims.reporting.page import Drawing, Section, badge, command, page, picture, pictures, rows, table
 from pagedkv.sims.reporting.sections import assumptions_table, comparison_table, glossary_table
 from pagedkv.sims.reporting.slowest import slowest_section
 from pagedkv.sims.reporting.timeline_section import timeline_body
 from pagedkv.sims.reporting.words import budget_words, kinds_words, latency_words, map_words, occupancy_words
 from pagedkv.sims.results import Results
+from pagedkv.sims.run_texts import contiguous_max_holds, kv_equation, run_facts, window_note
 from pagedkv.sims.simulation import run
 from pagedkv.sims.slow_requests import SlowRequest, looks_at, slow_requests, slowest_entries
 
@@ -87,9 +90,12 @@ def _verdict(shown: Shown, *, level: int) -> str:
     served = scenario.deployment
     model = f"{scenario.model_titles}, {served.weight_format.name} weights"
     subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"
+    goals = ", ".join(f"{goal.metric} {1e3 * goal.limit_s:,g} ms" for goal in scenario.goals)
+    wanted = f"Goals: {goals}, for {ATTAIN:.0%} of the requests. " if goals else ""
     return (
         f'<section id="verdict" aria-labelledby="verdict-title">\n<h{level} id="verdict-title">{escape(headline)}</h{level}>\n'
         f'<p class="soft">{escape(subtitle)}</p>\n<ul>{items}{gains}</ul>\n'
+        f'<p class="soft">{escape(wanted + run_facts(results))}</p>\n'
         f"<p>This run:</p>{command('this-run', command_line(results.scenario.config))}\n"
         f"<p>Try next:</p>{command('next-run', first['next_command'])}\n</section>"
     )
@@ -102,13 +108,13 @@ def _capacity(shown: Shown) -> Section | None:
 
 
 def _memory(shown: Shown) -> Section:
-    budget = shown.document["budget"]
-    warnings = "".join(f"<br><strong>Warning:</strong> {escape(w)}" for w in shown.results.scenario.deployment.budget.warnings)
-    tokens = budget["num_blocks"] * budget["block_size"]
-    caption = (
-        f"{budget['num_blocks']:,} blocks of {budget['block_size']} tokens = {tokens:,} tokens, "
-        f"{budget['kv_bytes_per_token']:,} bytes each. The parts sum to the memory that the engine sees.{warnings}"
-    )
+    deployment = shown.results.scenario.deployment
+    equation, blocks = kv_equation(deployment)
+    lines = [f"{equation} = {blocks}.", "The parts sum to the memory that the engine sees.", deployment.budget.gate]
+    lines += [note for note in (window_note(deployment), contiguous_max_holds(shown.results)) if note]
+    warnings = "".join(f"<br><strong>Warning:</strong> {escape(w)}" for w in deployment.budget.warnings)
+    several = " This is the first model's budget." if shown.results.scenario.model_serving is not None else ""
+    caption = "<br>".join(map(escape, lines)) + several + warnings
     drawing = Drawing(name="budget", figure=figures.waterfall(shown.results), words=budget_words(shown.document))
     return Section(anchor="memory", title="Where the memory goes", body=picture(drawing, caption))
 
@@ -119,7 +125,10 @@ def _timeline(shown: Shown) -> Section | None:
 
 
 def _kv(shown: Shown) -> Section:
-    caption = "Share of the pool's slots by what they are. Hatched kinds are memory that is taken and holds nothing now."
+    caption = (
+        "Share of the pool's slots by what they are. Hatched kinds are memory that is taken and holds nothing now; cached is free "
+        "for whoever needs it."
+    )
     drawing = Drawing(name="kinds", figure=figures.kv_over_time(shown.results), words=kinds_words(shown.results))
     return Section(anchor="kv", title="KV memory over time", body=picture(drawing, caption))
 
@@ -142,15 +151,27 @@ def _map(shown: Shown) -> Section:
 
 
 def _occupancy(shown: Shown) -> Section:
-    caption = "Requests in the running batch and in the queue. Crosses mark moments at which running requests were preempted."
+    caption = (
+        "Requests in the running batch and in the queue. Crosses mark moments at which running requests were preempted; the dotted "
+        "line is the end of the warm-up, from which on all is measured."
+    )
+    if shown.results.scenario.replication.faults:
+        caption += " Shaded: a replica is down."
     drawing = Drawing(name="requests", figure=figures.occupancy(shown.results), words=occupancy_words(shown.results))
     return Section(anchor="occupancy", title="Running, waiting, preempted", body=picture(drawing, caption))
 
 
 def _latency(shown: Shown) -> Section:
     results = shown.results
+    nothing = {
+        "ttft_s": "No request was accepted in the measured time.",
+        "tpot_s": "No request got a second token in the measured time.",
+        "e2e_s": "No request was accepted in the measured time.",
+    }
     body = "".join(
-        picture(Drawing(name=f"latency-{metric}", figure=drawn, words=latency_words(results, field, title, metric)), caption)
+        f"<p>{title}: {nothing[field]}</p>"
+        if not drawn.data
+        else picture(Drawing(name=f"latency-{metric}", figure=drawn, words=latency_words(results, field, title, metric)), caption)
         for (field, metric, title), (drawn, caption) in zip(figures.LATENCIES, figures.latency_cdfs(results), strict=True)
     )
     return Section(anchor="latency", title="Latency", body=body)
@@ -160,6 +181,14 @@ def _slowest(shown: Shown) -> Section:
     allocator = next(iter(shown.results.by_allocator))
     title = f"The slowest {len(shown.slow)} requests, and why" if shown.slow else "The slowest requests"
     return Section(anchor="slowest", title=title, body=slowest_section(shown.results, allocator, shown.slow))
+
+
+def _parts(shown: Shown) -> Section | None:
+    tables = [*class_tables(shown.document), *model_tables(shown.document), *replica_tables(shown.document)]
+    if not tables:
+        return None
+    body = "".join(f"<h3>{escape(each.title)}</h3>{table(each.head, rows(each.rows), label=each.title)}" for each in tables)
+    return Section(anchor="parts", title="By class, model or replica", body=body)
 
 
 def _comparison(shown: Shown) -> Section:
@@ -184,6 +213,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     _occupancy,
     _latency,
     _slowest,
+    _parts,
     _comparison,
     _assumptions,
     _glossary,

@@ -16,10 +16,12 @@ from pagedkv.sims.budget_parts import PARTS
 from pagedkv.sims.cli import main
 from pagedkv.sims.comparison import advantages, comparison
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.error_interval import calibration_lines
 from pagedkv.sims.glossary import GLOSSARY
 from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.report import html
 from pagedkv.sims.results import Results, simulate
+from pagedkv.sims.run_texts import run_facts
 from pagedkv.sims.scenario import resolve
 
 SECTIONS = ["verdict", "memory", "kv", "map", "occupancy", "latency", "slowest", "comparison", "assumptions", "glossary"]
@@ -193,6 +195,12 @@ def test_tables_and_sentences_say_what_the_document_says(busy: Results, page: Pa
     assert page.texts["next-run"] == first["next_command"]
     budget = document["budget"]
     assert f"{budget['num_blocks']:,} blocks of {budget['block_size']} tokens" in page.texts["memory"]
+    assert run_facts(busy) in text
+    assert "contiguous-max would hold" in page.texts["memory"]
+    for tag in ("spec", "measured", "estimated"):
+        assert tag in {row[2] for row in page.rows["assumptions"][1:]}
+    for line in calibration_lines(document):
+        assert line in page.texts["assumptions"]
     for name, value in document["config"].items():
         assert value is None or f"{name}=" in page.texts["assumptions"]
 
@@ -285,8 +293,10 @@ def test_a_page_is_whole_whatever_is_missing(name: str, too_long: str) -> None:
     assert [attributes["id"] for tag, attributes in page.tags if tag == "section" and attributes["id"] != "timeline"] == SECTIONS
     assert page.rows["comparison"][1:] == [[row.label, *row.values] for row in comparison(document)]
     assert not re.search(r"\b(nan|None|inf)\b", " ".join(cell for row in page.rows["comparison"] for cell in row))
-    assert ("goal " in text.partition('id="latency"')[2].partition('id="comparison"')[0]) == ("goodput" in measurement)
     first = document["results"][0]
+    assert ("goal " in text.partition('id="latency"')[2].partition('id="comparison"')[0]) == (
+        "goodput" in measurement and first["num_rejected"] == 0
+    )
     match name:
         case "no goals, nobody waits":
             assert first["kv_when_waiting"] is None
@@ -296,7 +306,8 @@ def test_a_page_is_whole_whatever_is_missing(name: str, too_long: str) -> None:
             assert first["num_finished"] == 0 < first["num_injected"]
         case "no request":
             assert first["num_injected"] == 0
-            assert traces(text, "latency-ttft") == []
+            assert "Time to first token: No request was accepted" in page.texts["latency"]
+            assert "none to show" in page.texts["slowest"]
         case "rejected only":
             assert first["num_rejected"] == first["num_injected"] > 0
             assert first["verdict"]["status"] == "rejecting"
@@ -304,7 +315,8 @@ def test_a_page_is_whole_whatever_is_missing(name: str, too_long: str) -> None:
             assert "±" in page.texts["comparison"]
         case "one token":
             assert first["tpot_s"] is None
-            assert traces(text, "latency-tpot") == []
+            assert "figure-latency-tpot" not in drawn(page)
+            assert "No request got a second token" in page.texts["latency"]
         case "state":
             assert "state" in {trace["name"] for trace in traces(text, "kinds")}
 

@@ -7,6 +7,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from pagedkv.sims.palette import BLUE, GREEN, INK, NEUTRAL, ORANGE, PINK, VERMILION, WHITE, base_layout
+from pagedkv.sims.records import Outcome
 from pagedkv.sims.reporting.page import Drawing, picture, rows, table
 from pagedkv.sims.request_phases import NUM_LOOKS, PHASES, PhaseKind
 from pagedkv.sims.results import Results
@@ -114,6 +115,8 @@ def _caption(results: Results, allocator: str, run: Run, slow: Sequence[SlowRequ
     usual = "" if median is None else f" The median request takes {median['p50']:,.1f} s."
     repeats = len(results.by_allocator[allocator].runs)
     several = f" These are of {allocator}{', in the first of the repeats' if repeats > 1 else ''}."
+    lost = int((run.measured.outcome == Outcome.FAILED).sum())
+    failed = f" Not among them: {lost:,} that failed." if lost else ""
     exact = ""
     if any(each.num_preemptions for each in slow):
         exact = " When a preempted request waited is not known with several processes: its times are those of its tokens."
@@ -122,7 +125,7 @@ def _caption(results: Results, allocator: str, run: Run, slow: Sequence[SlowRequ
             f" Arrival, first step and tokens are exact; where a preempted request waited is seen at {NUM_LOOKS:,} moments, "
             f"{run.end_s / (NUM_LOOKS + 1):.2g} s apart."
         )
-    return escape(f"Measured requests with the longest time from arrival to last token.{several}{usual}{exact}")
+    return escape(f"Measured requests with the longest time from arrival to last token.{several}{usual}{failed}{exact}")
 
 
 def _words(results: Results, allocator: str, slow: Sequence[SlowRequest]) -> str:

@@ -33,7 +33,11 @@ def kinds_words(results: Results) -> str:
         starts_s, _, means = run.recorder.timeline.means()
         taken = 1 - (means[:, FREE] + means[:, CACHED]) / run.allocator.usable_slots
         fullest = int(np.argmax(taken))
-        peak = f" At its fullest, around {starts_s[fullest]:,.0f} s, {taken[fullest]:.1%} is taken." if taken.size else ""
+        peak = (
+            f" At its fullest, around {starts_s[fullest]:,.0f} s, {taken[fullest]:.1%} is taken."
+            if taken.size and taken[fullest] > 0
+            else ""
+        )
         texts.append(f"{name}, mean over the measured time: {listed}.{peak}")
     return " ".join(texts)
 
@@ -46,10 +50,11 @@ def map_words(name: str, frames: Sequence[Frame]) -> str:
     fullest = frames[int(np.argmax(taken))]
     one = fullest.snapshot
     counts = {state: int((one.states == state).sum()) for state in UnitState}
+    holders = "1 request" if len(one.requests) == 1 else f"{len(one.requests):,} requests"
     shared = int((one.ref_counts > 1).sum())
     return (
         f"{name}: {len(frames)} moments from {frames[0].label} to {frames[-1].label}. At the fullest of them, {fullest.label}, "
-        f"{counts[UnitState.HELD]:,} of {one.states.size:,} blocks are held by {len(one.requests):,} requests"
+        f"{counts[UnitState.HELD]:,} of {one.states.size:,} blocks are held by {holders}"
         + (f" ({shared:,} of them by more than one)" if shared else "")
         + f", {counts[UnitState.CACHED]:,} are cached and {counts[UnitState.FREE]:,} are empty."
     )

@@ -1,0 +1,70 @@
+"""What every view says of a run before its figures: what was asked, how the KV memory comes about, what contiguous would hold."""
+
+from pagedkv.heaps import HEAPS
+from pagedkv.sims.deployment import Deployment
+from pagedkv.sims.results import Results
+from pagedkv.units import gib
+
+
+def run_title(results: Results) -> str:
+    """Return who asks whom: load, machine, model and engine."""
+    scenario, config = results.scenario, results.document()["config"]
+    return f"{scenario.load.title} on {scenario.deployment.hardware.title}, {scenario.model_titles}, {config['engine']}"
+
+
+def run_facts(results: Results) -> str:
+    """Return the settings that matter most, in a line."""
+    scenario, config = results.scenario, results.document()["config"]
+    if config["workload"] is not None:
+        load = f"workload {config['workload']}"
+    elif config["users"] is not None:
+        load = f"think time {config['think_time']}"
+    elif config["request_rate"] is not None:
+        load = f"burstiness {config['burstiness']:g}"
+    else:
+        load = f"trace format {config['trace_format']}, rate × {config['trace_rate'] or 1:g}"
+    measured = config["duration"] or "until all are answered"
+    serving = f"weights {scenario.deployment.weight_format.name}, KV {config['kv_cache_dtype']}"
+    return (
+        f"{load} · lengths {scenario.load.lengths_name} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
+        + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
+        + f" · {serving} · max-model-len {scenario.deployment.scheduler.max_model_len:,} · "
+        f"block-size {scenario.deployment.pool.block_size} · {_share(scenario.deployment)}"
+        f"max-num-seqs {config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
+        f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
+        + ("" if scenario.deployment.drafting is None else f" · {scenario.deployment.drafting.title}")
+    )
+
+
+def _share(deployment: Deployment) -> str:
+    """Return the engine's own setting of how much memory it takes, if it has one."""
+    setting = deployment.engine.setting
+    return "" if setting is None else f"{setting} {deployment.budget.utilization:g} · "
+
+
+def kv_equation(deployment: Deployment) -> tuple[str, str]:
+    """Return how the KV memory comes about, and how many blocks and tokens that is."""
+    budget, spec = deployment.budget, deployment.model.kv_spec(deployment.config.kv_cache_dtype)
+    state = f", and {gib(spec.state_bytes_per_sequence)} of state per request" if spec.state_bytes_per_sequence else ""
+    return (
+        budget.equation,
+        f"{budget.num_blocks:,} blocks of {budget.block_size} tokens = {budget.num_kv_tokens:,} tokens "
+        f"of {budget.kv_bytes_per_token:,} bytes{state}",
+    )
+
+
+def window_note(deployment: Deployment) -> str | None:
+    """Say that windows save nothing here, if the model has some."""
+    if not any(group.kind in ("sliding_window", "chunked") for group in deployment.model.layer_groups):
+        return None
+    return "Layers with a window keep all tokens in paged memory; vLLM gives their blocks back: --allocator hybrid."
+
+
+def contiguous_max_holds(results: Results) -> str | None:
+    """Say how many requests contiguous-max would hold: it depends on nothing but max-model-len. None if it does not run."""
+    if "contiguous-max" not in results.by_allocator:
+        return None
+    pool = results.scenario.deployment.pool
+    heap = HEAPS.load(pool.contiguous_heap)(1)
+    holds = ", ".join(f"{pool.num_slots // heap.rounded((k << 10) + pool.state_slots)} at {k}k" for k in (8, 32, 128))
+    return f"contiguous-max would hold {holds} of max-model-len (here {pool.max_model_len:,})."
