@@ -1,6 +1,6 @@
 """The words of an answer, each with its formula: what `simulate explain` prints and the report's glossary shows.
 
-docs/metrics.md says the same at length; a test holds that every field of the result schema is explained here.
+The tables of docs/metrics.md are written from here (glossary_page); a test holds that every field of the result schema is here.
 """
 
 import re
@@ -50,8 +50,10 @@ _ENTRIES = (
     _entry(
         "error_interval",
         "error interval",
-        "figure / e^s to figure × e^s, s the calibration's spread",
-        "How far off output tokens/s, mean TPOT and TTFT may be because step times are; nine in ten of a new model's lie inside.",
+        "figure / f to figure × f",
+        "How far off output tokens/s, mean TPOT and TTFT may be because step times are. f: the mean of the decode and the prefill "
+        "factor's logarithms, weighted with the time that steps were bound by reading or by arithmetic; for TTFT at least the "
+        "prefill factor.",
     ),
     _entry("goodput_per_s", "goodput, requests/s", "requests that finish within every goal / (E − W)", "Throughput that counts."),
     _entry(
@@ -90,13 +92,13 @@ _ENTRIES = (
     _entry(
         "num_preemptions",
         "preemptions",
-        "running requests put back into the queue",
-        "Their KV memory is given up and computed again.",
+        "preemptions in steps that end within the window",
+        "A running request is put back into the queue: its KV memory is given up and computed again.",
     ),
     _entry(
         "num_queried_tokens",
         "tokens queried",
-        "prompt tokens of requests scheduled for the first time in the window",
+        "prompt tokens of requests admitted for the first time, in steps that end within the window",
         "Looked up in the prefix cache. None without one.",
     ),
     _entry("num_hit_tokens", "tokens found", "those of them that were in the prefix cache", "Prefill that is spared."),
@@ -110,7 +112,7 @@ _ENTRIES = (
         "resumed_hit_rate",
         "found on resumption",
         "tokens found / tokens known, over preempted requests that came back",
-        "What of their own work they need not do again.",
+        "What of their own work (prompt and outputs so far) they need not do again; none if none came back.",
     ),
     _entry(
         "num_draft_tokens", "drafted tokens", "drafts that steps have verified, in all of the run", "None where nothing drafts."
@@ -120,7 +122,7 @@ _ENTRIES = (
         "draft_acceptance_rate",
         "drafts accepted",
         "accepted tokens / drafted tokens",
-        "As vLLM reports it: less than the chance of one draft, since those behind a refused one are lost.",
+        "As vLLM reports it. Of k drafts, each accepted with chance a if those before it are: (a + a² + … + aᵏ) / k.",
     ),
     _entry("running_mean", "running, mean", "∫ running dt / (E − W)", "Requests in the running batch, weighted by time."),
     _entry("running_max", "running, max", "max of running", "The fullest batch."),
@@ -153,17 +155,42 @@ _ENTRIES = (
     _entry(
         "kv_when_waiting", "while requests wait", "the same over the time with waiting > 0", "Waste matters when somebody waits."
     ),
-    _entry("tokens", "tokens", "slots that hold a token's keys and values", "Memory at work."),
-    _entry("reserved", "reserved", "slots held that the request will still fill", "Taken early."),
-    _entry("internal", "internal", "slots held that will never be filled", "The unused tail of a reservation or of a last block."),
+    _entry(
+        "tokens",
+        "tokens",
+        "t, the tokens computed; a slot that several share counts once",
+        "Memory at work: slots that hold a token's keys and values, this step's included.",
+    ),
+    _entry(
+        "reserved",
+        "reserved",
+        "min(h, f) − t",
+        "Taken early: of h slots held, those that the request, f = prompt + output − 1 tokens in the end, will still fill.",
+    ),
+    _entry(
+        "internal",
+        "internal",
+        "max(h − f, 0)",
+        "Slots held that will never be filled: the unused tail of a reservation or of a last block.",
+    ),
     _entry(
         "external",
         "external",
-        "heap rounding, and free extents too small for the waiting head",
-        "Free, and yet of no use. Zero with paging.",
+        "a heap's rounding, and, while its head waits for memory, every free slot",
+        "Free, and yet of no use: each free extent is too small for who waits. Zero with paging.",
     ),
-    _entry("cached", "cached", "free blocks kept for prefix reuse", "Given up as soon as somebody needs them."),
-    _entry("state", "state", "per-sequence state of linear or Mamba layers", "Does not grow with the context."),
+    _entry(
+        "cached",
+        "cached",
+        "free blocks that keep what was computed",
+        "For reuse by the same prefix; given up as soon as somebody needs them.",
+    ),
+    _entry(
+        "state",
+        "state",
+        "whole blocks taken for state of fixed size",
+        "Per-sequence state of linear or Mamba layers: it does not grow with the context.",
+    ),
     _entry("free", "free", "the rest", "Room for more."),
     _entry("iterations", "steps", "scheduler steps in the whole run", "One forward pass each."),
     _entry("request_steps", "request-steps", "Σ over steps of the requests in it", "The size of the simulation."),
@@ -193,7 +220,12 @@ _ENTRIES = (
         "open loop. Without, it does not.",
     ),
     _entry("rejecting", "rejecting", "num_rejected > 0", "Some requests can never run here."),
-    _entry("fits", "fits", "stable, and 99 % of the requests meet the goals", "Without goals: stable."),
+    _entry(
+        "fits",
+        "fits",
+        "with goals: 99 % of the requests whose fate is known meet them, nobody is turned away, no queue rises; without: stable",
+        "Whether the machine serves this load.",
+    ),
     _entry("binding", "limit", "what costs the mean request the most time", "What is reached, or would be reached first."),
     _entry("next_command", "try next", "more load if it fits, else a remedy that starts", "A command to copy."),
     _entry(

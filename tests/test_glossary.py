@@ -11,7 +11,9 @@ from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
 from pagedkv.sims.comparison import comparison
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.flat_figures import FIGURES
 from pagedkv.sims.glossary import GLOSSARY, Entry, explain
+from pagedkv.sims.glossary_page import defined_in, markdown, rewritten
 from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import resolve
@@ -107,6 +109,27 @@ def test_explain_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
     out, err = capsys.readouterr()
     assert (exit.value.code, out) == (2, "")
     assert err.startswith("error: ")
+
+
+def test_the_tables_of_the_page_are_the_glossary() -> None:
+    """Once only: `python -m pagedkv.sims.glossary_page docs/metrics.md` renews them."""
+    page = METRICS.read_text("utf-8")
+    assert rewritten(page) == page
+    defined = defined_in(page)
+    assert len(set(defined)) == len(defined)
+    shares = {"kv", "kv_when_waiting"}
+    assert {name.partition(".")[0] for name in FIGURES} - shares <= set(defined)
+    assert set(KV_KINDS) <= set(defined)
+    for name in defined:
+        assert GLOSSARY[name].formula in page
+
+
+def test_a_word_that_is_not_there_cannot_be_in_a_table() -> None:
+    with pytest.raises(KeyError, match="nonsense"):
+        rewritten("<!-- glossary: ttft_s nonsense -->\n<!-- end -->\n")
+    assert rewritten("before\n<!-- glossary: ttft_s -->\nold\n<!-- end -->\nafter") == (
+        f"before\n<!-- glossary: ttft_s -->\n{markdown(['ttft_s'])}<!-- end -->\nafter"
+    )
 
 
 VERDICT_AND_NAMES = {"allocator", "placement", "verdict", "status", "fits", "next_command"}

@@ -43,7 +43,11 @@ CASES: dict[str, tuple[LoadConfig, dict[str, Any], dict[str, Any]]] = {
     "preempted": (LoadConfig(request_rate=20.0, **FIXED), {}, CROWDED),
     "everything at once": (LoadConfig(request_rate=9.0, num_prompts=40, **FIXED), {"duration": None, "warmup": None}, CROWDED),
     "nothing finished": (LoadConfig(request_rate=9.0, random_input_len=1000, random_output_len=900), {"duration": "1s"}, {}),
-    "sglang": (LoadConfig(request_rate=20.0, **FIXED), {"allocator": None}, {"engine": "sglang", "mem_fraction_static": 0.25, "max_model_len": 2048}),
+    "sglang": (
+        LoadConfig(request_rate=20.0, **FIXED),
+        {"allocator": None},
+        {"engine": "sglang", "mem_fraction_static": 0.25, "max_model_len": 2048},
+    ),
     "a fleet": (LoadConfig(users=30, **FIXED), {}, {"replicas": 2, "fault": ("8s:4s:1",), **CROWDED}),
     "rejected in between": (LoadConfig(request_rate=9.0, lengths="sharegpt"), {}, {"max_model_len": 700}),
 }
