@@ -20,6 +20,7 @@ from pagedkv.sims.cli_calibrate import calibrate
 from pagedkv.sims.cli_engines import compare_engines
 from pagedkv.sims.cli_generate import generate
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
+from pagedkv.sims.cli_report import made_report
 from pagedkv.sims.cli_serve import serve
 from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -50,6 +51,7 @@ def simulate(
     json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
     out: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     report: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    images: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     watch: Annotated[bool, Parameter(group=OUTPUT)] = False,
     config: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
 ) -> None:
@@ -60,6 +62,7 @@ def simulate(
         out: Write to this folder: config.toml, summary.json, requests.csv, timeline.csv, report.html, metrics.prom (vLLM's metrics
             for Prometheus) and trace.json (for Perfetto).
         report: Write report.html, one offline page with the pictures, to this file.
+        images: Write every picture of the report to this folder, as SVG and PNG (pip install 'pagedkv[images]').
         watch: Before the answer, show the first allocator's memory block by block while simulated time runs.
         config: Take settings from a config.toml, such as --out writes; flags override it, and its paths are relative to it.
     """
@@ -73,13 +76,14 @@ def simulate(
     if "," in serving.engine:
         if watch:
             raise ConfigError("--watch shows one engine: name one with --engine")
-        compare_engines(asked, json=json, out=out, report=report)
+        compare_engines(asked, json=json, out=out, report=report or images)
         return
     scenario = resolve(asked)
-    folder = output_path(out, "--out")
+    folder, _ = output_path(out, "--out"), output_path(images, "--images")
     files = {"--json": output_path(None if json == "-" else json, "--json"), "--report": output_path(report, "--report")}
-    if folder is not None:
-        prepare_folder(folder)
+    for place, flag in ((out, "--out"), (images, "--images")):
+        if place is not None:
+            prepare_folder(Path(place), flag=flag)
     for flag, file in files.items():
         if file is not None:
             prepare_file(file, flag=flag)
@@ -93,12 +97,11 @@ def simulate(
         watch_run(scenario, check_watchable(scenario), Console(highlight=False))
     with ProgressOnStderr(scenario.allocators, repeats=measurement.repeats) as progress:
         results = run_all(scenario, progress=progress)
+    page = made_report(results, images) if images is not None or files["--report"] is not None else None
     if folder is not None:
-        write(results, folder)
-    if (file := files["--report"]) is not None:
-        from pagedkv.sims.report import html
-
-        write_atomically(file, html(results))
+        write(results, folder, page=page)
+    if (file := files["--report"]) is not None and page is not None:
+        write_atomically(file, page)
     if (file := files["--json"]) is not None:
         write_atomically(file, to_json(results.document()))
     if json == "-":

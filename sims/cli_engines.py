@@ -28,7 +28,7 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
     from pagedkv.sims.vllm_metrics import metrics_text
 
     if report is not None:
-        raise ConfigError("--report shows one engine: with several, give --out FOLDER, which gets a report for each")
+        raise ConfigError("--report and --images show one engine: with several, give --out FOLDER, which gets a report for each")
     folder, file = output_path(out, "--out"), output_path(None if json == "-" else json, "--json")
     ready, refused = scenarios(config)
     if folder is not None:

@@ -67,5 +67,5 @@ def output_path(text: str | None, flag: str) -> Path | None:
         ConfigError: If the name is empty.
     """
     if text == "":
-        raise ConfigError(f"{flag} is '': give it the name of a {'folder' if flag == '--out' else 'file'}")
+        raise ConfigError(f"{flag} is '': give it the name of a {'folder' if flag in ('--out', '--images') else 'file'}")
     return None if text is None else Path(text)

@@ -10,6 +10,7 @@ from pagedkv.sims.config import ATTAIN, SimulationConfig
 
 if TYPE_CHECKING:
     from pagedkv.sims.capacity_answer import CapacityAnswer
+    from pagedkv.sims.results import Results
 
 
 def report_file(report: str | None) -> Path | None:
@@ -23,6 +24,18 @@ def report_file(report: str | None) -> Path | None:
     if (path := output_path(report, "--report")) is not None:
         prepare_file(path, flag="--report")
     return path
+
+
+def made_report(results: "Results", images: str | None) -> str:
+    """Return the page of `results`, and write its pictures to the folder `images`, if there is one, or say why not."""
+    from pagedkv.sims.figure_files import write_images
+    from pagedkv.sims.report import report
+
+    made = report(results)
+    if images is not None:
+        why_not = write_images(made.figures, Path(images))
+        print(why_not or f"Written: {images}", file=sys.stderr)  # noqa: T201
+    return made.html()
 
 
 def question_command(question: str, asked: SimulationConfig, *, attain: float) -> str:

@@ -64,10 +64,15 @@ def prepare_file(path: Path, *, flag: str) -> None:
         raise ConfigError(f"cannot write {flag} {str(path)!r}: {error.__cause__}. Give {flag} a file that you may write") from error
 
 
-def write(results: Results, folder: Path) -> None:
-    """Write all files to `folder`; a file of an earlier run is replaced only once its successor is complete."""
-    from pagedkv.sims.report import html  # noqa: PLC0415 (plotly takes a while to import)
+def write(results: Results, folder: Path, *, page: str | None = None) -> None:
+    """Write all files to `folder`; a file of an earlier run is replaced only once its successor is complete.
 
+    `page` is the text of report.html, if it has been made already.
+    """
+    if page is None:
+        from pagedkv.sims.report import html  # noqa: PLC0415 (plotly takes a while to import)
+
+        page = html(results)
     document = results.document()
     files = {
         "config.toml": file_text(rerun_settings(results.scenario), folder),
@@ -75,7 +80,7 @@ def write(results: Results, folder: Path) -> None:
         "metrics.prom": metrics_text([results]),
         "trace.json": trace_text([results]),
         "summary.json": to_json(document),
-        "report.html": html(results),
+        "report.html": page,
     }
     if results.scenario.model_serving is not None:
         files["loads.csv"] = _csv(LOAD_COLUMNS, _load_rows(results))

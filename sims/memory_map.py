@@ -24,6 +24,7 @@ def memory_map(
     tables: bool = True,
     dark: bool = False,
     columns: int = 0,
+    first: int = 0,
 ) -> go.Figure:
     """Return the map of one or more memories side by side, frame by frame.
 
@@ -33,6 +34,7 @@ def memory_map(
         tables: Show the block tables of the requests below.
         dark: For a dark page.
         columns: Cells in a row; 0: a square, more or less.
+        first: Place of the frame that is shown at first.
 
     Raises:
         ConfigError: If there is no frame, or panels have different numbers of them.
@@ -56,7 +58,7 @@ def memory_map(
         horizontal_spacing=0.04,
     )
     for place, panel in enumerate(drawn, start=1):
-        for row, trace in enumerate(panel.whole(dark=dark)):
+        for row, trace in enumerate(panel.whole(first, dark=dark)):
             figure.add_trace(trace, row=1 if row < 2 else 2, col=place)
     figure.frames = [
         go.Frame(
@@ -70,7 +72,7 @@ def memory_map(
     figure.update_layout(margin={"t": 60}, hovermode="closest", showlegend=False)
     if dark:
         figure.update_layout(paper_bgcolor=DARK_PAGE, plot_bgcolor=DARK_PAGE, font={"color": DARK[INK]})
-    figure.update_layout(**_controls([frame.label for frame in next(iter(panels.values()))]))
+    figure.update_layout(**_controls([frame.label for frame in next(iter(panels.values()))], first))
     figure.update_xaxes(visible=False, constrain="domain")
     figure.update_yaxes(visible=False, autorange="reversed")
     return figure
@@ -84,7 +86,7 @@ def legend_text() -> str:
     )
 
 
-def _controls(labels: Sequence[str]) -> dict[str, Any]:
+def _controls(labels: Sequence[str], first: int) -> dict[str, Any]:
     """Return slider and buttons; nothing for a single frame."""
     if len(labels) == 1:
         return {}
@@ -94,6 +96,7 @@ def _controls(labels: Sequence[str]) -> dict[str, Any]:
         "sliders": [
             {
                 "steps": [{"label": label, "method": "animate", "args": [[str(i)], jump]} for i, label in enumerate(labels)],
+                "active": first,
                 "currentvalue": {"prefix": "at "},
                 "pad": {"t": 10, "l": 110, "r": 40},
             }

@@ -91,9 +91,9 @@ class MemoryPanel:
         slots = f"{first.unit_slots} token{'s' if first.unit_slots > 1 else ''}"
         return f"{self.name}<br>{units:,} blocks of {slots}" + (f", every {_ordinal(every)} shown" if every > 1 else "")
 
-    def whole(self, *, dark: bool) -> list[go.Heatmap | go.Scatter | go.Table]:
-        """Return the traces at the first moment, with what is the same at all of them: colours and sizes."""
-        heatmap, hatch, *table = self.moment(0)
+    def whole(self, place: int, *, dark: bool) -> list[go.Heatmap | go.Scatter | go.Table]:
+        """Return the traces at a moment, with what is the same at all of them: colours and sizes."""
+        heatmap, hatch, *table = self.moment(place)
         numbered = self._num_cells <= MOST_NUMBERED
         colours = [*(DARK.get(colour, colour) if dark else colour for colour in _PLAIN_COLOURS), *REQUEST_COLOURS]
         number = len(colours)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from plotly.graph_objects import Figure
+
 from pagedkv.sims import figures
 from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import advantages, prefix_note
@@ -16,9 +18,9 @@ from pagedkv.sims.part_tables import class_tables, model_tables, replica_tables
 from pagedkv.sims.reporting.capacity_section import Capacity, capacity_body, capacity_head
 from pagedkv.sims.reporting.page import Drawing, Section, badge, command, page, picture, pictures, rows, table
 from pagedkv.sims.reporting.sections import assumptions_table, comparison_table, glossary_table
-from pagedkv.sims.reporting.slowest import slowest_section
+from pagedkv.sims.reporting.slowest import slowest_body
 from pagedkv.sims.reporting.timeline_section import timeline_body
-from pagedkv.sims.reporting.words import budget_words, kinds_words, latency_words, map_words, occupancy_words
+from pagedkv.sims.reporting.words import budget_words, fullest, kinds_words, latency_words, map_words, occupancy_words
 from pagedkv.sims.results import Results
 from pagedkv.sims.run_texts import contiguous_max_holds, kv_equation, run_facts, window_note
 from pagedkv.sims.simulation import run
@@ -58,17 +60,43 @@ class Shown:
         return cls(results=results, document=results.document(), frames=frames, slow=slow, capacity=capacity)
 
 
-def html(results: Results, capacity: Capacity | None = None) -> str:
-    """Return the page. It loads nothing from anywhere; all text that a user chose is escaped.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A report, made."""
+
+    title: str
+    head: str
+    """HTML."""
+    sections: list[Section]
+
+    def html(self) -> str:
+        """Return the page. It loads nothing from anywhere; all text that a user chose is escaped."""
+        return page(self.title, self.head, self.sections)
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """Every figure, by name."""
+        return {drawing.name: drawing.figure for section in self.sections for drawing in section.drawings}
+
+
+def report(results: Results, capacity: Capacity | None = None) -> Report:
+    """Return the report of `results`, all runs of which are done once more to look at them.
 
     Args:
         results: What is shown.
         capacity: The search that chose the load of `results`, if one did: its answer and its curve come first then.
     """
     shown = Shown.of(results, capacity)
-    title = f"{results.scenario.load.title} on {results.scenario.deployment.hardware.title}"
-    sections = [section for build in SECTIONS if (section := build(shown)) is not None]
-    return page(title, _head(shown), sections)
+    return Report(
+        title=f"{results.scenario.load.title} on {results.scenario.deployment.hardware.title}",
+        head=_head(shown),
+        sections=[section for build in SECTIONS if (section := build(shown)) is not None],
+    )
+
+
+def html(results: Results, capacity: Capacity | None = None) -> str:
+    """Return the page of `report`."""
+    return report(results, capacity).html()
 
 
 def _head(shown: Shown) -> str:
@@ -104,7 +132,8 @@ def _verdict(shown: Shown, *, level: int) -> str:
 def _capacity(shown: Shown) -> Section | None:
     if shown.capacity is None:
         return None
-    return Section(anchor="capacity", title=f"Capacity against {shown.capacity.unit}", body=capacity_body(shown.capacity))
+    drawing, body = capacity_body(shown.capacity)
+    return Section(anchor="capacity", title=f"Capacity against {shown.capacity.unit}", body=body, drawings=(drawing,))
 
 
 def _memory(shown: Shown) -> Section:
@@ -116,12 +145,12 @@ def _memory(shown: Shown) -> Section:
     several = " This is the first model's budget." if shown.results.scenario.model_serving is not None else ""
     caption = "<br>".join(map(escape, lines)) + several + warnings
     drawing = Drawing(name="budget", figure=figures.waterfall(shown.results), words=budget_words(shown.document))
-    return Section(anchor="memory", title="Where the memory goes", body=picture(drawing, caption))
+    return Section(anchor="memory", title="Where the memory goes", body=picture(drawing, caption), drawings=(drawing,))
 
 
 def _timeline(shown: Shown) -> Section | None:
     made = timeline_body(shown.results.scenario)
-    return None if made is None else Section(anchor="timeline", title="Memory over time", body=made[1])
+    return None if made is None else Section(anchor="timeline", title="Memory over time", body=made[1], drawings=(made[0],))
 
 
 def _kv(shown: Shown) -> Section:
@@ -130,24 +159,26 @@ def _kv(shown: Shown) -> Section:
         "for whoever needs it."
     )
     drawing = Drawing(name="kinds", figure=figures.kv_over_time(shown.results), words=kinds_words(shown.results))
-    return Section(anchor="kv", title="KV memory over time", body=picture(drawing, caption))
+    return Section(anchor="kv", title="KV memory over time", body=picture(drawing, caption), drawings=(drawing,))
 
 
 def _map(shown: Shown) -> Section:
+    moments = next(iter(shown.frames.values()))
+    first = fullest(moments)
     drawings = [
         Drawing(
             name=f"map-{name}",
-            figure=memory_map({name: frames}, most_cells=_MOST_CELLS),
+            figure=memory_map({name: frames}, most_cells=_MOST_CELLS, first=first),
             words=map_words(name, frames),
         )
         for name, frames in shown.frames.items()
         if frames
     ]
-    labels = [frame.label for frame in next(iter(shown.frames.values()))]
+    labels = [frame.label for frame in moments]
     several = shown.results.scenario.replication.is_fleet or shown.results.scenario.model_serving is not None
     whose = " Of several processes, this is the first one's memory." if several else ""
-    body = pictures(drawings, escape(legend_text() + whose), labels)
-    return Section(anchor="map", title="The memory, block by block", body=body)
+    body = pictures(drawings, escape(legend_text() + whose), labels, first)
+    return Section(anchor="map", title="The memory, block by block", body=body, drawings=tuple(drawings))
 
 
 def _occupancy(shown: Shown) -> Section:
@@ -158,7 +189,7 @@ def _occupancy(shown: Shown) -> Section:
     if shown.results.scenario.replication.faults:
         caption += " Shaded: a replica is down."
     drawing = Drawing(name="requests", figure=figures.occupancy(shown.results), words=occupancy_words(shown.results))
-    return Section(anchor="occupancy", title="Running, waiting, preempted", body=picture(drawing, caption))
+    return Section(anchor="occupancy", title="Running, waiting, preempted", body=picture(drawing, caption), drawings=(drawing,))
 
 
 def _latency(shown: Shown) -> Section:
@@ -168,19 +199,21 @@ def _latency(shown: Shown) -> Section:
         "tpot_s": "No request got a second token in the measured time.",
         "e2e_s": "No request was accepted in the measured time.",
     }
-    body = "".join(
-        f"<p>{title}: {nothing[field]}</p>"
-        if not drawn.data
-        else picture(Drawing(name=f"latency-{metric}", figure=drawn, words=latency_words(results, field, title, metric)), caption)
-        for (field, metric, title), (drawn, caption) in zip(figures.LATENCIES, figures.latency_cdfs(results), strict=True)
-    )
-    return Section(anchor="latency", title="Latency", body=body)
+    drawings, parts = [], []
+    for (field, metric, title), (drawn, caption) in zip(figures.LATENCIES, figures.latency_cdfs(results), strict=True):
+        if not drawn.data:
+            parts.append(f"<p>{title}: {nothing[field]}</p>")
+            continue
+        drawings.append(Drawing(name=f"latency-{metric}", figure=drawn, words=latency_words(results, field, title, metric)))
+        parts.append(picture(drawings[-1], caption))
+    return Section(anchor="latency", title="Latency", body="".join(parts), drawings=tuple(drawings))
 
 
 def _slowest(shown: Shown) -> Section:
     allocator = next(iter(shown.results.by_allocator))
     title = f"The slowest {len(shown.slow)} requests, and why" if shown.slow else "The slowest requests"
-    return Section(anchor="slowest", title=title, body=slowest_section(shown.results, allocator, shown.slow))
+    drawing, body = slowest_body(shown.results, allocator, shown.slow)
+    return Section(anchor="slowest", title=title, body=body, drawings=() if drawing is None else (drawing,))
 
 
 def _parts(shown: Shown) -> Section | None:

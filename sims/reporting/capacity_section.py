@@ -69,8 +69,8 @@ def _said(found: CapacityAnswer, unit: str) -> str:
     return "; ".join(parts) + "."
 
 
-def capacity_body(capacity: Capacity) -> str:
-    """Return the curve and every run of the search."""
+def capacity_body(capacity: Capacity) -> tuple[Drawing, str]:
+    """Return the curve, and it with every run of the search."""
     curves = [
         Curve(
             name=found.allocator,
@@ -108,6 +108,5 @@ def capacity_body(capacity: Capacity) -> str:
         for tried in found.tried
     ]
     head = (capacity.unit, "allocator", "fits", "status", "within goals", "preemptions", "output tokens/s")
-    return picture(drawing, f"{CURVE_CAPTION} The dotted line is the wanted share.") + table(
-        head, rows(body), label="Every run of the search"
-    )
+    shown = picture(drawing, f"{CURVE_CAPTION} The dotted line is the wanted share.")
+    return drawing, shown + table(head, rows(body), label="Runs of the search")

@@ -5,7 +5,7 @@
   var darkColours = JSON.parse(document.getElementById("dark-colours").textContent);
   var config = { responsive: true, displaylogo: false, displayModeBar: false };
   var drawings = Array.prototype.map.call(document.querySelectorAll("[data-figure]"), function (div) {
-    return { div: div, spec: JSON.parse(document.getElementById(div.id + "-data").textContent), drawn: false, frame: 0 };
+    return { div: div, spec: JSON.parse(document.getElementById(div.id + "-data").textContent), drawn: false, frame: -1 };
   });
   var printWidth = 680; // of a page of A4 or letter between its margins, in CSS pixels
 
@@ -38,7 +38,7 @@
     var data = inTheme(drawing.spec.data, dark), layout = layoutOf(drawing, dark, width);
     if (drawing.drawn) {
       Plotly.react(drawing.div, data, layout, config);
-      if (drawing.frame) { showFrame(drawing, drawing.frame); }
+      if (drawing.frame >= 0) { showFrame(drawing, drawing.frame); }
       return;
     }
     drawing.drawn = true;

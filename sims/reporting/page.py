@@ -27,6 +27,8 @@ class Section:
     title: str
     body: str
     """HTML."""
+    drawings: tuple["Drawing", ...] = ()
+    """The figures in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +72,13 @@ def picture(drawing: Drawing, caption: str) -> str:
     return f"<figure>{_drawn(drawing)}{_caption(caption)}{_words(drawing)}</figure>"
 
 
-def pictures(drawings: Sequence[Drawing], caption: str, labels: Sequence[str]) -> str:
-    """Return figures side by side with one slider and play button for the frames of all; `labels` are their moments."""
+def pictures(drawings: Sequence[Drawing], caption: str, labels: Sequence[str], first: int) -> str:
+    """Return figures side by side with one slider and play button for the frames of all.
+
+    `labels` are their moments, of which the one at `first` is drawn.
+    """
     each_drawn = "".join(f"<div>{_drawn(each)}{_words(each)}</div>" for each in drawings)
-    return f'<figure><div class="side-by-side">{each_drawn}</div>{_player(drawings, labels)}{_caption(caption)}</figure>'
+    return f'<figure><div class="side-by-side">{each_drawn}</div>{_player(drawings, labels, first)}{_caption(caption)}</figure>'
 
 
 def _caption(caption: str) -> str:
@@ -97,14 +102,14 @@ def _drawn(drawing: Drawing) -> str:
     )
 
 
-def _player(drawings: Sequence[Drawing], labels: Sequence[str]) -> str:
+def _player(drawings: Sequence[Drawing], labels: Sequence[str], first: int) -> str:
     if len(labels) < 2:
         return ""
     names, texts = " ".join(f"figure-{each.name}" for each in drawings), escape(json.dumps(list(labels), ensure_ascii=False))
     return (
         f'<div class="player" data-figures="{names}" data-labels="{texts}"><button type="button" aria-pressed="false">Play</button>'
-        f'<input type="range" min="0" max="{len(labels) - 1}" value="0" aria-label="Moment shown" '
-        f'aria-valuetext="{escape(labels[0])}"><output>{escape(labels[0])}</output></div>'
+        f'<input type="range" min="0" max="{len(labels) - 1}" value="{first}" aria-label="Moment shown" '
+        f'aria-valuetext="{escape(labels[first])}"><output>{escape(labels[first])}</output></div>'
     )
 
 

@@ -33,11 +33,11 @@ _OF_PARTS = {
 }
 
 
-def slowest_section(results: Results, allocator: str, slow: Sequence[SlowRequest]) -> str:
-    """Return the chart and the table of `slow`, slowest first, of the first run of `allocator`; says so if there are none."""
+def slowest_body(results: Results, allocator: str, slow: Sequence[SlowRequest]) -> tuple[Drawing | None, str]:
+    """Return the chart of `slow`, slowest first, of the first run of `allocator`, and it with its table; says so without any."""
     run = results.by_allocator[allocator].runs[0]
     if not slow:
-        return "<p>No request was accepted in the measured time, so there is none to show.</p>"
+        return None, "<p>No request was accepted in the measured time, so there is none to show.</p>"
     drawing = Drawing(name="slowest", figure=gantt(slow, run.end_s), words=_words(results, allocator, slow))
     body = [
         (
@@ -65,9 +65,8 @@ def slowest_section(results: Results, allocator: str, slow: Sequence[SlowRequest
         "prompt",
         "output",
     )
-    return picture(drawing, _caption(results, allocator, run, slow)) + table(
-        head, rows(body), kind="slowest", label="The slowest requests one by one"
-    )
+    one_by_one = table(head, rows(body), kind="slowest", label="The slowest requests one by one")
+    return drawing, picture(drawing, _caption(results, allocator, run, slow)) + one_by_one
 
 
 def gantt(slow: Sequence[SlowRequest], end_s: float) -> go.Figure:

@@ -42,18 +42,20 @@ def kinds_words(results: Results) -> str:
     return " ".join(texts)
 
 
+def fullest(frames: Sequence[Frame]) -> int:
+    """Return the place of the moment at which the most blocks are held."""
+    return int(np.argmax([int((frame.snapshot.states == UnitState.HELD).sum()) for frame in frames]))
+
+
 def map_words(name: str, frames: Sequence[Frame]) -> str:
     """Return what a memory map shows at its fullest moment."""
-    if not frames:
-        return f"{name}: there was no moment to show."
-    taken = [int((frame.snapshot.states == UnitState.HELD).sum()) for frame in frames]
-    fullest = frames[int(np.argmax(taken))]
-    one = fullest.snapshot
+    at = frames[fullest(frames)]
+    one = at.snapshot
     counts = {state: int((one.states == state).sum()) for state in UnitState}
     holders = "1 request" if len(one.requests) == 1 else f"{len(one.requests):,} requests"
     shared = int((one.ref_counts > 1).sum())
     return (
-        f"{name}: {len(frames)} moments from {frames[0].label} to {frames[-1].label}. At the fullest of them, {fullest.label}, "
+        f"{name}: {len(frames)} moments from {frames[0].label} to {frames[-1].label}. At the fullest of them, {at.label}, "
         f"{counts[UnitState.HELD]:,} of {one.states.size:,} blocks are held by {holders}"
         + (f" ({shared:,} of them by more than one)" if shared else "")
         + f", {counts[UnitState.CACHED]:,} are cached and {counts[UnitState.FREE]:,} are empty."
