@@ -38,6 +38,11 @@ class Curve:
         return min((point.value for point in self.points if point.num_preemptions), default=None)
 
 
+def amount(value: float, unit: str) -> str:
+    """Return so many of `unit`, one without its plural."""
+    return f"{value:,} {unit.removesuffix('s') if value == 1 else unit}"
+
+
 def capacity_curve(curves: Sequence[Curve], *, unit: str, attain: float | None) -> go.Figure:
     """Return two panels, share within the goals (if any has goals) and output tokens per second, with chosen values and onsets.
 
@@ -94,7 +99,7 @@ def _symbol(point: CurvePoint) -> str:
 def _mark(figure: go.Figure, curve: Curve, unit: str) -> None:
     """Mark the chosen value and where preemption begins, at different heights since they may be neighbours."""
     marks = (
-        (curve.chosen, f"{curve.chosen or 0:,} {unit} fit", INK, "solid", 0.2),
+        (curve.chosen, f"{amount(curve.chosen or 0, unit)} fit", INK, "solid", 0.2),
         (curve.onset, "preemptions", SOFT, "dash", 0.06),
     )
     for value, text, colour, dash, height in marks:
@@ -113,9 +118,11 @@ def curve_words(curves: Sequence[Curve], *, unit: str) -> str:
             texts.append(f"{curve.name}: nothing could run.")
             continue
         last = curve.points[-1].value
-        text = f"{curve.name}: {curve.chosen:,} {unit} fit" if curve.chosen else f"{curve.name}: nothing that was tried fits"
+        text = f"{curve.name}: {amount(curve.chosen, unit)} fit" if curve.chosen else f"{curve.name}: nothing that was tried fits"
         onset = (
-            f"preemptions from {curve.onset:,} {unit} on" if curve.onset is not None else f"no preemptions up to {last:,} {unit}"
+            f"preemptions from {amount(curve.onset, unit)} on"
+            if curve.onset is not None
+            else f"no preemptions up to {amount(last, unit)}"
         )
         rates = [p.output_tokens_per_s for p in curve.points if p.output_tokens_per_s is not None]
         at_most = f"; at most {max(rates):,.0f} output tokens/s" if rates else ""

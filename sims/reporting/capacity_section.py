@@ -6,7 +6,7 @@ from html import escape
 
 from pagedkv.sims.capacity_answer import CapacityAnswer, shown_value
 from pagedkv.sims.limits import LIMIT_NAMES
-from pagedkv.sims.reporting.capacity_curve import CURVE_CAPTION, Curve, CurvePoint, capacity_curve, curve_words
+from pagedkv.sims.reporting.capacity_curve import CURVE_CAPTION, Curve, CurvePoint, amount, capacity_curve, curve_words
 from pagedkv.sims.reporting.page import Drawing, command, picture, rows, table
 
 
@@ -32,9 +32,9 @@ def capacity_head(capacity: Capacity) -> str:
     )
     run_value = shown_value(first)
     shown = (
-        f"the {run_value:,} {capacity.unit} that fit"
+        f"the {amount(run_value, capacity.unit)} that fit{'s' if run_value == 1 else ''}"
         if first.value
-        else f"{run_value:,} {capacity.unit}, the smallest that was tried"
+        else f"{amount(run_value, capacity.unit)}, the smallest that was tried"
     )
     return (
         f'<section id="capacity-answer" aria-labelledby="answer-title">\n<h1 id="answer-title">{escape(_headline(capacity))}</h1>\n'
@@ -48,13 +48,13 @@ def _headline(capacity: Capacity) -> str:
     value, unit = capacity.answers[0].value, capacity.unit
     if not value:
         return f"Not even the smallest number of {unit} fits"
-    return f"{value:,} {unit.removesuffix('s') if value == 1 and unit == 'users' else unit} fit{'s' if value == 1 else ''}"
+    return f"{amount(value, unit)} fit{'s' if value == 1 else ''}"
 
 
 def _said(found: CapacityAnswer, unit: str) -> str:
     low, high = found.interval
     until = "more than was tried" if high is None else f"{high:,}"
-    parts = [f"{found.value:,} {unit}, interval {low:,} to {until} ({found.interval_means})"]
+    parts = [f"{amount(found.value, unit)}, interval {low:,} to {until} ({found.interval_means})"]
     if found.attained is not None:
         parts.append(f"{found.attained:.1%} of the requests meet the goals there")
     limit = "" if found.binding is None else f", limit: {LIMIT_NAMES[found.binding]}"
