@@ -19,6 +19,7 @@ from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, Si
 from pagedkv.sims.error_interval import calibration_lines
 from pagedkv.sims.glossary import GLOSSARY
 from pagedkv.sims.recording import KV_KINDS
+from pagedkv.sims.records import Outcome
 from pagedkv.sims.report import html
 from pagedkv.sims.results import Results, simulate
 from pagedkv.sims.run_texts import run_facts
@@ -353,3 +354,56 @@ def test_names_are_text_and_never_markup(tmp_path: Path, shared_data: Path, page
     assert f"{model.name}, bf16 weights" in evil.texts["verdict"]
     assert str(model) in evil.texts["this-run"]
     assert "<b>a 'datasheet'</b>" in {cell for row in evil.rows["assumptions"] for cell in row}
+
+
+# --- several of something -------------------------------------------------------------------------------------------
+
+
+def test_replicas_have_a_table_and_the_time_when_one_is_down_is_shaded() -> None:
+    load = LoadConfig(users=20, think_time="100ms", **FIXED)
+    results = simulated(load, {"allocator": ("paged",)}, replicas=2, fault=("9s:5s:1",))
+    document, text = results.document(), html(results)
+    page = Page(text)
+    assert [attributes["id"] for tag, attributes in page.tags if tag == "section"] == [*SECTIONS[:7], "parts", *SECTIONS[7:]]
+    rows = page.rows["parts"]
+    assert [row[0] for row in rows] == ["replica", "0", "1"]
+    assert [int(row[2]) for row in rows[1:]] == [row["num_failed"] for row in document["results"][0]["replicas"]]
+    for name in ("kinds", "requests"):
+        bands = [shape for shape in spec(text, name)["layout"]["shapes"] if shape["type"] == "rect"]
+        assert {(band["x0"], band["x1"]) for band in bands} == {(9.0, 14.0)}
+    assert "a replica is down" in page.texts["occupancy"]
+    assert "this is the first one's memory" in page.texts["map"]
+    assert f"Not among them: {document['results'][0]['num_failed']} that failed" in page.texts["slowest"]
+
+
+def test_classes_of_users_have_a_table() -> None:
+    results = simulated(LoadConfig(users=20, workload="mixed-office"), {"allocator": ("paged",)}, max_model_len=32768)
+    page = Page(html(results))
+    classes = results.document()["results"][0]["classes"]
+    assert [row[:2] for row in page.rows["parts"][1:]] == [[each["name"], f"{each['num_injected']:,}"] for each in classes]
+
+
+# --- the slowest ----------------------------------------------------------------------------------------------------
+
+
+def test_the_chart_of_the_slowest_is_their_times(busy: Results, text: str, page: Page) -> None:
+    log, end_s = busy.by_allocator["paged"].runs[0].log, busy.by_allocator["paged"].runs[0].end_s
+    rows = page.rows["slowest"][1:]
+    assert len(rows) == 20
+    bars: dict[str, list[tuple[float, float]]] = {}
+    for trace in traces(text, "slowest"):
+        if trace["type"] == "bar":
+            for name, start_s, seconds in zip(trace["y"], numbers(trace["base"]), numbers(trace["x"]), strict=True):
+                bars.setdefault(name, []).append((start_s, start_s + seconds))
+    assert set(bars) == {row[0] for row in rows}
+    for row in rows:
+        entry, parts = int(row[0].removeprefix("#")), sorted(bars[row[0]])
+        last_s = log.last_token_s[entry] if log.outcome[entry] == Outcome.FINISHED else end_s
+        assert parts[0][0] == pytest.approx(log.arrival_s[entry], rel=1e-4)
+        assert max(stop_s for _, stop_s in parts) == pytest.approx(last_s, rel=1e-4)
+        for (_, stop_s), (start_s, _) in zip(parts, parts[1:], strict=False):
+            assert start_s == pytest.approx(stop_s, abs=0.005)
+        assert float(row[3].removeprefix("≥ ")) == pytest.approx(last_s - log.arrival_s[entry], abs=0.06)
+        assert int(row[8]) == log.num_preemptions[entry]
+    (unfinished,) = [trace for trace in traces(text, "slowest") if trace["type"] == "scatter"]
+    assert set(unfinished["y"]) == {row[0] for row in rows if row[3].startswith("≥")}
