@@ -8,21 +8,19 @@ from typing import Any
 from plotly.graph_objects import Figure
 
 from pagedkv.sims import figures
-from pagedkv.sims.command import command_line
-from pagedkv.sims.comparison import advantages, prefix_note
-from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.memory_frames import watch_frames
 from pagedkv.sims.memory_map import legend_text, memory_map
 from pagedkv.sims.memory_panel import Frame
 from pagedkv.sims.part_tables import class_tables, model_tables, replica_tables
 from pagedkv.sims.reporting.capacity_section import Capacity, capacity_body, capacity_head
-from pagedkv.sims.reporting.page import Drawing, Section, badge, command, page, picture, pictures, rows, table
+from pagedkv.sims.reporting.page import Drawing, Section, page, picture, pictures, rows, table
 from pagedkv.sims.reporting.sections import assumptions_table, comparison_table, glossary_table
 from pagedkv.sims.reporting.slowest import slowest_body
 from pagedkv.sims.reporting.timeline_section import timeline_body
+from pagedkv.sims.reporting.verdict import verdict_head
 from pagedkv.sims.reporting.words import budget_words, fullest, kinds_words, latency_words, map_words, occupancy_words
 from pagedkv.sims.results import Results
-from pagedkv.sims.run_texts import contiguous_max_holds, kv_equation, run_facts, window_note
+from pagedkv.sims.run_texts import contiguous_max_holds, kv_equation, window_note
 from pagedkv.sims.simulation import run
 from pagedkv.sims.slow_requests import SlowRequest, looks_at, slow_requests, slowest_entries
 
@@ -101,32 +99,8 @@ def html(results: Results, capacity: Capacity | None = None) -> str:
 
 def _head(shown: Shown) -> str:
     if shown.capacity is None:
-        return _verdict(shown, level=1)
-    return capacity_head(shown.capacity) + _verdict(shown, level=2)
-
-
-def _verdict(shown: Shown, *, level: int) -> str:
-    results, document, scenario = shown.results, shown.document, shown.results.scenario
-    items = "".join(
-        f"<li><strong>{escape(c['allocator'])}</strong> {badge(c['verdict']['status'])} {escape(c['verdict']['text'])}</li>"
-        for c in document["results"]
-    )
-    note = prefix_note(document, scenario.deployment.why_no_prefix_caching)
-    gains = "".join(f"<li>{escape(line)}</li>" for line in (*advantages(document), *([note] if note else [])))
-    first = document["results"][0]["verdict"]
-    headline = first["text"].partition(f": {first['status']}")[0]  # a trace's name may hold a colon, too
-    served = scenario.deployment
-    model = f"{scenario.model_titles}, {served.weight_format.name} weights"
-    subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"
-    goals = ", ".join(f"{goal.metric} {1e3 * goal.limit_s:,g} ms" for goal in scenario.goals)
-    wanted = f"Goals: {goals}, for {ATTAIN:.0%} of the requests. " if goals else ""
-    return (
-        f'<section id="verdict" aria-labelledby="verdict-title">\n<h{level} id="verdict-title">{escape(headline)}</h{level}>\n'
-        f'<p class="soft">{escape(subtitle)}</p>\n<ul>{items}{gains}</ul>\n'
-        f'<p class="soft">{escape(wanted + run_facts(results))}</p>\n'
-        f"<p>This run:</p>{command('this-run', command_line(results.scenario.config))}\n"
-        f"<p>Try next:</p>{command('next-run', first['next_command'])}\n</section>"
-    )
+        return verdict_head(shown.results, shown.document, level=1)
+    return capacity_head(shown.capacity) + verdict_head(shown.results, shown.document, level=2)
 
 
 def _capacity(shown: Shown) -> Section | None:

@@ -36,7 +36,7 @@ def traces(text: str, name: str) -> list[dict[str, Any]]:
 def copied(text: str, anchor: str) -> str:
     found = re.search(rf'<code id="{anchor}">(.*?)</code>', text)
     assert found is not None
-    return unescape(found[1])
+    return unescape(re.sub("<[^>]*>", "", found[1]))
 
 
 @pytest.fixture(scope="module")

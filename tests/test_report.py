@@ -197,6 +197,9 @@ def test_tables_and_sentences_say_what_the_document_says(busy: Results, page: Pa
     budget = document["budget"]
     assert f"{budget['num_blocks']:,} blocks of {budget['block_size']} tokens" in page.texts["memory"]
     assert run_facts(busy) in text
+    log = busy.by_allocator["paged"].runs[0].measured
+    assert f"prompts of {log.prompt_tokens.mean():,.0f} tokens and ask for {log.output_tokens.mean():,.0f}" in text
+    assert f"a factor of {document['calibration']['decode_factor']:.2f} in decoding" in text
     assert "contiguous-max would hold" in page.texts["memory"]
     for tag in ("spec", "measured", "estimated"):
         assert tag in {row[2] for row in page.rows["assumptions"][1:]}

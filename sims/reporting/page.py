@@ -114,9 +114,10 @@ def _player(drawings: Sequence[Drawing], labels: Sequence[str], first: int) -> s
 
 
 def command(anchor: str, text: str) -> str:
-    """Return a command with a button that copies it."""
+    """Return a command with a button that copies it. No line ends inside a flag, unless that is longer than a line."""
+    words = " ".join(f"<span>{escape(word)}</span>" for word in text.split(" "))
     return (
-        f'<div class="command"><code id="{anchor}">{escape(text)}</code>'
+        f'<div class="command"><code id="{anchor}">{words}</code>'
         f'<button type="button" data-copy="{anchor}" aria-describedby="{anchor}">Copy</button></div>'
     )
 
