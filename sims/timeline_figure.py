@@ -4,17 +4,18 @@ import plotly.graph_objects as go
 
 from pagedkv.memory_timeline import MemoryTimeline
 from pagedkv.sims.budget_timeline import STACK, headline
+from pagedkv.sims.palette import BLUE, GREEN, NEUTRAL, PANEL, SKY, VERMILION, WHITE, base_layout
 from pagedkv.units import GIB
 
 _COLOURS = {
-    "OS, programs": "#6e7781",
-    "engine, weights": "#56b4e9",
-    "KV cache": "#0072b2",
-    "comes and goes": "#d55e00",
-    "page cache": "#009e73",
+    "OS, programs": NEUTRAL,
+    "engine, weights": SKY,
+    "KV cache": BLUE,
+    "comes and goes": VERMILION,
+    "page cache": GREEN,
 }
 _HATCHES = {"OS, programs": "", "engine, weights": "", "KV cache": "", "comes and goes": "/", "page cache": "."}
-_FLOOR_COLOUR = "#a5340b"
+_FLOOR_COLOUR = VERMILION
 
 
 def memory_over_time(timeline: MemoryTimeline) -> go.Figure:
@@ -32,8 +33,8 @@ def memory_over_time(timeline: MemoryTimeline) -> go.Figure:
                 orientation="h",
                 marker={
                     "color": _COLOURS[name],
-                    "line": {"color": "#ffffff", "width": 1},
-                    "pattern": {"shape": _HATCHES[name], "fgcolor": "#ffffff", "size": 5, "solidity": 0.25},
+                    "line": {"color": WHITE, "width": 1},
+                    "pattern": {"shape": _HATCHES[name], "fgcolor": WHITE, "size": 5, "solidity": 0.25},
                 },
                 hovertemplate="%{y}: %{x:,.2f} GiB<extra>%{fullData.name}</extra>",
             )
@@ -41,22 +42,15 @@ def memory_over_time(timeline: MemoryTimeline) -> go.Figure:
     for phase in timeline.phases:
         available = f"{phase.worst.mem_available / GIB:,.1f} GiB left" + ("" if phase.verdict.kind == "ok" else " ⚠")
         figure.add_annotation(
-            x=1, xref="paper", y=phase.title, text=available, xanchor="right", showarrow=False, bgcolor="rgba(255,255,255,0.85)"
+            x=1, xref="paper", y=phase.title, text=available, xanchor="right", showarrow=False, bgcolor=PANEL, opacity=0.9
         )
     if most > hardware.visible_bytes:
         figure.add_vline(x=hardware.visible_bytes / GIB, line={"color": _FLOOR_COLOUR, "width": 2})
     if hardware.memory_floor.value:
         floor = (hardware.visible_bytes - hardware.memory_floor.value) / GIB
         figure.add_vline(x=floor, line={"color": _FLOOR_COLOUR, "dash": "dash", "width": 2})
-    figure.update_layout(
-        template="plotly_white",
-        barmode="stack",
-        height=130 + 38 * len(titles),
-        margin={"l": 10, "r": 10, "t": 60, "b": 10},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": "#1b1f24"},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "traceorder": "normal"},
-        hovermode="closest",
-    )
+    figure.update_layout(**base_layout(130 + 38 * len(titles)), barmode="stack")
+    figure.update_layout(margin={"t": 60}, legend={"traceorder": "normal"}, hovermode="closest")
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title="GiB", range=[0, most / GIB])
     return figure

@@ -12,9 +12,22 @@ from pagedkv.sims.comparison import comparison
 
 from .chromium import Browser
 
-SECTIONS = ("verdict", "memory", "kv", "map", "occupancy", "latency", "slowest", "comparison", "assumptions", "glossary")
+SECTIONS = (
+    "verdict",
+    "memory",
+    "timeline",
+    "kv",
+    "map",
+    "occupancy",
+    "latency",
+    "slowest",
+    "comparison",
+    "assumptions",
+    "glossary",
+)
 FIGURES = (
     "budget",
+    "timeline",
     "kinds",
     "map-paged",
     "map-contiguous-max",
