@@ -77,7 +77,7 @@ def waterfall(results: Results) -> go.Figure:
     figure.update_layout(**base_layout(360), showlegend=False)
     figure.update_layout(hovermode="closest")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_xaxes(title="GiB", range=[0, 1.28 * budget.visible / GIB])  # room for what stands beside a bar
+    figure.update_xaxes(title="GiB", range=[0, 1.34 * budget.visible / GIB])  # room for what stands beside a bar
     return figure
 
 
