@@ -68,7 +68,7 @@ def uncertainty(document: dict[str, Any]) -> str:
     return (
         f"<h3>How sure this is</h3><p>{mark} {escape(first)}</p><ul>{lines}</ul>"
         "<p>Block counts, waste and who waits for memory follow from the allocator itself; these factors are about time. "
-        "An own measurement narrows them: <code>simulate validate --data FILE</code>.</p>"
+        "Measurements of your own machine narrow them: <code>simulate calibrate</code>.</p>"
     )
 
 
