@@ -20,6 +20,7 @@ from pagedkv.sims.cli_calibrate import calibrate
 from pagedkv.sims.cli_engines import compare_engines
 from pagedkv.sims.cli_generate import generate
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
+from pagedkv.sims.cli_reality import reality
 from pagedkv.sims.cli_report import made_report
 from pagedkv.sims.cli_serve import serve
 from pagedkv.sims.cli_tools import fit, tools
@@ -34,8 +35,8 @@ app = App(
     name="simulate",
     help="How many people can this machine serve, and where does the KV-cache memory go? Try: simulate --users 100",
     help_epilogue="Other commands, each with --help: simulate max-users | max-context | sweep | compare | advise | fit | "
-    "budget | prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | calibrate | generate | "
-    "serve | fuzz | bench-kernels",
+    "budget | prefix-cache TRACE | models | hardware | explain WORD | from-vllm COMMAND | validate | calibrate | reality | "
+    "generate | serve | fuzz | bench-kernels",
     version=__version__,
     default_parameter=DEFAULT_PARAMETER,
     suppress_keyboard_interrupt=False,
@@ -170,6 +171,7 @@ def bench_kernels(
 
 
 tools.command(calibrate)
+tools.command(reality)
 tools.command(generate)
 tools.command(serve)
 

@@ -13,6 +13,7 @@ from pagedkv.sims.cli_output import OUTPUT, SERVING, check_json, output_path, pr
 from pagedkv.sims.config import ServingConfig
 
 if TYPE_CHECKING:
+    from pagedkv.hardware_spec import HardwareSpec
     from pagedkv.sims.calibrate.machine import MeasuredDevice
 
 MEASURED = Group("Measured rates, without a file", sort_key=0)
@@ -109,6 +110,21 @@ def _measure(path: Path | None, device: str, *, json: str | None) -> None:
     else:
         print_view(lambda console: show_machine(machine, console))
     _say_where(path, ServingConfig())
+
+
+def measured_hardware(kind: str) -> "HardwareSpec":
+    """Return this machine as measured now: its "cpu", or its "cuda" device."""
+    from pagedkv.sims.calibrate.machine import measured_machine
+
+    if kind == "cuda":
+        from pagedkv.kernels.gpu_rates import measure_gpu
+
+        rates = measure_gpu()
+    else:
+        from pagedkv.kernels.cpu_rates import measure_cpu
+
+        rates = measure_cpu()
+    return measured_machine([_measured(rates)], date=date.today().isoformat(), name="this-machine.toml").hardware
 
 
 def _gpu(device: str) -> tuple[Callable[[], Any] | None, list[str]]:

@@ -47,7 +47,7 @@ def generate(
     if (folder := output_path(out, "--out")) is not None:
         prepare_folder(folder)
     prompts = read_prompts(asked.prompts)
-    _check_libraries()
+    check_libraries("generate")
     loaded = _load(asked, prompts)
     with _interruptible() as stopped:
         run, answers = _serve(asked, loaded, stopped)
@@ -70,13 +70,13 @@ def generate(
         sys.exit(INTERRUPTED)
 
 
-def _check_libraries() -> None:
-    """Raise ConfigError unless torch and transformers can be imported."""
+def check_libraries(command: str) -> None:
+    """Raise ConfigError unless torch and transformers, which `command` needs, can be imported."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"generate needs torch and transformers ({error}): pip install 'pagedkv[runtime]'") from error
+        raise ConfigError(f"{command} needs torch and transformers ({error}): pip install 'pagedkv[runtime]'") from error
 
 
 class _Loaded(NamedTuple):

@@ -19,6 +19,8 @@ OUTPUT = Group("Output", sort_key=3)
 
 INTERRUPTED = 130
 """Exit status, as shells give it."""
+BAR_MISSED = 3
+"""Exit status of a comparison with reality that missed a bar."""
 
 
 def print_view(show: "Callable[[Console], None]") -> None:

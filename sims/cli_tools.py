@@ -12,12 +12,9 @@ from cyclopts import App, Parameter
 
 from pagedkv.sims import cli_questions
 from pagedkv.sims.cli_budget import budget
-from pagedkv.sims.cli_output import LOAD, OUTPUT, SERVING, check_json, output_path, print_view, write_json
+from pagedkv.sims.cli_output import BAR_MISSED, LOAD, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.config_words import DEFAULT_PARAMETER
-
-BAR_MISSED = 3
-"""Exit status of a validation in which a bar is missed."""
 
 # An app of its own: cyclopts drops the keys of a configuration file that are names of commands, and "hardware" is both.
 tools = App(name="simulate", default_parameter=DEFAULT_PARAMETER, suppress_keyboard_interrupt=False)

@@ -1,5 +1,7 @@
 """`simulate validate` in the terminal: bars, then what they are made of."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.text import Text
 
@@ -13,9 +15,14 @@ _STYLES = {"holds": "green", "fails": "red", "no bar": "dim"}
 
 def show_validation(validation: Validation, console: Console, *, rows: bool) -> None:
     """Print every section; `rows`: with the tables of single rows."""
-    for section in validation.sections:
+    show_sections(validation.sections, console, rows=rows)
+
+
+def show_sections(sections: Sequence[Section], console: Console, *, rows: bool) -> None:
+    """Print sections, and which bars were missed in them."""
+    for section in sections:
         _show(section, console, rows=rows)
-    failed = [(section, check) for section in validation.sections for check in section.checks if check.outcome == "fails"]
+    failed = [(section, check) for section in sections for check in section.checks if check.outcome == "fails"]
     if failed:
         console.print(Text(f"{len(failed)} bar{'s' if len(failed) > 1 else ''} missed:", "bold red"))
         for section, check in failed:

@@ -8,10 +8,13 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.jit import lean_jit
+from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.step_constants import StepConstants
 from pagedkv.sims.step_formula import StepParts, priced, step_parts, touched_experts
 from pagedkv.sims.step_time import coefficients
 from pagedkv.sims.validation.points import Point
+from pagedkv.step_batch import StepBatch
+from pagedkv.weight_format import WeightFormat
 
 CONSTANTS = tuple(spec.name for spec in fields(StepConstants))
 """Every constant, in the order of the columns of `Work.seconds`."""
@@ -41,33 +44,31 @@ class Work:
         """Return the work of `points`. O(steps × entries)."""
         rows, counts, owner = [], [], []
         for i, point in enumerate(points):
-            model, fmt = point.subject.model, point.subject.weight_format
-            kv_spec = model.kv_spec(point.kv_cache_dtype)
-            unit = coefficients(model, weight_format=fmt, kv_spec=kv_spec, constants=_ONE_A_SECOND)
-            dense = unit._replace(expert_weight_s=0.0, state_s=0.0, further_state_s=0.0, state_s_per_token=0.0)
-            for steps in point.steps:
-                parts, batch = step_parts(dense, steps.batch, steps.batch.size), steps.batch
-                rows.append(
-                    (
-                        parts.weights,
-                        unit.expert_weight_s,
-                        unit.expert_share,
-                        float(batch["num_scheduled_tokens"].sum()),
-                        parts.linear,
-                        parts.kv,
-                        parts.attention,
-                        unit.state_s,
-                        float(batch.size),
-                        float(model.num_layers),
-                    )
-                )
-                counts.append(float(steps.count))
-                owner.append(i)
+            subject = point.subject
+            rows += _quantities(
+                [steps.batch for steps in point.steps],
+                subject.model,
+                weight_format=subject.weight_format,
+                kv_cache_dtype=point.kv_cache_dtype,
+            )
+            counts += [float(steps.count) for steps in point.steps]
+            owner += [i] * len(point.steps)
         return Work(
             quantities=np.array(rows, np.float64).reshape(-1, 10),
             counts=np.array(counts, np.float64),
             point=np.array(owner, np.int64),
             tokens=np.array([point.tokens for point in points], np.float64),
+        )
+
+    @staticmethod
+    def of_steps(batches: Sequence[StepBatch], model: ModelSpec, *, weight_format: WeightFormat, kv_cache_dtype: str) -> "Work":
+        """Return the work of single steps, each a figure of its own. O(steps × entries)."""
+        rows = _quantities(batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype)
+        return Work(
+            quantities=np.array(rows, np.float64).reshape(-1, 10),
+            counts=np.ones(len(batches)),
+            point=np.arange(len(batches)),
+            tokens=np.array([float(batch["num_scheduled_tokens"].sum()) for batch in batches]),
         )
 
     def rates(self, constants: Float64Array) -> Float64Array:
@@ -88,6 +89,33 @@ class Work:
             point=place[self.point[kept]],
             tokens=self.tokens[chosen],
         )
+
+
+def _quantities(
+    batches: Sequence[StepBatch], model: ModelSpec, *, weight_format: WeightFormat, kv_cache_dtype: str
+) -> list[tuple[float, ...]]:
+    """Return a row of `Work.quantities` for each step."""
+    spec = model.kv_spec(kv_cache_dtype)
+    unit = coefficients(model, weight_format=weight_format, kv_spec=spec, constants=_ONE_A_SECOND)
+    dense = unit._replace(expert_weight_s=0.0, state_s=0.0, further_state_s=0.0, state_s_per_token=0.0)
+    rows: list[tuple[float, ...]] = []
+    for batch in batches:
+        parts = step_parts(dense, batch, batch.size)
+        rows.append(
+            (
+                parts.weights,
+                unit.expert_weight_s,
+                unit.expert_share,
+                float(batch["num_scheduled_tokens"].sum()),
+                parts.linear,
+                parts.kv,
+                parts.attention,
+                unit.state_s,
+                float(batch.size),
+                float(model.num_layers),
+            )
+        )
+    return rows
 
 
 def as_row(constants: StepConstants) -> Float64Array:

@@ -1,0 +1,1 @@
+"""Real runs on the machine at hand against their predictions: `pagedkv reality`."""
