@@ -19,7 +19,13 @@ from pagedkv.sims.traces import TRACE_FORMATS
 
 ROOT = Path(__file__).parents[1]
 CLI = "pagedkv.sims.cli"
-COMPOSITION_ROOTS = (CLI, "pagedkv.sims.cli_calibrate", "pagedkv.sims.cli_generate", "pagedkv.sims.cli_reality", "pagedkv.sims.cli_serve")
+COMPOSITION_ROOTS = (
+    CLI,
+    "pagedkv.sims.cli_calibrate",
+    "pagedkv.sims.cli_generate",
+    "pagedkv.sims.cli_reality",
+    "pagedkv.sims.cli_serve",
+)
 """What may load every part, once it is used."""
 
 # Which parts a part may import; any other library is fine unless the part is the core.
