@@ -202,6 +202,9 @@ class _Most:
     def completed(self) -> None:
         """Who is done has given back."""
 
+    def forked(self, parent: int, child: int) -> None:
+        """Nobody asks for several texts."""
+
 
 def _over_caches(model: Any, prompts: Prompts, new_tokens: int, budget_bytes: int, make: Callable[[], Any]) -> Attempt:
     model.set_attn_implementation("eager")
