@@ -151,7 +151,7 @@ def _real(asked: ServeConfig, serving: ServingConfig) -> "tuple[ServedEngine, st
         max_num_seqs=256 if serving.max_num_seqs is None else serving.max_num_seqs,
         max_num_batched_tokens=2048 if serving.max_num_batched_tokens is None else serving.max_num_batched_tokens,
         max_model_len=serving.max_model_len,
-        enable_prefix_caching=serving.enable_prefix_caching is not False,
+        enable_prefix_caching=serving.enable_prefix_caching,
         enable_chunked_prefill=serving.enable_chunked_prefill is not False,
         watermark=serving.watermark,
         speculative_model=draft,

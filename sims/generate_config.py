@@ -61,8 +61,8 @@ class GenerateConfig:
     """Most requests that run at once."""
     max_num_batched_tokens: int = 2048
     """Most tokens of a step."""
-    enable_prefix_caching: bool = True
-    """Keep what was computed, for prompts that begin alike."""
+    enable_prefix_caching: bool | None = None
+    """Keep what was computed, for prompts that begin alike [default: on, but for models with linear attention]."""
     stream: bool = False
     """Print the answer as it comes (one user)."""
 

@@ -38,7 +38,7 @@ def real_document(config: GenerateConfig, served: Served, run: Run) -> dict[str,
     limits = {name: getattr(served.scheduler, name) for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")}
     return {
         "schema_version": SCHEMA_VERSION,
-        "config": asked | limits | {"goodput": []},
+        "config": asked | limits | {"enable_prefix_caching": run.recorder.caches_prefixes, "goodput": []},
         "budget": {
             "weights": served.weight_bytes,
             "kv_cache": served.num_blocks * served.block_bytes,

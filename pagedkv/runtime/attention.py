@@ -14,7 +14,7 @@ _CHANGES_SCORES = ("position_bias", "alibi", "indices", "block_indices", "sinks"
 """Keywords with which models change what attention computes, in ways that the kernels do not know."""
 
 
-def use_paged_attention(model: Any) -> None:
+def use_paged_attention(model: Any, *, with_states: bool = False) -> None:
     """Let `model` attend by "pagedkv" from now on: `model.generate(..., past_key_values=PagedCache(model, num_blocks=...))`.
 
     `model.set_attn_implementation("sdpa")` takes it back.
@@ -22,7 +22,7 @@ def use_paged_attention(model: Any) -> None:
     Raises:
         ConfigError: If the model caches something else than keys and values of all tokens or of a window: which, and what works.
     """
-    check_model(model)
+    check_model(model, with_states=with_states)
     model.set_attn_implementation(ATTENTION)
 
 

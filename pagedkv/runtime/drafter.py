@@ -7,6 +7,7 @@ import numpy as np
 
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.errors import ConfigError
+from pagedkv.runtime.model_layers import linear_layers
 from pagedkv.runtime.model_runner import ModelRunner, StepInput
 from pagedkv.runtime.sampling import sample
 from pagedkv.runtime.storage import PagedKVStorage
@@ -34,7 +35,7 @@ class Drafter:
         self.runner = ModelRunner(model, storage, layers=layers, backend=backend)
 
     def draft(
-        self, texts: Sequence[Text], *, first: Int64Array, last: Int64Array, known: Int64Array, tables: Int32Array
+        self, texts: Sequence[Text], *, first: Int64Array, last: Int64Array, known: Int64Array, tables: Int32Array, rows: Int64Array
     ) -> list[Drafts]:
         """Return by entry of a step its drafts: as many as the step computes tokens beyond the known ones.
 
@@ -44,13 +45,14 @@ class Drafter:
             last: By entry: tokens that it will have.
             known: By entry: tokens known.
             tables: By entry: its blocks, with room for `last` tokens.
+            rows: By entry: its place in the running batch.
         """
         number = np.maximum(last - known, 0)
         drafts = [Drafts() for _ in texts]
         lags = np.array([text.draft_lag for text in texts], np.int64)
         begin, end = (first - lags).tolist(), np.minimum(last, known)
         new = [text.chain.token_ids[i:j] for text, i, j in zip(texts, begin, end.tolist(), strict=True)]
-        logits = self.runner.logits(StepInput(tokens=new, last=end, num_logits=np.minimum(number, 1), tables=tables))
+        logits = self.runner.logits(StepInput(tokens=new, last=end, num_logits=np.minimum(number, 1), tables=tables, rows=rows))
         entries, done = np.flatnonzero(number), 0
         while entries.size:
             samplers = [texts[i].sampler for i in entries.tolist()]
@@ -64,7 +66,7 @@ class Drafter:
                 new = [np.array(drafts[i].tokens[-1:], np.int32) for i in entries.tolist()]
                 ones = np.ones(entries.size, np.int64)
                 logits = self.runner.logits(
-                    StepInput(tokens=new, last=known[entries] + done, num_logits=ones, tables=tables[entries])
+                    StepInput(tokens=new, last=known[entries] + done, num_logits=ones, tables=tables[entries], rows=rows[entries])
                 )
         return drafts
 
@@ -77,6 +79,11 @@ def check_draft(draft: Any, target: Any, number: int) -> None:
     """
     if not 1 <= number <= MOST_DRAFTS:
         raise ConfigError(f"num-speculative-tokens is {number}: a draft model needs 1 to {MOST_DRAFTS}")
+    if linear_layers(target.config):
+        raise ConfigError(
+            f"a draft model for {target.config.model_type}: the state of its linear attention cannot take rejected drafts back; it "
+            "is served without one"
+        )
     sizes = [int(model.get_input_embeddings().weight.shape[0]) for model in (draft, target)]
     if sizes[0] != sizes[1]:
         raise ConfigError(

@@ -46,7 +46,7 @@ class LLMEngine:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
-        enable_prefix_caching: bool = True,
+        enable_prefix_caching: bool | None = None,
         enable_chunked_prefill: bool = True,
         policy: str = "fcfs",
         watermark: float = 0.0,
@@ -61,12 +61,13 @@ class LLMEngine:
         Args:
             model: A decoder-only model of transformers; its configuration says what layers cache, its weights which type.
             num_blocks: Blocks of the pool, of which one is never used; or else `budget_bytes`.
-            budget_bytes: Take as many blocks as fit into so many bytes.
+            budget_bytes: Take as many blocks as fit into so many bytes, beside the states of linear attention of all rows.
             block_size: Tokens per block.
             max_num_seqs: Most requests that run at once.
             max_num_batched_tokens: Most tokens of a step.
             max_model_len: Longest prompt + output; None: what the model takes, and the pool holds.
-            enable_prefix_caching: Keep full blocks, and give them to requests that begin alike.
+            enable_prefix_caching: Keep full blocks, and give them to requests that begin alike; None: yes, but for models with
+                layers of linear attention, whose states nobody keeps for others.
             enable_chunked_prefill: Let a prompt be computed in several steps.
             policy: "fcfs", or "priority" (the lower the number the more urgent).
             watermark: Share of the blocks that an admission must leave free while something runs.
@@ -87,10 +88,16 @@ class LLMEngine:
             num_blocks=num_blocks,
             budget_bytes=budget_bytes,
             block_size=block_size,
+            max_num_seqs=max_num_seqs,
             dtype=dtype,
             backend=backend,
         )
         self.storage = self.models.storage
+        if enable_prefix_caching and self.models.has_states:
+            raise ConfigError(
+                f"enable_prefix_caching with {model.config.model_type}: blocks keep no state of linear attention, so nobody could "
+                "go on from them; leave it out"
+            )
         room = (self.storage.num_blocks - 1) * block_size
         longest = self.models.max_positions or room
         if max_model_len is None:  # the last token needs no slot, but drafts behind it do
@@ -106,7 +113,7 @@ class LLMEngine:
                 max_model_len=max_model_len,
                 watermark=watermark,
                 lookahead_slots=num_speculative_tokens,
-                enable_prefix_caching=enable_prefix_caching,
+                enable_prefix_caching=not self.models.has_states if enable_prefix_caching is None else enable_prefix_caching,
             )
         )
         self.scheduler = Scheduler(
@@ -163,6 +170,8 @@ class LLMEngine:
             raise ConfigError(f"token ids {ids.min()} to {ids.max()}: the model has 0 to {self.models.vocab_size - 1}")
         if n < 1:
             raise ConfigError(f"n is {n}: needs 1 or more texts")
+        if self.models.has_states and (n > 1 or beams is not None):
+            raise ConfigError("several texts of a prompt: forks share blocks, and no state of linear attention; ask n times")
         ends = frozenset(() if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id)
         search = None
         if beams is not None:

@@ -23,7 +23,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
     """
     config = _config(folder)
     if config.get_text_config(decoder=True) is config:
-        model_layers(config)  # refused before its weights are read
+        model_layers(config, with_states=True)  # refused before its weights are read
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype, config), local_files_only=True)
     except (OSError, ValueError) as error:
@@ -38,7 +38,7 @@ def random_model(path: Path, *, dtype: str = "auto", device: str = "auto", seed:
         ConfigError: If there is none, or it is not supported.
     """
     config = _config(path).get_text_config(decoder=True)
-    model_layers(config)
+    model_layers(config, with_states=True)
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=_dtype(dtype, config))

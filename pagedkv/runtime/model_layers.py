@@ -13,8 +13,21 @@ _WORKS = (
 )
 
 
-def model_layers(config: Any) -> tuple[LayerGroup, ...]:
+LINEAR = "linear_attention"
+"""What transformers calls layers that have a state of fixed size instead of keys and values."""
+
+
+def linear_layers(config: Any) -> tuple[int, ...]:
+    """Return which layers have linear attention."""
+    return tuple(i for i, kind in enumerate(get_layer_types_and_kwargs(config)[0]) if kind == LINEAR)
+
+
+def model_layers(config: Any, *, with_states: bool = False) -> tuple[LayerGroup, ...]:
     """Return what each layer of a model with this configuration caches.
+
+    Args:
+        config: Of transformers.
+        with_states: Leave layers of linear attention out, instead of refusing them: somebody else keeps their states.
 
     Raises:
         ConfigError: If a layer caches something else than keys and values of all tokens or of a sliding window.
@@ -36,6 +49,8 @@ def model_layers(config: Any) -> tuple[LayerGroup, ...]:
     kinds, more = get_layer_types_and_kwargs(config)
     layers = []
     for i, (kind, options, layer) in enumerate(zip(kinds, more, config.per_layer_config, strict=True)):
+        if with_states and kind == LINEAR:
+            continue
         if kind not in ("full_attention", "sliding_attention"):
             raise _refused(config, f"has layer {i} of type {kind!r}")
         heads = layer.num_attention_heads
@@ -56,10 +71,13 @@ def model_layers(config: Any) -> tuple[LayerGroup, ...]:
     return tuple(layers)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, *, with_states: bool = False) -> None:
     """Raise ConfigError unless the attention of `model` can be replaced, and reads what `pagedkv` can store."""
-    model_layers(model.config)
-    if not model._can_set_attn_implementation() or not getattr(model, "_supports_attention_backend", False):
+    if not model_layers(model.config, with_states=with_states):
+        raise _refused(model.config, "has no layer of attention")
+    # transformers marks no hybrid as a backend, for its states; its attention goes through the interface nevertheless.
+    marked = getattr(model, "_supports_attention_backend", False) or (with_states and linear_layers(model.config))
+    if not model._can_set_attn_implementation() or not marked:
         raise _refused(model.config, "computes attention in code of its own, which cannot be replaced")
 
 

@@ -9,8 +9,9 @@ import torch
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import ConfigError
 from pagedkv.runtime.drafter import Drafter, check_draft
-from pagedkv.runtime.model_layers import check_model, model_layers
+from pagedkv.runtime.model_layers import check_model, linear_layers, model_layers
 from pagedkv.runtime.model_runner import ModelRunner, StepInput
+from pagedkv.runtime.state_layers import state_bytes
 from pagedkv.runtime.storage import PagedKVStorage
 from pagedkv.runtime.storage_layout import plan_storage
 from pagedkv.runtime.texts import Text
@@ -41,6 +42,7 @@ class ModelPair:
         num_blocks: int | None,
         budget_bytes: int | None,
         block_size: int,
+        max_num_seqs: int,
         dtype: torch.dtype | str | None,
         backend: str,
     ) -> None:
@@ -49,13 +51,17 @@ class ModelPair:
         Raises:
             ConfigError: If a model is not supported, or both do not go together: with what would work.
         """
-        check_model(model)
+        check_model(model, with_states=True)
+        self.has_states = bool(linear_layers(model.config))
+        """Whether layers keep a state of each sequence, which cannot be shared, or taken back."""
         if draft is not None:
             check_draft(draft, model, num_drafts)
             check_model(draft)
         elif num_drafts:
             raise ConfigError(f"num-speculative-tokens is {num_drafts}: nothing drafts; give a speculative model too")
-        own, its = model_layers(model.config), () if draft is None else model_layers(draft.config)
+        if self.has_states:
+            budget_bytes = _beside_states(budget_bytes, state_bytes(model), max_num_seqs)
+        own, its = model_layers(model.config, with_states=True), () if draft is None else model_layers(draft.config)
         self.storage = PagedKVStorage(
             plan_storage([*own, *its], block_size=block_size),
             num_blocks=num_blocks,
@@ -82,15 +88,25 @@ class ModelPair:
             tables: By entry: its blocks, with room for all that it computes [entries, max_blocks], -1 behind those that it holds.
         """
         last, known = batch["num_slots_needed"].copy(), batch["num_known_tokens"].copy()
-        first = last - batch["num_scheduled_tokens"]
+        first, rows = last - batch["num_scheduled_tokens"], batch["row"].astype(np.int64)
         drafts = [Drafts() for _ in texts]
         if self.drafter is not None:
-            drafts = self.drafter.draft(texts, first=first, last=last, known=known, tables=tables)
+            drafts = self.drafter.draft(texts, first=first, last=last, known=known, tables=tables, rows=rows)
         tokens = [
             np.concatenate((text.chain.token_ids[begin:end], np.array(drafted.tokens, np.int32)))
             for text, drafted, begin, end in zip(texts, drafts, first.tolist(), np.minimum(last, known).tolist(), strict=True)
         ]
         wanted = np.maximum(last - known + 1, 0)
-        logits = self.runner.logits(StepInput(tokens=tokens, last=last, num_logits=wanted, tables=tables))
+        logits = self.runner.logits(StepInput(tokens=tokens, last=last, num_logits=wanted, tables=tables, rows=rows))
         entries = np.flatnonzero(wanted).tolist()
         return Computed(entries, [drafts[i] for i in entries], logits)
+
+
+def _beside_states(budget_bytes: int | None, each: int, max_num_seqs: int) -> int | None:
+    """Return what is left of the memory beside the states of all rows; None: nobody said how much there is."""
+    if budget_bytes is None or budget_bytes > max_num_seqs * each:
+        return None if budget_bytes is None else budget_bytes - max_num_seqs * each
+    raise ConfigError(
+        f"{budget_bytes:,} bytes: the states of max_num_seqs {max_num_seqs} sequences take {each:,} each; needs fewer, or "
+        "more memory"
+    )

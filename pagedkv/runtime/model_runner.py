@@ -13,7 +13,9 @@ from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.errors import ConfigError
 from pagedkv.runtime.attention import use_paged_attention
 from pagedkv.runtime.forward_plan import ForwardPlan, plan_tokens
+from pagedkv.runtime.model_layers import linear_layers
 from pagedkv.runtime.paged_layer import PagedLayer
+from pagedkv.runtime.state_layers import Span, StateLayer, pack
 from pagedkv.runtime.storage import PagedKVStorage
 
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -27,18 +29,28 @@ class StepCache(Cache):
         """Let the model of `config` have these layers of `storage`."""
         self.config, self.storage, self.backend = config, storage, backend
         self._plan: ForwardPlan | None = None
-        super().__init__(layers=[PagedLayer(self, index) for index in layers])
+        self.spans: Sequence[Span] | None = None
+        """The sequences of the pass, for layers that keep a state of each."""
+        places, linear = iter(layers), linear_layers(config)
+        kinds = [i in linear for i in range(len(layers) + len(linear))]
+        super().__init__(layers=[StateLayer() if is_linear else PagedLayer(self, next(places)) for is_linear in kinds])
 
     @property
     def is_forkable(self) -> bool:
         """No: who shares and what is cut, the scheduler decides."""
         return False
 
-    def begin(self, plan: ForwardPlan) -> None:
+    def begin(self, plan: ForwardPlan, spans: Sequence[Span]) -> None:
         """Let the next forward pass be this one."""
-        self._plan = plan
+        self._plan, self.spans = plan, spans
         for layer in self.layers:
-            layer.num_columns = 0
+            if isinstance(layer, PagedLayer):
+                layer.num_columns = 0
+
+    @property
+    def state_bytes(self) -> int:
+        """What layers of linear attention keep."""
+        return sum(layer.state_bytes for layer in self.layers if isinstance(layer, StateLayer))
 
     def plan_step(self, first_column: int, batch: int, columns: int, attention_mask: torch.Tensor | None) -> ForwardPlan:
         """Return the plan that was begun; every layer asks."""
@@ -60,6 +72,8 @@ class StepInput:
     """How many of the new tokens, from the last one back, give logits of what follows them."""
     tables: Int32Array
     """Its blocks [sequences, max_blocks], int32, -1 behind those that it holds."""
+    rows: Int64Array
+    """Its place in the running batch, which is another's only after it has gone."""
 
 
 class ModelRunner:
@@ -76,7 +90,8 @@ class ModelRunner:
             ConfigError: If it cannot, or its tokens would depend on who else is in the batch.
         """
         check_packs(model)
-        use_paged_attention(model)
+        use_paged_attention(model, with_states=True)
+        pack(model, lambda cache: cache.spans if isinstance(cache, StepCache) else None)
         self.model, self.storage = model, storage
         self._cache = StepCache(model.config, storage, range(len(storage.layout.places)) if layers is None else layers, backend)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -91,7 +106,11 @@ class ModelRunner:
         kept = np.concatenate([np.arange(end - number, end) for end, number in zip(ends, step.num_logits, strict=True)])
         places = torch.from_numpy(kept.astype(np.int64)).to(device)
         sizes = self.storage.layout.block_sizes
-        self._cache.begin(plan_tokens(counts, step.last, tables=[step.tables], block_sizes=sizes, device=device))
+        spans = [
+            Span(end - count, end, row, starts=last == count)
+            for end, count, row, last in zip(ends.tolist(), counts.tolist(), step.rows.tolist(), step.last.tolist(), strict=True)
+        ]
+        self._cache.begin(plan_tokens(counts, step.last, tables=[step.tables], block_sizes=sizes, device=device), spans)
         with torch.no_grad():
             out = self.model(
                 input_ids=torch.from_numpy(tokens)[None].to(device),

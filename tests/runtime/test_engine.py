@@ -186,12 +186,13 @@ def test_misuse_says_what_works() -> None:
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
-        ("Qwen3NextForCausalLM", "Qwen3NextConfig", "linear_attention"),
+        ("Mamba2ForCausalLM", "Mamba2Config", "has no layer of attention"),
         ("LlamaForCausalLM", "LlamaConfig", "depend on its company"),
     ],
 )
 def test_models_that_cannot_be_packed_are_refused(model: str, config: str, message: str) -> None:
     rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}} if config == "LlamaConfig" else {}
-    small = getattr(transformers, model)(getattr(transformers, config)(**COMMON | {"num_hidden_layers": 4} | rope))
+    heads = {"num_heads": 8, "head_dim": 16} if config == "Mamba2Config" else {}
+    small = getattr(transformers, model)(getattr(transformers, config)(**COMMON | {"num_hidden_layers": 4} | rope | heads))
     with pytest.raises(ConfigError, match=message):
         LLMEngine(small, num_blocks=10)

@@ -225,7 +225,7 @@ def test_a_conversation_needs_a_template_that_takes_it(folder: Path, capsys: pyt
         ("generate --random-weights absent --prompts prompts.txt", "needs a config.json"),
         ("generate --random-weights model --prompts absent.txt", "cannot read --prompts"),
         ("generate --random-weights model --prompts words.txt", "has no tokenizer: write token ids"),
-        ("generate --random-weights hybrid.json --prompts prompts.txt", "linear_attention"),
+        ("generate --random-weights hybrid.json --prompts prompts.txt --enable-prefix-caching", "blocks keep no state"),
         ("generate --random-weights strange.json --prompts prompts.txt", "model_type 'nonsense'"),
         ("generate --model model --prompts prompts.txt", "cannot load the weights"),
     ],
@@ -235,6 +235,8 @@ def test_what_cannot_run_is_refused_with_what_would(
 ) -> None:
     transformers.LlamaConfig(**COMMON | {"vocab_size": 90}).save_pretrained("other")
     Path("words.txt").write_text("Hello there\n", encoding="utf-8")
-    Path("hybrid.json").write_text(json.dumps({"model_type": "qwen3_next"}), encoding="utf-8")
+    small = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 32, "num_experts": 0, "num_hidden_layers": 4, "head_dim": 16}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    Path("hybrid.json").write_text(json.dumps({"model_type": "qwen3_next"} | small), encoding="utf-8")
     Path("strange.json").write_text(json.dumps({"model_type": "nonsense"}), encoding="utf-8")
     assert message in failing(command, capsys)

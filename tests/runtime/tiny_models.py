@@ -67,6 +67,22 @@ def mixtral() -> Any:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**COMMON | more))
 
 
+def qwen3_next() -> Any:
+    """Three layers of linear attention, one of full attention."""
+    more = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 0,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    }
+    return transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**COMMON | more))
+
+
+HYBRIDS: dict[str, Callable[[], Any]] = {"qwen3_next": qwen3_next}
+"""With layers that keep states."""
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "qwen3": qwen3,
@@ -80,7 +96,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return a model whose own attention is eager."""
     torch.manual_seed(sum(name.encode()))
-    model = MODELS[name]().to(dtype).eval()
+    model = (MODELS | HYBRIDS)[name]().to(dtype).eval()
     model.set_attn_implementation("eager")
     return model
 
