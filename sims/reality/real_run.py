@@ -83,7 +83,7 @@ def serve_timed(
             else:
                 clock.arrival(request, at_s)
         if arrived > done:
-            ended = sum(reason is not None for _, _, reason in engine.step())
+            ended = sum(new.finish_reason is not None for new in engine.step())
             done += ended
             if ended:
                 told(done)

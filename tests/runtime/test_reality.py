@@ -48,7 +48,7 @@ def test_what_the_formula_says_is_predicted_exactly() -> None:
     pool = KVPoolSettings(num_blocks=40, block_size=4, max_num_seqs=6, max_model_len=100, enable_prefix_caching=True)
     limits = SchedulerSettings(max_num_seqs=6, max_num_batched_tokens=48, max_model_len=100)
     engine = LLMEngine(build("llama"), num_blocks=40, block_size=4, max_num_batched_tokens=48, max_num_seqs=6, max_model_len=100)
-    now_s, compute = 0.0, engine.runner.logits
+    now_s, compute = 0.0, engine.models.runner.logits
 
     def logits(*given: Any) -> Any:
         nonlocal now_s
@@ -60,7 +60,7 @@ def test_what_the_formula_says_is_predicted_exactly() -> None:
         nonlocal now_s
         now_s += seconds
 
-    engine.runner.logits = logits  # type: ignore[method-assign]
+    engine.models.runner.logits = logits  # type: ignore[method-assign]
     prompts = [rng.integers(2, VOCAB, size) for size in load.prompt_tokens.tolist()]
     real, log = serve_timed(
         engine,
