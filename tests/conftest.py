@@ -1,11 +1,16 @@
 """What every test may use."""
 
+import contextlib
+import io
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from pagedkv.sims.cli import main
 
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci")
@@ -27,3 +32,17 @@ def children_can_be_interrupted() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def said() -> Callable[..., tuple[str, str]]:
+    """What a command says, given as words without its name: on stdout, and on stderr. Each is run once."""
+
+    @cache
+    def say(*words: str) -> tuple[str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+            main(words)
+        return out.getvalue(), err.getvalue()
+
+    return say

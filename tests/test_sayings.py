@@ -4,13 +4,10 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pagedkv.sims.cli import main
 
 PAGE = (Path(__file__).parents[1] / "docs" / "sayings.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r'^## "(.*?)"\n(.*?)(?=^## |\Z)', PAGE, re.S | re.M))
@@ -35,15 +32,9 @@ Asked = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def asked() -> Asked:
-    @cache
+def asked(said: Callable[..., tuple[str, str]]) -> Asked:
     def ask(*words: str) -> dict[str, Any]:
-        import contextlib  # noqa: PLC0415
-        import io  # noqa: PLC0415
-
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-            main([*words, "--json", "-"])
-        document: dict[str, Any] = json.loads(out.getvalue())
+        document: dict[str, Any] = json.loads(said(*words, "--json", "-")[0])
         return document
 
     return ask
