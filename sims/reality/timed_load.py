@@ -67,15 +67,15 @@ def timed_loads(*, num_requests: int, capacity_per_s: float, seed: int) -> tuple
     """
     rng = np.random.default_rng(seed)
 
-    def arrivals(share: float, burstiness: float) -> Float64Array:
+    def arrivals(share: float | Float64Array, burstiness: float) -> Float64Array:
         gaps = rng.gamma(burstiness, 1 / (share * capacity_per_s * burstiness), num_requests)
         times: Float64Array = np.cumsum(gaps) - gaps[0]
         return times
 
     usual = TimedLoad(
-        name="steady",
-        words="Poisson arrivals at 0.6 of what the machine can serve",
-        arrival_s=arrivals(0.6, 1.0),
+        name="ramp",
+        words="Poisson arrivals that grow from 0.3 to 1.6 of what the machine can serve, so that batches of many sizes are seen",
+        arrival_s=arrivals(np.linspace(0.3, 1.6, num_requests), 1.0),
         prompt_tokens=_lengths(rng, num_requests, mean=96),
         output_tokens=_lengths(rng, num_requests, mean=40),
         max_num_seqs=16,

@@ -89,7 +89,7 @@ def test_the_command_compares_four_loads(tmp_path: Path, monkeypatch: pytest.Mon
             shlex.split("reality --random-weights model --num-requests 8 --repeats 2 --num-gpu-blocks-override 200 --json out.json")
         )
     document = json.loads(Path("out.json").read_text(encoding="utf-8"))
-    assert [section["name"] for section in document["sections"]] == ["steady", "bursts", "lengths", "batch"]
+    assert [section["name"] for section in document["sections"]] == ["ramp", "bursts", "lengths", "batch"]
     assert all(len(each["real"]) == 2 for section in document["sections"] for each in section["figures"].values())
     assert document["num_steps_fitted"] > 16
     assert all(value > 0 for value in document["constants"].values())
