@@ -71,6 +71,12 @@ def _study(asked: RealityConfig) -> _Study:
     from pagedkv.sims.reality.timed_load import all_at_once, timed_loads
     from pagedkv.sims.step_constants import catalogue_constants
 
+    if asked.processor_clock:
+        import numba
+        import torch
+
+        torch.set_num_threads(1)
+        numba.set_num_threads(1)
     machine = _machine(asked)
     fmt, kv_dtype = machine.spec.native_format, "auto"
     with ProgressOnStderr(["reality"], repeats=1) as progress:
@@ -143,6 +149,7 @@ def _limits(asked: RealityConfig, load: "TimedLoad", model: Any) -> tuple[Any, A
 
 def _serve(machine: _Machine, asked: RealityConfig, load: "TimedLoad", *, seed: int) -> "tuple[Run, StepLog]":
     from pagedkv.runtime.engine import LLMEngine
+    from pagedkv.sims.reality.processor_clock import ProcessorClock
     from pagedkv.sims.reality.real_run import serve_timed
 
     limits, pool = _limits(asked, load, machine.model)
@@ -162,4 +169,6 @@ def _serve(machine: _Machine, asked: RealityConfig, load: "TimedLoad", *, seed: 
     def submit(number: int) -> int | None:
         return engine.add_request(prompts[number], max_tokens=int(load.output_tokens[number]))
 
-    return serve_timed(engine, load, submit, now=time.perf_counter, sleep=time.sleep, told=lambda _: None)
+    clock = ProcessorClock() if asked.processor_clock else None
+    now, sleep = (time.perf_counter, time.sleep) if clock is None else (clock.now, clock.sleep)
+    return serve_timed(engine, load, submit, now=now, sleep=sleep, told=lambda _: None)

@@ -1,5 +1,6 @@
 """`reality` without a model: what is fitted to steps, and how a prediction is judged."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.reality.asked import RealityConfig
+from pagedkv.sims.reality.processor_clock import ProcessorClock
 from pagedkv.sims.reality.real_run import StepLog
 from pagedkv.sims.reality.step_fit import FREE, fit_steps, simulated, step_seconds, step_time
 from pagedkv.sims.reality.study import OCCUPANCY_POINTS, Served, sections
@@ -122,3 +124,16 @@ def test_all_free_constants_are_constants() -> None:
 def test_what_cannot_be_asked(wrong: dict[str, object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         RealityConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_processor_clock_counts_work_and_waiting_but_not_what_others_do() -> None:
+    clock = ProcessorClock()
+    began = clock.now()
+    time.sleep(0.2)  # somebody else has the processor
+    assert clock.now() - began < 0.1
+    clock.sleep(5.0)
+    assert 5.0 <= clock.now() - began < 5.1
+    busy_until = time.process_time() + 0.05
+    while time.process_time() < busy_until:
+        pass
+    assert clock.now() - began >= 5.05

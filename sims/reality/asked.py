@@ -30,6 +30,9 @@ class RealityConfig:
     """Number of KV blocks."""
     max_num_batched_tokens: int = 512
     """Most tokens of a step."""
+    processor_clock: bool = False
+    """Let one thread compute, and let its processor time be the clock: for a processor that others use too, where identical runs
+    differ by more than predictions do. Waiting for an arrival passes at once."""
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.
