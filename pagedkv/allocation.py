@@ -170,6 +170,14 @@ class Forkable(Protocol):
 
 
 @runtime_checkable
+class GrowsWhileFree(Protocol):
+    """An allocator that gives a live request its next unit as long as one is free, so that a count of these tells beforehand."""
+
+    grows_while_free: bool
+    """True."""
+
+
+@runtime_checkable
 class TakesInTurn(Protocol):
     """An allocator with slots of one token that hands out those of many steps at once."""
 

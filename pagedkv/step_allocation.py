@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pagedkv.allocation import Allocator, Grouped, KVPoolSettings
+from pagedkv.allocation import Allocator, Grouped, GrowsWhileFree, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
@@ -112,7 +112,7 @@ class RequestByRequest:
         """Return how many steps, of `num_steps`, the rows of `batch` get through before memory is a question."""
         if isinstance(self.allocator, Grouped):  # it gives back what leaves a window
             return ONE_STEP
-        if not self._in_units:
+        if not isinstance(self.allocator, GrowsWhileFree):
             return DecodeRun(min(num_steps, steps_within(batch, self.units_held)))
         return DecodeRun(num_steps, self.allocator.unit_slots, self.free_slots)
 

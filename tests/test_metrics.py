@@ -16,7 +16,6 @@ from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.sims import simulation
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
-from pagedkv.sims.engine import Engine
 from pagedkv.sims.goodput import parse_goals
 from pagedkv.sims.latencies import Latencies
 from pagedkv.sims.metrics import kv_shares, measure
@@ -250,8 +249,7 @@ def watched(load: str, allocator: str, heap: str) -> Case:
     scenario = crowded(allocator, heap, **LOADS[load])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulation, "Recorder", Witness)
-        patch.setattr(simulation, "CompiledEngine", Engine)  # the witness wants to see every step
-        run = simulation.run(scenario, allocator, seed=5)
+        run = simulation.run(scenario, allocator, seed=5, step_by_step=True)  # the witness wants to see every step
     assert isinstance(run.recorder, Witness)
     return Case(scenario, run, run.recorder, measure(run, scenario.goals))
 

@@ -50,6 +50,13 @@ def scenario(name: str, heap: str) -> Scenario:
     return resolve(SimulationConfig(load=load, serving=serving, measurement=MeasurementConfig(allocator=(name,))))
 
 
+class EveryStep(Engine):
+    """Runs no steps together."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named | {"step_by_step": True})
+
+
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Check the books after every decision; how many requests ran then."""
@@ -67,7 +74,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         running.append(scheduler.num_running)
 
     monkeypatch.setattr(Recorder, "step", checked)
-    monkeypatch.setattr(simulation, "CompiledEngine", Engine)
+    for name in ("Engine", "CompiledEngine"):
+        monkeypatch.setattr(simulation, name, EveryStep)
     yield running
     assert max(running) > 1
 

@@ -5,7 +5,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from pagedkv.allocation import Allocator, TakesInTurn
+from pagedkv.allocation import Allocator, GrowsWhileFree, TakesInTurn
 from pagedkv.arrays import Int32Array
 from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
 from pagedkv.errors import IntegrityError
@@ -69,7 +69,7 @@ class KVRows:
         unit, held = self.allocator.unit_slots, self.units_held
         if self._in_turn is not None:
             return DecodeRun(num_steps, 1, self._in_turn.num_empty_slots)
-        if unit == 1:
+        if not isinstance(self.allocator, GrowsWhileFree):
             return DecodeRun(min(num_steps, steps_within(batch, held)))
         if (held[batch["row"]] - batch["num_slots_needed"] >= unit).any():
             return ONE_STEP  # a unit gets full, of which the allocator must hear, without another being due
