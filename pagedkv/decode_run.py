@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.step_batch import StepBatch
 
 
@@ -34,6 +35,12 @@ def decodes_all(batch: StepBatch, num_running: int) -> bool:
 def steps_within(batch: StepBatch, slots_held: Int32Array) -> int:
     """Return how many steps the rows of `batch`, this one included, get through with the slots that they hold."""
     return 1 + int((slots_held[batch["row"]] - batch["num_slots_needed"]).min())
+
+
+def steps_to_an_end(requests: RequestArrays, batch: StepBatch) -> int:
+    """Return how many steps it takes, that of `batch` included, until the first of those in it may have all its tokens."""
+    own = requests[batch["request"]]
+    return int((own["prompt_tokens"] + own["output_tokens"] - batch["num_known_tokens"]).min())
 
 
 def move_on(batch: StepBatch, num_steps: int) -> None:

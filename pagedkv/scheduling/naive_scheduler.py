@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pagedkv.allocation import Allocator
-from pagedkv.decode_run import ONE_STEP, DecodeRun, move_on
+from pagedkv.decode_run import ONE_STEP, DecodeRun, move_on, steps_to_an_end
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.request_scheduler import RequestScheduler
@@ -122,9 +122,7 @@ class NaiveScheduler(RequestScheduler):
         computing = entries[entries["num_scheduled_tokens"] > 0]
         if not computing.size or step.num_running_before < entries.size:
             return ONE_STEP
-        requests = self.requests.arrays[computing["request"]]
-        left = requests["prompt_tokens"] + requests["output_tokens"] - computing["num_known_tokens"]
-        return self.allocator.decode_run(next(self.forward_passes()), int(left.min()))
+        return self.allocator.decode_run(next(self.forward_passes()), steps_to_an_end(self.requests.arrays, computing))
 
     def repeat(self, num_steps: int) -> None:
         """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from pagedkv.allocation import Allocator
 from pagedkv.arrays import Int64Array
-from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on
+from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on, steps_to_an_end
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.scheduling.completion import complete_step
@@ -141,9 +141,7 @@ class RequestScheduler:
             return ONE_STEP
         if not self._goes_on(step):
             return ONE_STEP
-        requests = self.requests.arrays[batch["request"]]
-        left = requests["prompt_tokens"] + requests["output_tokens"] - batch["num_known_tokens"]
-        return self.allocator.decode_run(batch, int(left.min()))
+        return self.allocator.decode_run(batch, steps_to_an_end(self.requests.arrays, batch))
 
     def repeat(self, num_steps: int) -> None:
         """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""

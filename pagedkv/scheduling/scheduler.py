@@ -7,7 +7,7 @@ import numpy as np
 
 from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
-from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on
+from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on, steps_to_an_end
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.jit import fixed_types
@@ -493,9 +493,7 @@ class Scheduler:
             return ONE_STEP
         if not decodes_all(batch, self.num_running) or step.blocker is Blocker.TOKEN_BUDGET:
             return ONE_STEP
-        requests = self.requests.arrays[batch["request"]]
-        left = requests["prompt_tokens"] + requests["output_tokens"] - batch["num_known_tokens"]
-        return allocator.decode_run(batch, int(left.min()))
+        return allocator.decode_run(batch, steps_to_an_end(self.requests.arrays, batch))
 
     def repeat(self, num_steps: int) -> None:
         """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.arrays import NO_TOKENS, Int64Array
 from pagedkv.block_hash import BlockKeys
-from pagedkv.decode_run import ONE_STEP, DecodeRun, move_on
+from pagedkv.decode_run import ONE_STEP, DecodeRun, move_on, steps_to_an_end
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.content import Segments, content_of
 from pagedkv.scheduling.radix_rows import RadixRows
@@ -219,9 +219,7 @@ class SGLangScheduler:
         entries = self._step.batch[: self._step.num_entries]
         if self.settings.num_speculative_tokens or not self._batch.goes_on:
             return ONE_STEP
-        requests = self.requests.arrays[entries["request"]]
-        left = requests["prompt_tokens"] + requests["output_tokens"] - entries["num_known_tokens"]
-        return self.allocator.decode_run(entries, int(left.min()))
+        return self.allocator.decode_run(entries, steps_to_an_end(self.requests.arrays, entries))
 
     def repeat(self, num_steps: int) -> None:
         """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
