@@ -3,7 +3,7 @@
 from pagedkv.block_moves import take_blocks
 from pagedkv.free_queue import NUM_SHARES
 from pagedkv.jit import lean_jit
-from pagedkv.paged_steps import NUM_COPIES, PagedArrays, PagedRules
+from pagedkv.paged_arrays import NUM_COPIES, PagedArrays, PagedRules
 
 
 @lean_jit

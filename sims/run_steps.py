@@ -10,7 +10,7 @@ import numpy as np
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.free_queue import NUM_FREE, NUM_KEYED, NUM_SHARES
 from pagedkv.jit import lean_jit
-from pagedkv.paged_steps import PagedArrays, PagedRules
+from pagedkv.paged_arrays import PagedArrays, PagedRules
 from pagedkv.scheduling.completion import complete_paged_step
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays

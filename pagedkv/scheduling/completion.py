@@ -2,7 +2,7 @@
 
 from pagedkv.arrays import Int64Array
 from pagedkv.jit import lean_jit
-from pagedkv.paged_steps import PagedArrays, PagedRules, free_row
+from pagedkv.paged_arrays import PagedArrays, PagedRules, free_row
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
 from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED, NUM_RUNNING, SchedulerArrays
 from pagedkv.step_batch import StepBatch

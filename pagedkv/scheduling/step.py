@@ -49,8 +49,10 @@ class StepScheduler(Protocol):
 
     num_output_tokens: int
     """Output tokens of the step completed last: one for each of `sampled`, more where drafts were accepted."""
-    arrays: SchedulerArrays
-    """Who runs, the entries of a step first and in its order, and how many wait."""
+
+    @property
+    def arrays(self) -> SchedulerArrays:
+        """Who runs, the entries of a step first and in its order, and how many wait."""
 
     @property
     def allocator(self) -> RowMemory:

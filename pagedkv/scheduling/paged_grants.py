@@ -1,0 +1,107 @@
+"""What a request gets of paged memory, compiled: slots for its next tokens, the prefix it begins with, keys for what it fills."""
+
+import numpy as np
+
+from pagedkv.block_moves import take_blocks, touch_blocks
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE
+from pagedkv.jit import lean_jit
+from pagedkv.paged_arrays import NUM_FORKS, PagedArrays, PagedRules
+from pagedkv.prefix_cache import find_key, insert_key
+from pagedkv.scheduling.content import Segments, segment_of, stream_of
+from pagedkv.scheduling.requests import RequestArrays
+from pagedkv.shared_tails import part_tail, shares_tail
+
+
+@lean_jit
+def grant(
+    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int, num_tokens: int
+) -> bool:
+    """Give a running `request` the slots of its next tokens, and a tail of its own to write to. O(blocks taken and filled)."""
+    slots, held = requests["num_computed_tokens"][request] + num_tokens, int(pool.num_blocks[row])
+    registered = int(pool.num_registered[row])
+    filled = rules.caches and min(slots, requests["num_known_tokens"][request]) >= (registered + 1) * rules.block_size
+    needed = max(-(-slots // rules.block_size), held)
+    full = min(slots, requests["num_known_tokens"][request]) // rules.block_size if filled else registered
+    parts = pool.forks[NUM_FORKS] > 0 and shares_tail(pool, rules, row, requests["num_computed_tokens"][request])
+    if needed - held + parts > pool.queue[NUM_FREE]:
+        return False
+    if parts:
+        part_tail(pool, rules, row, requests["num_computed_tokens"][request])
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held)
+    if full > registered:
+        _register(pool, rules, requests, segments, request, row, registered, full)
+    pool.num_blocks[row] = needed
+    return True
+
+
+@lean_jit
+def _register(
+    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int, first: int, last: int
+) -> None:
+    """Let blocks `first` to `last` (exclusive) of a request's table, full by now, be found. O(blocks + log segments)."""
+    begin = requests["first_segment"][request]
+    end = begin + requests["num_segments"][request]
+    place = segment_of(segments, begin, end, (first + 1) * rules.block_size)
+    word_a, word_b = stream_of(segments, place, end, request)
+    for i in range(first, last):
+        while place < end and segments["end_token"][place] < (i + 1) * rules.block_size:
+            place += 1
+            word_a, word_b = stream_of(segments, place, end, request)
+        if pool.blocks["next_same"][pool.tables[row, i]] == NULL_BLOCK:  # one that was full when it was shared may carry its key
+            insert_key(pool.blocks, pool.key_index, pool.buckets, pool.tables[row, i], word_a + np.uint64(i), word_b)
+    pool.num_registered[row] = last
+
+
+@lean_jit
+def find_hits(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int) -> int:
+    """Write the cached blocks that `request` begins with into pool.hits; return their number. The last token is never a hit."""
+    if not rules.caches:
+        return 0
+    place = requests["first_segment"][request]
+    end = place + requests["num_segments"][request]
+    word_a, word_b = stream_of(segments, place, end, request)
+    most = (requests["num_known_tokens"][request] - 1) // rules.block_size
+    for i in range(most):
+        while place < end and segments["end_token"][place] < (i + 1) * rules.block_size:
+            place += 1
+            word_a, word_b = stream_of(segments, place, end, request)
+        block = find_key(pool.key_index, pool.buckets, word_a + np.uint64(i), word_b)
+        if block == NULL_BLOCK:
+            return i
+        pool.hits[i] = block
+    return int(most)
+
+
+@lean_jit
+def admit(
+    pool: PagedArrays,
+    rules: PagedRules,
+    requests: RequestArrays,
+    segments: Segments,
+    request: int,
+    row: int,
+    num_hits: int,
+    num_tokens: int,
+    something_runs: bool,  # noqa: FBT001
+) -> bool:
+    """Give a waiting `request` its hits and the slots of its first tokens. O(hits + blocks taken and filled)."""
+    slots, known = num_hits * rules.block_size + num_tokens, requests["num_known_tokens"][request]
+    num_states = pool.states.shape[1]
+    kept_free = num_states + (rules.watermark_blocks if something_runs else 0)
+    needed = -(-slots // rules.block_size)
+    gated = -(-known // rules.block_size) if rules.reserve_full_isl else 0
+    full = max(min(slots, known) // rules.block_size, num_hits) if rules.caches else num_hits
+    hits, table, revived = pool.hits[:num_hits], pool.tables[row], 0
+    for block in hits:
+        revived += pool.blocks["ref_cnt"][block] == 0  # those leave the free queue, so they need room too
+    if max(gated, needed) - num_hits + revived + kept_free > pool.queue[NUM_FREE]:
+        return False
+    touch_blocks(pool.blocks, pool.queue, hits)
+    for i in range(num_hits):
+        table[i] = hits[i]
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - num_hits, table, num_hits)
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, num_states, pool.states[row], 0)
+    if full > 0:
+        _register(pool, rules, requests, segments, request, row, num_hits, full)
+    pool.num_blocks[row] = needed
+    return True
