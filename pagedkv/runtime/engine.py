@@ -135,6 +135,11 @@ class LLMEngine:
         """Texts that are not done, of requests that run or wait; beams count as one each."""
         return len(self.texts)
 
+    @property
+    def can_fork(self) -> bool:
+        """Whether a request can have several texts: not with layers of linear attention, whose states nobody shares."""
+        return not self.models.has_states
+
     def add_request(
         self,
         prompt: Sequence[int] | npt.NDArray[np.integer[Any]],
@@ -170,7 +175,7 @@ class LLMEngine:
             raise ConfigError(f"token ids {ids.min()} to {ids.max()}: the model has 0 to {self.models.vocab_size - 1}")
         if n < 1:
             raise ConfigError(f"n is {n}: needs 1 or more texts")
-        if self.models.has_states and (n > 1 or beams is not None):
+        if not self.can_fork and (n > 1 or beams is not None):
             raise ConfigError("several texts of a prompt: forks share blocks, and no state of linear attention; ask n times")
         ends = frozenset(() if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id)
         search = None
@@ -200,7 +205,7 @@ class LLMEngine:
             if search is not None:
                 search.members = [request]
             else:
-                text.siblings = [Sampler(replace(sampling, seed=sampling.seed + place)) for place in range(1, n)]
+                text.siblings = {place: Sampler(replace(sampling, seed=sampling.seed + place)) for place in range(1, n)}
             self.texts.add(request, text)
         return request
 
@@ -232,9 +237,22 @@ class LLMEngine:
             self.texts.untangle()
         return new
 
-    def abort(self, request: int) -> bool:
-        """Take a request out, running or waiting, with all its texts; its blocks are free at once. Return whether it was there."""
-        return self.texts.abort(request)
+    def abort(self, request: int, text: int | None = None) -> bool:
+        """Take a request out, running or waiting, with all its texts, or one of these; not within a step.
+
+        What nobody else holds of its blocks is free at once.
+
+        Args:
+            request: Its number.
+            text: Which of its texts; None: all of them.
+
+        Returns:
+            Whether it was there.
+
+        Raises:
+            ConfigError: If it is one text of a beam search, whose texts are not known before its end.
+        """
+        return self.texts.abort(request, text)
 
     def forget_done(self) -> dict[int, int]:
         """Forget requests that are done, so that a server can run for good; return the others' new numbers by their old ones."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pagedkv.block_hash import BlockHashChain
+from pagedkv.errors import ConfigError
 from pagedkv.runtime.beam_search import BeamSearch
 from pagedkv.runtime.step_observer import StepObserver
 from pagedkv.runtime.texts import NewToken, Text
@@ -30,9 +31,25 @@ class TextTable:
         """Let `request`, which the scheduler has, generate `text`."""
         self._texts[request] = text
 
-    def abort(self, owner: int) -> bool:
-        """Take all texts of `owner` out, running or waiting; return whether there were any. O(texts + running + waiting)."""
-        requests = [request for request, text in self._texts.items() if text.owner == owner]
+    def abort(self, owner: int, place: int | None = None) -> bool:
+        """Take all texts of `owner` out, running or waiting, or the one at `place`; return whether there were any.
+
+        O(texts + running + waiting).
+
+        Raises:
+            ConfigError: If that is one of a search, whose beams are no texts before it is over.
+        """
+        texts = {request: text for request, text in self._texts.items() if text.owner == owner}
+        if place is not None:
+            if any(text.search is not None for text in texts.values()):
+                raise ConfigError(f"text {place} of request {owner} is one of a beam search: abort the request")
+            for text in texts.values():  # one that has not forked yet stands for its siblings
+                if text.siblings.pop(place, None) is not None:
+                    return True
+                if text.place == place and text.siblings:
+                    text.become_sibling()
+                    return True
+        requests = [request for request, text in texts.items() if place in (None, text.place)]
         for request in requests:
             del self._texts[request]
             self._scheduler.abort(request)
@@ -104,7 +121,7 @@ class TextTable:
         chain = prompt.copy()
         chain.extend([sibling.token])
         child = self._fork(sibling.parent, chain, None, observer)
-        self._texts[child] = replace(text, place=sibling.place, chain=chain, sampler=sibling.sampler, siblings=[])
+        self._texts[child] = replace(text, place=sibling.place, chain=chain, sampler=sibling.sampler, siblings={})
         return NewToken(text.owner, sibling.token, None, sibling.place)
 
     def _fork(self, parent: int, chain: BlockHashChain, request: int | None, observer: StepObserver | None) -> int:

@@ -57,12 +57,17 @@ class Text:
     """Draws its tokens."""
     draft_lag: int = 0
     """Tokens that the target has computed and the draft model has not: 1 when all drafts of the last step were accepted, else 0."""
-    siblings: list[Sampler] = field(default_factory=list)
-    """Draw the further texts of the same prompt, which fork from this one when the prompt is computed."""
+    siblings: dict[int, Sampler] = field(default_factory=dict)
+    """By place: what draws the further texts of the same prompt, which fork from this one when the prompt is computed."""
     search: BeamSearch | None = None
     """It is a beam of this search, shared with the others; None: it is no beam."""
     num_results: int = 1
     """Texts that are told when the search is over, the best first."""
+
+    def become_sibling(self) -> None:
+        """Be the first of the further texts instead, of which there is one: nothing of this one has been generated."""
+        self.place = min(self.siblings)
+        self.sampler = self.siblings.pop(self.place)
 
     def cut(self, tokens: list[int]) -> list[int]:
         """Return what of its next `tokens` it takes: up to one that ends it, or to the most that it may have."""

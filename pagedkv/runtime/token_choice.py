@@ -73,19 +73,20 @@ def choose_tokens(texts: Sequence[Text], requests: Sequence[int], computed: Comp
 
 def _first_tokens(choice: TokenChoice, text: Text, request: int, token: int, row: torch.Tensor) -> list[int]:
     """Choose the first tokens of all texts of a prompt; return that of the one which keeps the request."""
-    samplers = [text.sampler, *text.siblings]
-    tokens = [token, *sample(row.expand(len(text.siblings), -1), text.siblings)]
-    text.siblings = []
-    reasons = [text.reason(each, text.chain.num_tokens + 1) for each in tokens]
-    kept = next((place for place, reason in enumerate(reasons) if reason is None), 0)
+    siblings = [*text.siblings.values()]
+    samplers = {text.place: text.sampler, **text.siblings}
+    tokens = dict(zip(samplers, [token, *sample(row.expand(len(siblings), -1), siblings)], strict=True))
+    text.siblings = {}
+    reasons = {place: text.reason(each, text.chain.num_tokens + 1) for place, each in tokens.items()}
+    kept = next((place for place, reason in reasons.items() if reason is None), text.place)
     text.place, text.sampler = kept, samplers[kept]
-    for place, (each, reason) in enumerate(zip(tokens, reasons, strict=True)):
+    for place, reason in reasons.items():
         if place == kept:
             continue
         if reason is None:
-            choice.siblings.append(Sibling(request, place, samplers[place], each))
+            choice.siblings.append(Sibling(request, place, samplers[place], tokens[place]))
         else:
-            choice.told.append(NewToken(text.owner, each, reason, place))
+            choice.told.append(NewToken(text.owner, tokens[place], reason, place))
     return [tokens[kept]]
 
 

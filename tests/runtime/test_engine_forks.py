@@ -149,6 +149,39 @@ def test_abort_takes_all_texts_and_numbers_survive_forgetting() -> None:
 
 
 @pytest.mark.parametrize("caching", [True, False])
+def test_one_text_can_be_taken_out_before_and_after_it_forks(*, caching: bool) -> None:
+    model, prompts = build("llama"), shared_prompts(5)
+    expected = tight(model, **ROOMY).generate(prompts, max_tokens=STEPS, sampling=HOT, n=4)
+    for limits in (ROOMY, {}):  # in the small pool some are out while they wait
+        for at_step, goes in ((0, (0, 2)), (1, (1,)), (3, (3, 0)), (6, (0, 1, 2))):
+            engine = tight(model, enable_prefix_caching=caching, **limits)
+            numbers = [engine.add_request(prompt, max_tokens=STEPS, sampling=HOT, n=4) for prompt in prompts]
+            texts: dict[tuple[int, int], list[int]] = {}
+            step = 0
+            while engine.num_unfinished:
+                if step == at_step:
+                    assert all(engine.abort(number, place) for number in numbers if number is not None for place in goes)
+                    assert not any(engine.abort(number, place) for number in numbers if number is not None for place in goes)
+                    engine.scheduler.check_integrity()
+                for new in engine.step():
+                    texts.setdefault((numbers.index(new.request), new.text), []).append(new.token)
+                engine.scheduler.check_integrity()
+                step += 1
+            assert engine.allocator.free_slots == engine.allocator.usable_slots
+            for (i, place), tokens in texts.items():
+                whole = expected[4 * i + place].tokens
+                assert tokens == (whole[: len(tokens)] if place in goes else whole), (i, place, at_step)
+            assert {key for key in texts if key[1] not in goes} == {(i, place) for i in range(5) for place in {*range(4)} - {*goes}}
+            assert not at_step or all(len(texts.get((i, place), ())) < STEPS for i in range(5) for place in goes)
+    searching = tight(model, **ROOMY)
+    request = searching.add_request(prompts[0], max_tokens=STEPS, beams=BeamParams(width=2))
+    assert request is not None
+    with pytest.raises(ConfigError, match="beam search"):
+        searching.abort(request, 0)
+    assert searching.abort(request)
+
+
+@pytest.mark.parametrize("caching", [True, False])
 def test_forks_are_scheduled_as_a_scheduler_of_lengths_alone_schedules_them(*, caching: bool) -> None:
     limits = {"max_num_seqs": 12, "max_num_batched_tokens": 48, "max_model_len": 120}
     engine = tight(build("llama"), num_blocks=60, enable_prefix_caching=caching, **limits)
