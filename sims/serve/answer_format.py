@@ -18,8 +18,8 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return how many tokens answers took; n answers to one prompt count it once."""
-    prompts = {id(answer.ask.prompt): answer for answer in answers}.values()
+    """Return how many tokens answers took; n answers to one prompt count it once, as the first of them found it."""
+    prompts = {id(answer.ask.prompt): answer for answer in reversed(answers)}.values()
     prompt_tokens, output_tokens = sum(len(each.ask.prompt) for each in prompts), sum(answer.num_tokens for answer in answers)
     return {
         "prompt_tokens": prompt_tokens,

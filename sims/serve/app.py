@@ -87,7 +87,7 @@ class ServeApp:
             prompt if isinstance(prompt, list) else await running.run_in_executor(self._encoding, _encode, tokenizer, prompt)
             for prompt in prompts
         ]
-        asks = [Ask(prompt=each, **_with_seed(question.settings, i)) for each in ids for i in range(question.n)]
+        asks = [Ask(prompt=each, n=question.n, **question.settings) for each in ids]
         return AnswerResponse(self._loop, self._loop.submit(asks), question, shape)
 
     async def _body(self, request: Request) -> bytes:
@@ -127,12 +127,6 @@ class ServeApp:
 
 def _encode(tokenizer: Tokenizer, prompt: Any) -> list[int]:
     return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-
-
-def _with_seed(settings: dict[str, Any], number: int) -> dict[str, Any]:
-    """Return the settings of one of n answers: each draws for itself."""
-    seed = settings["seed"]
-    return settings if seed is None else {**settings, "seed": seed + number}
 
 
 async def _refuse(request: Request, error: ApiError) -> Response:

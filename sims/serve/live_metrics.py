@@ -79,7 +79,8 @@ class LiveMetrics:
         """Count new tokens, before the answer knows of them."""
         self._counters["generation_tokens_total"] += number
         if answer.last_token_s is None:
-            self._counters["prompt_tokens_total"] += len(answer.ask.prompt)
+            if answer.place == 0:  # further answers of the same request have not computed it again
+                self._counters["prompt_tokens_total"] += len(answer.ask.prompt)
             self._histograms["time_to_first_token_seconds"].observe(now_s - answer.arrived_s)
         else:
             self._histograms["inter_token_latency_seconds"].observe(now_s - answer.last_token_s)

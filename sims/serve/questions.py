@@ -35,7 +35,7 @@ class Question:
     prompts: tuple[str | list[int] | tuple[tuple[str, str], ...], ...]
     """An answer each, n times; a conversation is (role, content) by message."""
     settings: dict[str, Any]
-    """Of all its answers: fields of `Ask` but for the prompt."""
+    """Of all its answers: fields of `Ask` but for the prompt and their number."""
     n: int
     """Answers to each prompt."""
     stream: bool

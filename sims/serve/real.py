@@ -23,16 +23,20 @@ class LanguageModel(Protocol):
     scheduler: Scheduler
     observer: Any
 
+    @property
+    def can_fork(self) -> bool:
+        """Whether a request can have several texts."""
+
     def add_request(
-        self, prompt: Sequence[int], *, max_tokens: int, eos_token_id: Any = None, sampling: Any = ..., salt: str = ""
+        self, prompt: Sequence[int], *, max_tokens: int, eos_token_id: Any = None, sampling: Any = ..., n: int = 1, salt: str = ""
     ) -> int | None:
         """Put a request into the queue."""
 
     def step(self) -> Sequence[Any]:
         """Compute a step; return the tokens that came out, as `pagedkv.runtime.texts.NewToken`."""
 
-    def abort(self, request: int) -> bool:
-        """Take a request out."""
+    def abort(self, request: int, text: int | None = None) -> bool:
+        """Take a request out, or one of its texts."""
 
     def forget_done(self) -> dict[int, int]:
         """Forget requests that are done; return the others' new numbers by their old ones."""
@@ -61,7 +65,7 @@ class RealEngine:
             vocab_size: Ids are below it.
             now: The clock, in seconds.
         """
-        self.scheduler, self.tokenizer = model.scheduler, tokenizer
+        self.scheduler, self.tokenizer, self.can_fork = model.scheduler, tokenizer, model.can_fork
         self._model, self._sampling, self._ends, self._vocab_size = model, sampling, end_tokens, vocab_size
         self._now = now
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -105,14 +109,15 @@ class RealEngine:
             max_tokens=room if ask.max_tokens is None else ask.max_tokens,
             eos_token_id=() if ask.ignore_eos else self._ends,
             sampling=params,
+            n=ask.n,
             salt=ask.cache_salt,
         )
         assert request is not None, "check() said that there is room"
         return request
 
-    def abort(self, request: int) -> None:
-        """Take a request out; its blocks are free at once."""
-        self._model.abort(request)
+    def abort(self, request: int, place: int) -> None:
+        """Take an answer out; what only it held is free at once."""
+        self._model.abort(request, place)
 
     def forget_done(self) -> dict[int, int]:
         """Forget requests that are done; return the others' new numbers by their old ones."""
@@ -123,9 +128,9 @@ class RealEngine:
         began_s = self._now()
         new = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.step)
         outputs = []
-        for request, tokens in groupby(new, lambda each: each.request):  # several tokens where drafts were accepted
+        for (request, place), tokens in groupby(new, lambda each: (each.request, each.text)):  # several where drafts were accepted
             given = list(tokens)
-            outputs.append(Output(request, [each.token for each in given], given[-1].finish_reason))
+            outputs.append(Output(request, [each.token for each in given], given[-1].finish_reason, place))
         return StepReport(began_s, self._ended_s, self._admitted, self._num_preempted, outputs)
 
     def launched(self, step: Step) -> None:
@@ -141,7 +146,7 @@ class RealEngine:
         """Do nothing: the tokens are what `step` returns."""
 
     def forked(self, parent: int, child: int) -> None:
-        """Do nothing: each answer is a request of its own here, and nothing forks."""
+        """Do nothing: tokens say which of a request's answers they belong to."""
         del parent, child
 
     def close(self) -> None:
@@ -150,7 +155,8 @@ class RealEngine:
 
 
 def warm_up(model: LanguageModel, *, block_size: int) -> None:
-    """Let all that is compiled at its first use be compiled, by a request that fills a block and finds it in no other's prompt."""
-    request = model.add_request([0] * (2 * block_size - 1), max_tokens=3, salt="warm-up")
-    while request is not None and not any(new.finish_reason is not None for new in model.step()):
-        pass
+    """Let all that is compiled at its first use be compiled, by a request that forks and fills a block that nobody else finds."""
+    left = 2 if model.can_fork else 1
+    if model.add_request([0] * (2 * block_size - 1), max_tokens=3, n=left, salt="warm-up") is not None:
+        while left:
+            left -= sum(new.finish_reason is not None for new in model.step())

@@ -30,12 +30,15 @@ class Answer:
     """An answer on its way."""
 
     ask: Ask
+    place: int
+    """Which of the ask's answers."""
     index: int
+    """Which of all that were asked together."""
     pieces: "asyncio.Queue[Piece]"
     """Shared by all that were asked together."""
     arrived_s: float
     request: int | None = None
-    """Its number at the engine, once it is there."""
+    """The number at the engine of the request that it belongs to, once that is there."""
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -54,9 +57,11 @@ class ServeLoop:
         self.engine = engine
         self.metrics = LiveMetrics(engine.scheduler)
         self._max_queue = max_queue
-        self._pending: deque[Answer] = deque()
-        """Not known to the engine yet."""
-        self._active: dict[int, Answer] = {}
+        self._pending: deque[list[Answer]] = deque()
+        """By request: its answers. Not known to the engine yet."""
+        self._active: dict[int, list[Answer]] = {}
+        """By the request's number: its answers, of which not all are over."""
+        self._num_unfinished = 0
         self._left: list[Answer] = []
         """Known to the engine, and to be taken out."""
         self._wake, self._empty = asyncio.Event(), asyncio.Event()
@@ -67,16 +72,19 @@ class ServeLoop:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not been started, as the last step left them."""
-        return len(self._pending) + self.engine.scheduler.num_waiting
+        """Answers that have not been started, as the last step left them."""
+        to_fork = sum(len(answers) - 1 for answers in self._active.values() if answers[0].scheduled_s is None)
+        return sum(map(len, self._pending)) + to_fork + self.engine.scheduler.num_waiting
 
     @property
     def num_unfinished(self) -> int:
         """Answers on their way."""
-        return len(self._pending) + len(self._active)
+        return self._num_unfinished
 
     def submit(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Take in answers that are asked together: all of them, or none.
+        """Take in what is asked together: all of it, or nothing. Return the answers, those to the first ask first.
+
+        Where the engine cannot fork, each answer is a request of its own.
 
         Raises:
             ApiError: If one can never be answered, too many wait, or the server is about to end.
@@ -84,12 +92,17 @@ class ServeLoop:
         self.check_up()
         for ask in asks:
             self.engine.check(ask)
-        if self.num_waiting + len(asks) > self._max_queue:
-            raise ApiError(UNAVAILABLE, f"{self.num_waiting} requests wait already: try again later (--max-queue)")
+        waiting, number = self.num_waiting, sum(ask.n for ask in asks)
+        if waiting + number > self._max_queue:
+            raise ApiError(UNAVAILABLE, f"{waiting} requests wait already: try again later (--max-queue)")
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         now_s = self.engine.now()
-        answers = [Answer(ask, index, pieces, now_s) for index, ask in enumerate(asks)]
-        self._pending.extend(answers)
+        answers: list[Answer] = []
+        for each in asks if self.engine.can_fork else [alone for ask in asks for alone in ask.apart()]:
+            first = len(answers)
+            answers += [Answer(each, place, first + place, pieces, now_s) for place in range(each.n)]
+            self._pending.append(answers[first:])
+        self._num_unfinished += number
         self._empty.clear()
         self._wake.set()
         return answers
@@ -107,10 +120,9 @@ class ServeLoop:
             if not answer.over:
                 self._finish(answer, reason)
                 if answer.request is not None:
-                    del self._active[answer.request]
                     self._left.append(answer)
         if any(answer.request is None for answer in answers):
-            self._pending = deque(answer for answer in self._pending if not answer.over)
+            self._pending = deque(request for request in self._pending if not all(answer.over for answer in request))
         self._wake.set()
 
     async def run(self) -> None:
@@ -128,7 +140,7 @@ class ServeLoop:
                 await self._wake.wait()
         except BaseException as error:
             self.failure = error
-            for answer in (*self._pending, *self._active.values()):
+            for answer in self._unfinished():
                 self._finish(answer, ERROR)
             self._pending.clear()
             self._active.clear()
@@ -144,39 +156,51 @@ class ServeLoop:
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._empty.wait()
-        self.leave([*self._pending, *self._active.values()])
+        self.leave(self._unfinished())
         await self._empty.wait()
+
+    def _unfinished(self) -> list[Answer]:
+        requests = (*self._pending, *self._active.values())
+        return [answer for request in requests for answer in request if not answer.over]
 
     def _settle(self) -> None:
         """Between two steps: take out who has left, then take in who has come."""
         for answer in self._left:
             assert answer.request is not None
-            self.engine.abort(answer.request)
+            self.engine.abort(answer.request, answer.place)
         self._left.clear()
-        if self.engine.scheduler.requests.size > FORGET_AT + 2 * len(self._active):
+        if self.engine.scheduler.requests.size > FORGET_AT + 2 * self._num_unfinished:
             new = self.engine.forget_done()
-            self._active = {new[old]: answer for old, answer in self._active.items()}
-            for number, answer in self._active.items():
-                answer.request = number
+            self._active = {new[old]: answers for old, answers in self._active.items()}
+            for number, answers in self._active.items():
+                for answer in answers:
+                    answer.request = number
         while self._pending:
-            answer = self._pending.popleft()
-            answer.request = self.engine.add(answer.ask, answer.arrived_s)
-            self._active[answer.request] = answer
+            answers = self._pending.popleft()
+            number = self.engine.add(answers[0].ask, answers[0].arrived_s)
+            self._active[number] = answers
+            for answer in answers:
+                answer.request = number
+                if answer.over:
+                    self.engine.abort(number, answer.place)
 
     def _hand_out(self, report: StepReport) -> None:
         for each in report.admitted:
-            if (answer := self._active.get(each.request)) is not None and answer.scheduled_s is None:
-                answer.scheduled_s, answer.num_cached_tokens = report.began_s, each.num_hit_tokens
+            if (answers := self._active.get(each.request)) is not None and answers[0].scheduled_s is None:
+                for answer in answers:
+                    answer.scheduled_s, answer.num_cached_tokens = report.began_s, each.num_hit_tokens
                 self.metrics.admitted(each)
         self.metrics.stepped(report)
         for output in report.outputs:
             self._give(output, report.ended_s)
 
     def _give(self, output: Output, now_s: float) -> None:
-        answer = self._active.get(output.request)
-        if answer is None:  # it has left while the step was computed
-            self._left = [each for each in self._left if each.request != output.request or output.finish_reason is None]
+        answers = self._active.get(output.request)
+        if answers is None or answers[output.place].over:  # it has left while the step was computed
+            if output.finish_reason is not None:
+                self._left = [each for each in self._left if (each.request, each.place) != (output.request, output.place)]
             return
+        answer = answers[output.place]
         if output.tokens:
             self.metrics.tokens(answer, len(output.tokens), now_s)
             answer.num_tokens += len(output.tokens)
@@ -185,10 +209,12 @@ class ServeLoop:
         if output.finish_reason is None:
             answer.pieces.put_nowait(Piece(answer.index, output.tokens, None))
         else:
-            del self._active[output.request]
             self._finish(answer, output.finish_reason, output.tokens)
 
     def _finish(self, answer: Answer, reason: str, tokens: Sequence[int] = ()) -> None:
         answer.over = True
+        self._num_unfinished -= 1
+        if answer.request is not None and all(other.over for other in self._active[answer.request]):
+            del self._active[answer.request]
         answer.pieces.put_nowait(Piece(answer.index, list(tokens), reason))
         self.metrics.finished(answer, reason)

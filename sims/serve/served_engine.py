@@ -1,7 +1,7 @@
 """What the server's loop asks of an engine, simulated or real."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from pagedkv.scheduling.scheduler import Scheduler
@@ -13,10 +13,12 @@ STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One answer that is asked for, checked."""
+    """One or more answers to a prompt that are asked for, checked."""
 
     prompt: list[int]
     """Token ids."""
+    n: int = 1
+    """How many answers."""
     max_tokens: int | None
     """Most tokens of the answer; None: the client does not say."""
     min_tokens: int = 0
@@ -30,7 +32,7 @@ class Ask:
     top_p: float = 1.0
     """Draw from the likeliest that together reach this probability."""
     seed: int | None = None
-    """Same seed, same answer; None: nobody cares."""
+    """Same seed, same answer; the i-th of several draws by seed + i; None: nobody cares."""
     penalized: bool = False
     """Probabilities are to be changed by penalties, a bias or min_p."""
     stop: tuple[str, ...] = ()
@@ -38,9 +40,14 @@ class Ask:
     cache_salt: str = ""
     """Only requests of the same salt share blocks."""
 
+    def apart(self) -> "list[Ask]":
+        """Return an ask for each of the answers, of the same prompt."""
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
+
 
 class Output(NamedTuple):
-    """What a step gave one request."""
+    """What a step gave one answer."""
 
     request: int
     """The number that `ServedEngine.add` gave it."""
@@ -48,6 +55,8 @@ class Output(NamedTuple):
     """New token ids; none if the engine has given it up."""
     finish_reason: str | None
     """STOP, LENGTH or ERROR if nothing more comes."""
+    place: int = 0
+    """Which of the request's answers."""
 
 
 class Admission(NamedTuple):
@@ -105,6 +114,10 @@ class ServedEngine(Protocol):
     scheduler: Scheduler
 
     @property
+    def can_fork(self) -> bool:
+        """Whether one request can have several answers, which share its prompt's blocks."""
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Between texts and token ids."""
 
@@ -119,10 +132,10 @@ class ServedEngine(Protocol):
         """
 
     def add(self, ask: Ask, arrived_s: float) -> int:
-        """Put into the queue what `check` lets pass, and return its number."""
+        """Put into the queue what `check` lets pass, and return its number. Of several answers only if it can fork."""
 
-    def abort(self, request: int) -> None:
-        """Take a request out, running or waiting, and give its blocks back at once; not within a step."""
+    def abort(self, request: int, place: int) -> None:
+        """Take an answer out, running or waiting; what only it held is free at once. Not within a step."""
 
     def forget_done(self) -> dict[int, int]:
         """Forget requests that are done; return the others' new numbers by their old ones. Not within a step."""

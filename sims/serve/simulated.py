@@ -50,6 +50,7 @@ class SimulatedEngine:
         if not deployment.engine.name.startswith("vllm") or not isinstance(scheduler, Scheduler):
             raise ConfigError(f"--engine {deployment.engine.name} cannot be served yet: use --engine vllm")
         self.scheduler, self.tokenizer = scheduler, FillerTokenizer()
+        self.can_fork = False  # as vLLM, to which n answers are n requests that find each other's blocks
         self._clock, self._step_time = clock, deployment.step_time
         self._drawn_lengths, self._draws_all = drawn_lengths, draws_all
         drafting = deployment.drafting
@@ -101,8 +102,9 @@ class SimulatedEngine:
         drawn = most if ask.ignore_eos else max(next(self._drawn_lengths), ask.min_tokens)
         return (drawn, STOP) if drawn < most else (most, LENGTH)
 
-    def abort(self, request: int) -> None:
+    def abort(self, request: int, place: int) -> None:
         """Take a request out; its blocks are free at once."""
+        del place
         self.scheduler.abort(request)
         del self._answers[request]
 

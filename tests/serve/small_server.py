@@ -108,3 +108,29 @@ async def listening(of: Any = None, *, max_queue: int = 512) -> AsyncIterator[tu
     finally:
         server.end()
         await task
+
+
+LONG_PROMPT = [(13 * i) % 250 for i in range(90)]
+"""22 blocks of 4, and half of one."""
+
+
+class Watched:
+    """A model whose every step is looked at: everything is in order, and what is held is noted."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.most_blocks, self._step = model, 0, model.step
+        self.num_texts: list[int] = []
+        model.step = self.step
+
+    def step(self) -> Any:
+        self.num_texts.append(self.model.num_unfinished)
+        new = self._step()
+        self.model.scheduler.check_integrity()
+        self.most_blocks = max(self.most_blocks, blocks_held(self.model))
+        return new
+
+
+def blocks_held(of: Any) -> int:
+    """Blocks that somebody holds."""
+    allocator = of.scheduler.allocator
+    return int((allocator.usable_slots - allocator.free_slots) // allocator.unit_slots)
