@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from pagedkv.arrays import Int64Array
-from pagedkv.errors import ConfigError
+from pagedkv.errors import ConfigError, expect_one_or_more
 from pagedkv.kv_request import KVRequest
 from pagedkv.kv_spec import LayerGroup
 
@@ -262,9 +262,7 @@ class KVPoolSettings:
         Raises:
             ConfigError: With the values that would work.
         """
-        for name in ("num_blocks", "block_size", "max_num_seqs", "max_model_len", "page_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        expect_one_or_more(self, "num_blocks", "block_size", "max_num_seqs", "max_model_len", "page_tokens")
         unit = self.prefix_match_unit
         if unit < 0 or (unit and self.block_size % unit):
             raise ConfigError(f"prefix-match-unit is {unit}: needs 0, or a divisor of block-size {self.block_size}")

@@ -37,3 +37,15 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], *, hint: str = ""
     shown = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
     suggestion = f"did you mean {' or '.join(near)}?" if near else f"known: {shown}."
     return ConfigError(f"unknown {kind} {name!r}: {suggestion}{' ' + hint if hint else ''}")
+
+
+def expect_one_or_more(settings: object, *names: str, flag: str = "") -> None:
+    """Refuse `settings` if one of its whole numbers with these names is below 1; `flag` is what stands before a name, e.g. "--".
+
+    Raises:
+        ConfigError: With the first of them.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise ConfigError(f"{flag}{name.replace('_', '-')} is {value}: needs 1 or more")

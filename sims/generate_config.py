@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pagedkv.errors import ConfigError
+from pagedkv.errors import ConfigError, expect_one_or_more
 
 DEFAULT_KV_CACHE = "4GiB"
 """Source: VLLM_CPU_KVCACHE_SPACE of vLLM's CPU backend, 4 GiB unless set (docs/getting_started/installation/cpu)."""
@@ -74,9 +74,7 @@ class GenerateConfig:
         """
         if (self.model is None) == (self.random_weights is None):
             raise ConfigError("give one of --model FOLDER and --random-weights CONFIG")
-        for name in ("users", "max_tokens", "n"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        expect_one_or_more(self, "users", "max_tokens", "n", flag="--")
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError("--kv-cache-memory-bytes and --num-gpu-blocks-override contradict each other: give one")
         if (self.speculative_model is None) != (self.num_speculative_tokens is None):

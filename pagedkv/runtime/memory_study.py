@@ -3,14 +3,12 @@
 python -m pagedkv.runtime.memory_study
 """
 
-import argparse
-import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 import transformers
@@ -19,6 +17,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.runtime.attention import use_paged_attention
 from pagedkv.runtime.cache_meter import CacheMeter
 from pagedkv.runtime.paged_cache import PagedCache
+from pagedkv.runtime.study_command import run_study, study_parser
 from pagedkv.units import parse_bytes
 
 CACHES = ("PagedCache", "DynamicCache", "StaticCache")
@@ -221,28 +220,17 @@ def study_models() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study of `study_models` and print it, on one thread: models this small only wait for a second one."""
-    parser = argparse.ArgumentParser(prog="python -m pagedkv.runtime.memory_study", description=__doc__)
+    """Run the study of `study_models` and print it."""
+    parser = study_parser("memory_study", __doc__, budget="memory for the question how many sequences fit")
     parser.add_argument("--num-prompts", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--budget", default="6MiB", help="memory for the question how many sequences fit")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    try:
+
+    def studies(given: Namespace) -> list[MemoryStudy]:
         budget_bytes = parse_bytes(given.budget, name="--budget")
         lengths = ragged_lengths(given.num_prompts, seed=given.seed)
         more = {"new_tokens": given.new_tokens, "block_size": given.block_size, "budget_bytes": budget_bytes}
-        studies = [study_memory(model, lengths, seed=given.seed, **more) for model in study_models().values()]
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    text = json.dumps([asdict(study) for study in studies]) if given.json else "\n\n".join(study.table() for study in studies)
-    sys.stdout.write(f"{text}\n")
-    return 0
+        return [study_memory(model, lengths, seed=given.seed, **more) for model in study_models().values()]
+
+    return run_study(parser, arguments, studies)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 python -m pagedkv.runtime.users_held
 """
 
-import argparse
-import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,6 +18,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.runtime.cache_meter import CacheMeter
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.runtime.memory_study import ragged_lengths, study_models
+from pagedkv.runtime.study_command import run_study, study_parser
 from pagedkv.scheduling.step import Step
 from pagedkv.units import parse_bytes
 
@@ -226,20 +225,13 @@ def _over_caches(model: Any, prompts: Prompts, new_tokens: int, budget_bytes: in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study and print it, on one thread."""
-    parser = argparse.ArgumentParser(prog="python -m pagedkv.runtime.users_held", description=__doc__)
+    """Run the study and print it."""
+    parser = study_parser("users_held", __doc__, budget="memory for keys and values")
     parser.add_argument("--num-users", type=int, default=96, help="as many as may ask: more than any way holds")
-    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--budget", default="6MiB", help="memory for keys and values")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    try:
-        study = study_users(
+
+    def study(given: Namespace) -> UsersHeld:
+        return study_users(
             study_models()["llama"],
             ragged_lengths(given.num_users, seed=given.seed),
             new_tokens=given.new_tokens,
@@ -248,11 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             block_size=given.block_size,
             seed=given.seed,
         )
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{json.dumps(asdict(study)) if given.json else study.table()}\n")
-    return 0
+
+    return run_study(parser, arguments, study)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.errors import ConfigError, expect_one_or_more, unknown_name
 
 POLICIES = ("fcfs", "priority")
 
@@ -34,9 +34,7 @@ class SchedulerSettings:
         Raises:
             ConfigError: With the values that would work.
         """
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        expect_one_or_more(self, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
         if self.policy not in POLICIES:
             raise unknown_name("scheduling-policy", self.policy, POLICIES)
         if self.num_speculative_tokens < 0:

@@ -6,7 +6,7 @@ from heapq import merge
 import numpy as np
 
 from pagedkv.allocation import Allocator
-from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.errors import ConfigError, expect_one_or_more, unknown_name
 from pagedkv.scheduling.capacity_policy import CAPACITY_POLICIES
 from pagedkv.scheduling.content import Segments, segment_of, stream_of
 from pagedkv.scheduling.micro_batch import CHUNK_POLICIES, MicroBatchLimits, Work, micro_batch
@@ -41,9 +41,7 @@ class TensorRTLLMSettings:
         Raises:
             ConfigError: With the values that would work.
         """
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: needs 1 or more")
+        expect_one_or_more(self, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
         if self.capacity_policy not in CAPACITY_POLICIES:
             raise unknown_name("capacity-policy", self.capacity_policy, CAPACITY_POLICIES)
         if self.chunk_policy not in CHUNK_POLICIES:
