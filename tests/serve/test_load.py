@@ -2,11 +2,7 @@
 
 import asyncio
 import gc
-import json
 import random
-import re
-import resource
-from pathlib import Path
 
 import pytest
 
@@ -14,16 +10,12 @@ pytest.importorskip("starlette", reason="the server is made of starlette: pip in
 pytest.importorskip("uvicorn", reason="and of uvicorn")
 pytest.importorskip("httpx", reason="what these tests share has a client of httpx")
 
+from client_load import resident_bytes, run_load, scraped, stream
 from small_server import MODEL, engine, listening, samples
 
 from pagedkv.sims.serve.serve_loop import Answer, ServeLoop
 
 CLIENTS = 200
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process. Source: proc(5), statm counts pages."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def settled(loop: ServeLoop) -> None:
@@ -43,31 +35,6 @@ async def most_at_once(loop: ServeLoop) -> int:
         most = max(most, loop.num_unfinished)
         await asyncio.sleep(0.01)
     return most
-
-
-async def stream(url: str, rng: random.Random, leave_after: int | None = None) -> int:
-    """Read an answer over a connection of its own, or so many tokens of it, and return its tokens."""
-    asked = rng.randrange(100, 200)
-    prompt = [rng.randrange(4)] * rng.randrange(20, 200)
-    content = json.dumps({"prompt": prompt, "max_tokens": asked, "stream": True, "stream_options": {"include_usage": True}})
-    host, port = url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
-    writer.write((head + content).encode())
-    seen, said = 0, b""
-    while part := await reader.read(1 << 16):
-        said += part
-        seen += part.count(b"data: {")
-        if leave_after is not None and seen >= leave_after:
-            writer.transport.abort()
-            return seen
-    writer.close()
-    assert said.startswith(b"HTTP/1.1 200"), said[:200]
-    assert b"data: [DONE]" in said
-    assert said.count(b'"finish_reason":"length"') == 1
-    (usage,) = re.findall(rb'"completion_tokens":(\d+)', said)
-    assert int(usage) == said.count(b'"text":"') == asked
-    return asked
 
 
 def test_two_hundred_streams_at_once_lose_nothing_and_leave_nothing() -> None:
@@ -151,5 +118,19 @@ def test_requests_that_are_done_are_forgotten_while_others_go_on(monkeypatch: py
             await asyncio.gather(*map(user, range(40)))
             await settled(loop)
             assert loop.engine.scheduler.requests.size < 100
+
+    asyncio.run(test())
+
+
+def test_requests_for_several_answers_lose_nothing_either() -> None:
+    async def test() -> None:
+        async with listening(engine(num_gpu_blocks_override=200, max_num_seqs=32)) as (loop, url):
+            load = await run_load(url, seconds=0.2, clients=20, most_answers=4, output=(20, 60))
+            await settled(loop)
+            assert load.failures == []
+            assert load.answers >= 18
+            assert load.num_left >= 2
+            assert len(load.gaps_s) > load.answers
+            assert (await scraped(url))["kv_cache_usage_perc"] == 0
 
     asyncio.run(test())
