@@ -114,11 +114,12 @@ async def run_load(url: str, *, seconds: float, clients: int, most_answers: int,
             n, gaps_s = rng.randint(1, most_answers), list[float]()
             leave_after = rng.randrange(1, 60) if number % 10 == 0 else None
             try:
-                load.tokens += await stream(url, rng, leave_after, output=output, n=n, gaps_s=gaps_s)
+                tokens = await stream(url, rng, leave_after, output=output, n=n, gaps_s=gaps_s)
             except (AssertionError, OSError, ValueError) as error:
                 load.failures.append(repr(error)[:200])
                 await asyncio.sleep(1.0)
                 continue
+            load.tokens += tokens
             load.first_s += gaps_s[:1]
             load.gaps_s += gaps_s[1:]
             if leave_after is None:
