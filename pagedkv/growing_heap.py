@@ -84,9 +84,8 @@ class GrowingHeap:
             raise ConfigError(f"cannot grow {interval.size} slots to {size}: intervals never shrink")
         if more > self.free_slots:
             return None
-        room_ends = self.intervals[at + 1].start if at + 1 < len(self.intervals) else self.num_slots
         copies = NO_COPIES
-        if interval.start + size > room_ends:
+        if interval.start + size > self._room_ends(at):
             del self.intervals[at]
             place = self._first_fit(size)
             if place is None:
@@ -98,6 +97,14 @@ class GrowingHeap:
         interval.size = size
         self.free_slots -= more
         return copies
+
+    def room_behind(self, interval: Interval) -> int:
+        """Return how many slots `interval` can grow by where it is. O(log intervals).
+
+        Raises:
+            ConfigError: If it is not of this heap.
+        """
+        return self._room_ends(self._index(interval)) - interval.end
 
     def release(self, interval: Interval) -> None:
         """Give back `interval`. O(intervals).
@@ -141,6 +148,9 @@ class GrowingHeap:
             top -= interval.size
             copies.append(_move(interval, top))
         return np.concatenate(copies)
+
+    def _room_ends(self, at: int) -> int:
+        return self.intervals[at + 1].start if at + 1 < len(self.intervals) else self.num_slots
 
     def _place_of(self, start: int) -> int:
         return bisect_left(self.intervals, start, key=lambda interval: interval.start)

@@ -91,8 +91,11 @@ class RequestByRequest:
         self._requests: list[KVRequest | None] = [None] * allocator.max_num_seqs
         self._num_slots: Int64Array = np.zeros(allocator.max_num_seqs, np.int64)
         """By row: tokens that have slots; its `KVRequest` hears of them when the allocator is asked again."""
+        # What it is, is asked once: asking costs as much as a step.
+        self._groups = allocator if isinstance(allocator, Grouped) else None
+        self._grows_while_free = isinstance(allocator, GrowsWhileFree)
         # Within what a row holds already, an allocator has nothing to decide, but to give back what has left a window.
-        self._in_units = allocator.unit_slots > 1 and not isinstance(allocator, Grouped)
+        self._in_units = allocator.unit_slots > 1 and self._groups is None
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant slots in order until one entry does not fit; return its index. What a row holds already needs no call."""
@@ -110,9 +113,9 @@ class RequestByRequest:
 
     def decode_run(self, batch: StepBatch, num_steps: int) -> DecodeRun:
         """Return how many steps, of `num_steps`, the rows of `batch` get through before memory is a question."""
-        if isinstance(self.allocator, Grouped):  # it gives back what leaves a window
+        if self._groups is not None:  # it gives back what leaves a window
             return ONE_STEP
-        if not isinstance(self.allocator, GrowsWhileFree):
+        if not self._grows_while_free:
             return DecodeRun(min(num_steps, steps_within(batch, self.units_held)))
         return DecodeRun(num_steps, self.allocator.unit_slots, self.free_slots)
 
@@ -173,9 +176,9 @@ class RequestByRequest:
     def slots_used(self, row: int, num_tokens: int, num_final_tokens: int) -> tuple[int, int]:
         """Return how many slots of `row` have tokens and how many await some, where layer groups keep their own: `Grouped`."""
         request = self._requests[row]
-        if request is None or not isinstance(self.allocator, Grouped):
+        if request is None or self._groups is None:
             return 0, 0
-        return self.allocator.slots_used(request, num_tokens, num_final_tokens)
+        return self._groups.slots_used(request, num_tokens, num_final_tokens)
 
     @property
     def free_slots(self) -> int:

@@ -92,7 +92,13 @@ class ContiguousGrowingAllocator:
         return self.heap.free_slots if self._block_size == 1 else 0
 
     def take_in_turn(self, requests: Sequence[KVRequest], num_tokens: int) -> None:
-        """Let their intervals grow token by token. O(tokens × requests + slots moved)."""
+        """Let their intervals grow token by token. O(tokens × requests + slots moved), O(requests) if nobody is in the way."""
+        ends = [self._size(request.num_computed_tokens + num_tokens) for request in requests]
+        held = [self._intervals[request] for request in requests]
+        if all(self.heap.room_behind(interval) >= end - interval.size for interval, end in zip(held, ends, strict=True)):
+            for interval, end in zip(held, ends, strict=True):
+                self.heap.grow(interval, max(end, interval.size))
+            return
         for tokens in range(1, num_tokens + 1):
             for request in requests:
                 interval, size = self._intervals[request], self._size(request.num_computed_tokens + tokens)

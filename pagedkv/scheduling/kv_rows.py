@@ -29,7 +29,9 @@ class KVRows:
         self.units_held: Int32Array = np.zeros(num_rows, np.int32)
         """Slots that each row holds for tokens, shared ones included."""
         self._requests: list[KVRequest | None] = [None] * num_rows
+        # What it is, is asked once: asking costs as much as a step.
         self._in_turn = allocator if isinstance(allocator, TakesInTurn) else None
+        self._grows_while_free = isinstance(allocator, GrowsWhileFree)
         self._num_live = 0
         self._noted = [0] * num_rows
         """By row: the computed tokens that the allocator has heard of."""
@@ -69,7 +71,7 @@ class KVRows:
         unit, held = self.allocator.unit_slots, self.units_held
         if self._in_turn is not None:
             return DecodeRun(num_steps, 1, self._in_turn.num_empty_slots)
-        if not isinstance(self.allocator, GrowsWhileFree):
+        if not self._grows_while_free:
             return DecodeRun(min(num_steps, steps_within(batch, held)))
         if (held[batch["row"]] - batch["num_slots_needed"] >= unit).any():
             return ONE_STEP  # a unit gets full, of which the allocator must hear, without another being due
