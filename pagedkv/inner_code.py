@@ -5,13 +5,16 @@ the callee inlined, all optimisations again, and so on up. Where functions of ma
 several times what optimising the outermost costs, and all but the last is thrown away.
 """
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial, update_wrapper
+from typing import Any, TypeVar
 
 from numba.core import types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _InnerLibrary(JITCodeLibrary):
@@ -102,3 +105,42 @@ class LeanDispatcher(CPUDispatcher):
     @property
     def _numba_type_(self) -> Any:
         return self._inner_type
+
+
+class ByKind:
+    """A function of which there is a version for each type that its first argument, a NamedTuple of arrays, may have.
+
+    As `functools.singledispatch`, for compiled callers too: which version they call is decided when they are compiled.
+    """
+
+    is_compiling = False
+    """numba asks for it: a version that calls itself would have to say so."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._versions: dict[type, Any] = {}
+        self._numba_type_ = types.Dispatcher(self)
+        update_wrapper(self, function)
+
+    def register(self, kind: type) -> Callable[[F], F]:
+        """Return a decorator for the version, by `lean_jit`, for first arguments of type `kind`."""
+
+        def add(version: F) -> F:
+            self._versions[kind] = version
+            return version
+
+        return add
+
+    def __call__(self, first: Any, *others: Any) -> Any:
+        """Call the version for `first` from Python."""
+        return self._versions[type(first)](first, *others)
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        """Tell a compiled caller what a call with arguments of these types is."""
+        return self._inner(args).get_call_template(args, kws)
+
+    def get_overload(self, args: Any) -> Any:
+        """Tell a compiled caller what it was compiled to."""
+        return self._inner(args).get_overload(args)
+
+    def _inner(self, args: Any) -> Any:
+        return self._versions[args[0].instance_class]._inner

@@ -14,7 +14,7 @@ from numba.core.types import FunctionType
 from numba.extending import typeof_impl
 
 import pagedkv
-from pagedkv.inner_code import LeanDispatcher
+from pagedkv.inner_code import ByKind, LeanDispatcher
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,6 +41,14 @@ def lean_jit(function: F) -> F:
         compiled.enable_caching()
     _watch_package(compiled)
     return cast("F", compiled)
+
+
+def by_kind(function: Callable[..., Any]) -> ByKind:
+    """Return a function with a version by `lean_jit` for each kind of memory, or rules, that it may get as its first argument.
+
+    The body of `function` is never run: its docstring says what each version does.
+    """
+    return ByKind(function)
 
 
 def parallel_jit(function: F) -> F:

@@ -1,6 +1,5 @@
 """vAttention's rules: rows keep their pages, idle rows give them up, pages are mapped ahead; and that no page has two owners."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators.vattention import VAttentionAllocator
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
-from pagedkv.virtual_pages import MappingCounts, VirtualPages
+from pagedkv.virtual_pages import NUM_FREE, MappingCounts, VirtualPages
 
 PAGE = 4
 
@@ -53,7 +52,7 @@ def free(vattention: VAttentionAllocator, *requests: KVRequest) -> None:
 
 
 def mapped(vattention: VAttentionAllocator) -> list[int]:
-    return [int(pages) for pages in vattention.pages.num_mapped]
+    return [int(pages) for pages in vattention.pages.arrays.num_mapped]
 
 
 def row(vattention: VAttentionAllocator, request: KVRequest) -> int:
@@ -61,9 +60,9 @@ def row(vattention: VAttentionAllocator, request: KVRequest) -> int:
 
 
 def state(vattention: VAttentionAllocator) -> Any:
-    pages = {name: copy.deepcopy(value) for name, value in vars(vattention.pages).items()}
+    pages = {name: array.tolist() for name, array in vattention.pages.arrays._asdict().items()}
     rows = {request.request_id: (request.num_computed_tokens, place) for request, place in vattention._rows.items()}
-    return rows, {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in pages.items()}
+    return rows, pages
 
 
 def test_slots_are_those_of_physical_pages() -> None:
@@ -80,7 +79,7 @@ def test_slots_are_those_of_physical_pages() -> None:
 def test_the_pool_is_whole_pages() -> None:
     vattention = VAttentionAllocator(KVPoolSettings(num_blocks=5, block_size=4, page_tokens=8, max_model_len=17))
     assert (vattention.num_slots, vattention.usable_slots, vattention.free_slots) == (20, 16, 16)
-    assert vattention.pages.table.shape == (256, 3)  # rows are max_model_len tokens, rounded up
+    assert vattention.pages.arrays.table.shape == (256, 3)  # rows are max_model_len tokens, rounded up
     with pytest.raises(ConfigError, match="page-tokens of 20 or less"):
         VAttentionAllocator(KVPoolSettings(num_blocks=5, block_size=4, page_tokens=21, max_model_len=16))
 
@@ -285,11 +284,11 @@ def test_pages_need_a_pool_and_rows(numbers: tuple[int, int, int]) -> None:
 
 
 CORRUPTIONS: dict[str, Callable[[VAttentionAllocator], Any]] = {
-    "page twice": lambda vattention: vattention.pages.table.__setitem__((0, 1), 0),
-    "page of the pool mapped": lambda vattention: vattention.pages.table.__setitem__((0, 1), 7),
-    "page lost": lambda vattention: vattention.pages.num_mapped.__setitem__(1, 3),
-    "need unmapped": lambda vattention: vattention.pages.num_needed.__setitem__(0, 3),
-    "miscounted": lambda vattention: setattr(vattention.pages, "free_pages", 6),
+    "page twice": lambda vattention: vattention.pages.arrays.table.__setitem__((0, 1), 0),
+    "page of the pool mapped": lambda vattention: vattention.pages.arrays.table.__setitem__((0, 1), 7),
+    "page lost": lambda vattention: vattention.pages.arrays.num_mapped.__setitem__(1, 3),
+    "need unmapped": lambda vattention: vattention.pages.arrays.num_needed.__setitem__(0, 3),
+    "miscounted": lambda vattention: vattention.pages.arrays.counts.__setitem__(NUM_FREE, 6),
     "row without request": lambda vattention: vattention._rows.popitem(),
     "request without row": lambda vattention: vattention._rows.__setitem__(KVRequest(request_id="x", num_tokens=1), 3),
 }
@@ -370,7 +369,7 @@ def test_whatever_is_mapped_where_no_content_is_lost(
             content = memory[held[: request.num_computed_tokens]].tolist()
             assert content == [[request.request_id, t] for t in range(request.num_computed_tokens)]
     counts, pages = vattention.counts, vattention.pages
-    assert counts.mapped + counts.premapped - counts.reclaimed - counts.unmapped == pages.num_mapped.sum()
+    assert counts.mapped + counts.premapped - counts.reclaimed - counts.unmapped == pages.arrays.num_mapped.sum()
     for request in live:
         vattention.free(request)
     assert vattention.free_slots == vattention.usable_slots

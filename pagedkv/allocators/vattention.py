@@ -126,7 +126,7 @@ class VAttentionAllocator:
         near_the_end = [request for request in self._rows if self._num_missing(request, _TOKENS_AHEAD)]
         near_the_end.sort(key=self._rows.__getitem__)
         due = sum(self._num_missing(request, 1) for request in near_the_end)
-        self.counts.unmapped += self.pages.reclaim(due)
+        self.pages.reclaim(due)
         if due <= self.pages.num_unmapped:
             mapped = sum(self.premap(request, 1) for request in near_the_end)
             for tokens in range(2, _TOKENS_AHEAD + 1):
@@ -161,14 +161,14 @@ class VAttentionAllocator:
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of the pages that its tokens reach into."""
         row = self._rows.get(request)
-        return 0 if row is None else (int(self.pages.num_needed[row]) - self._state_pages) * self.unit_slots
+        return 0 if row is None else (int(self.pages.arrays.num_needed[row]) - self._state_pages) * self.unit_slots
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the physical slots of those pages."""
         row = self._rows.get(request)
         if row is None:
             return NO_SLOTS
-        return block_slots(self.pages.table[row, self._state_pages : self.pages.num_needed[row]], self.unit_slots)
+        return block_slots(self.pages.arrays.table[row, self._state_pages : self.pages.arrays.num_needed[row]], self.unit_slots)
 
     def cached_slots(self) -> Int64Array:
         """Return none: what a mapped page held before is of no use to another request."""
@@ -187,9 +187,9 @@ class VAttentionAllocator:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pages have one place each and exactly the live requests' rows are in use."""
         self.pages.check_integrity()
-        if sorted(self._rows.values()) != np.flatnonzero(self.pages.num_needed).tolist():
+        if sorted(self._rows.values()) != np.flatnonzero(self.pages.arrays.num_needed).tolist():
             raise IntegrityError(
-                f"requests have rows {sorted(self._rows.values())}, which need {self.pages.num_needed.tolist()} pages"
+                f"requests have rows {sorted(self._rows.values())}, which need {self.pages.arrays.num_needed.tolist()} pages"
             )
 
     def _pages_for(self, tokens: int) -> int:
@@ -201,4 +201,4 @@ class VAttentionAllocator:
     def _num_missing(self, request: KVRequest, num_tokens: int) -> int:
         """Return the pages not mapped yet behind the next `num_tokens` tokens, as far as max_model_len."""
         tokens = min(request.num_computed_tokens + num_tokens, self.max_model_len)
-        return max(self._pages_needed(tokens) - int(self.pages.num_mapped[self._rows[request]]), 0)
+        return max(self._pages_needed(tokens) - int(self.pages.arrays.num_mapped[self._rows[request]]), 0)

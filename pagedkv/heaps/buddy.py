@@ -9,6 +9,7 @@ import numpy as np
 
 from pagedkv.arrays import Int8Array, Int32Array, Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.heap_arrays import NO_ADDRESS, num_free_slots, release_slots, reserve_slots, rounded_size
 from pagedkv.heaps import HEAPS
 from pagedkv.jit import lean_jit
 
@@ -56,13 +57,36 @@ def _unlink(heap: BuddyArrays, address: int) -> None:
 
 
 @lean_jit
-def _reserve(heap: BuddyArrays, order: int) -> int:
-    """Take an extent of `order`, splitting the smallest larger one if none is free. O(log num_slots)."""
+def _order_of(size: int) -> int:
+    order = 0
+    while (1 << order) < size:
+        order += 1
+    return order
+
+
+@rounded_size.register(BuddyArrays)
+@lean_jit
+def _rounded(heap: BuddyArrays, size: int) -> int:
+    """Return the next power of two."""
+    return 1 << _order_of(size)
+
+
+@num_free_slots.register(BuddyArrays)
+@lean_jit
+def _num_free(heap: BuddyArrays) -> int:
+    return int(heap.free_slots[0])
+
+
+@reserve_slots.register(BuddyArrays)
+@lean_jit
+def _reserve(heap: BuddyArrays, size: int) -> int:
+    """Take an extent of the order of `size`, splitting the smallest larger one if none is free. O(log num_slots)."""
+    order = _order_of(size)
     found = order
     while found < heap.first.size and heap.first[found] == NONE:
         found += 1
     if found >= heap.first.size:
-        return NONE
+        return NO_ADDRESS
     address = heap.first[found]
     _unlink(heap, address)
     while found > order:
@@ -73,6 +97,7 @@ def _reserve(heap: BuddyArrays, order: int) -> int:
     return int(address)
 
 
+@release_slots.register(BuddyArrays)
 @lean_jit
 def _release(heap: BuddyArrays, address: int) -> None:
     """Give an extent back and merge it with its buddy as long as that one is free. O(log num_slots)."""
@@ -126,8 +151,8 @@ class BuddyHeap:
         """Take 2**ceil(log2(size)) slots; None if no free extent is that large. O(log num_slots)."""
         if size < 1:
             raise ConfigError(f"cannot reserve {size} slots: the number must be 1 or more")
-        address = _reserve(self.arrays, (size - 1).bit_length())
-        return None if address == NONE else address
+        address = int(_reserve(self.arrays, size))
+        return None if address == NO_ADDRESS else address
 
     def release(self, address: int) -> None:
         """Give back the reservation at `address`. O(log num_slots)."""
@@ -137,7 +162,7 @@ class BuddyHeap:
 
     def rounded(self, size: int) -> int:
         """Return the next power of two."""
-        return 1 << (size - 1).bit_length()
+        return int(_rounded(self.arrays, size))
 
     @property
     def free_slots(self) -> int:

@@ -6,10 +6,9 @@ import numpy as np
 
 from pagedkv.arrays import Int64Array
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.heap_arrays import NO_ADDRESS, num_free_slots, release_slots, reserve_slots, rounded_size
 from pagedkv.heaps import HEAPS
 from pagedkv.jit import lean_jit
-
-NONE = -1
 
 
 class ExtentArrays(NamedTuple):
@@ -19,6 +18,13 @@ class ExtentArrays(NamedTuple):
     size: Int64Array
     used: Int64Array
     """Length 1: extents in use."""
+
+
+class FirstFitArrays(NamedTuple):
+    """All of the heap. Each extent in use needs room in the arrays of its kind."""
+
+    free: ExtentArrays
+    taken: ExtentArrays
 
 
 @lean_jit
@@ -47,9 +53,28 @@ def _place_of(extents: ExtentArrays, address: int) -> int:
     return int(np.searchsorted(extents.start[: extents.used[0]], address))
 
 
+@rounded_size.register(FirstFitArrays)
 @lean_jit
-def _reserve(free: ExtentArrays, taken: ExtentArrays, size: int) -> int:
+def _rounded(heap: FirstFitArrays, size: int) -> int:
+    """Return `size`: nothing is rounded."""
+    return size
+
+
+@num_free_slots.register(FirstFitArrays)
+@lean_jit
+def _num_free(heap: FirstFitArrays) -> int:
+    """Add them up. O(extents)."""
+    slots = 0
+    for i in range(heap.free.used[0]):
+        slots += heap.free.size[i]
+    return slots
+
+
+@reserve_slots.register(FirstFitArrays)
+@lean_jit
+def _reserve(heap: FirstFitArrays, size: int) -> int:
     """Cut `size` slots from the lowest extent that has them. O(extents)."""
+    free, taken = heap.free, heap.taken
     for i in range(free.used[0]):
         if free.size[i] >= size:
             address = free.start[i]
@@ -59,15 +84,15 @@ def _reserve(free: ExtentArrays, taken: ExtentArrays, size: int) -> int:
                 _remove(free, i)
             _insert(taken, _place_of(taken, address), address, size)
             return int(address)
-    return NONE
+    return NO_ADDRESS
 
 
+@release_slots.register(FirstFitArrays)
 @lean_jit
-def _release(free: ExtentArrays, taken: ExtentArrays, address: int) -> bool:
-    """Give a reservation back and merge it with free neighbours. O(extents). False if none starts at `address`."""
+def _release(heap: FirstFitArrays, address: int) -> None:
+    """Give a reservation back and merge it with free neighbours. O(extents)."""
+    free, taken = heap.free, heap.taken
     place = _place_of(taken, address)
-    if place == taken.used[0] or taken.start[place] != address:
-        return False
     size = taken.size[place]
     _remove(taken, place)
     i = _place_of(free, address)
@@ -83,7 +108,6 @@ def _release(free: ExtentArrays, taken: ExtentArrays, address: int) -> bool:
         free.size[i] += size
     else:
         _insert(free, i, address, size)
-    return True
 
 
 @HEAPS.register("first-fit")
@@ -102,32 +126,40 @@ class FirstFitHeap:
         if num_slots < 1:
             raise ConfigError(f"a heap of {num_slots} slots: needs 1 or more")
         self.num_slots = num_slots
-        self._free = _extents(capacity=64)
-        self._taken = _extents(capacity=64)
-        _insert(self._free, 0, 0, num_slots)
+        self.arrays = FirstFitArrays(_extents(capacity=64), _extents(capacity=64))
+        _insert(self.arrays.free, 0, 0, num_slots)
+
+    def make_room(self, num_reservations: int) -> None:
+        """Let so many reservations at once need no larger arrays."""
+        missing = num_reservations + 1 - self.arrays.free.start.size  # between two of them there may be a free extent
+        if missing > 0:
+            self.arrays = FirstFitArrays(*(_longer(extents, missing) for extents in self.arrays))
 
     def reserve(self, size: int) -> int | None:
         """Take `size` slots from the lowest extent that has them; None if none has. O(extents)."""
         if size < 1:
             raise ConfigError(f"cannot reserve {size} slots: the number must be 1 or more")
-        self._free, self._taken = _with_room(self._free), _with_room(self._taken)
-        address = _reserve(self._free, self._taken, size)
-        return None if address == NONE else address
+        taken = int(self.arrays.taken.used[0])
+        if taken + 1 >= self.arrays.free.start.size:
+            self.make_room(2 * taken)
+        address = int(_reserve(self.arrays, size))
+        return None if address == NO_ADDRESS else address
 
     def release(self, address: int) -> None:
         """Give back the reservation at `address`. O(extents)."""
-        self._free = _with_room(self._free)
-        if not _release(self._free, self._taken, address):
+        taken = self.arrays.taken
+        if address not in taken.start[: taken.used[0]]:
             raise ConfigError(f"cannot release slot {address}: no reservation starts there")
+        _release(self.arrays, address)
 
     def rounded(self, size: int) -> int:
         """Return `size`: nothing is rounded."""
-        return size
+        return int(_rounded(self.arrays, size))
 
     @property
     def free_slots(self) -> int:
         """Slots in free extents."""
-        return int(self._free.size[: self._free.used[0]].sum())
+        return int(_num_free(self.arrays))
 
     @property
     def largest_reservation(self) -> int:
@@ -136,14 +168,12 @@ class FirstFitHeap:
 
     def reserved(self) -> dict[int, int]:
         """Return the slots taken at each address that a reservation starts at. O(extents)."""
-        used = self._taken.used[0]
-        return dict(zip(self._taken.start[:used].tolist(), self._taken.size[:used].tolist(), strict=True))
+        taken, used = self.arrays.taken, self.arrays.taken.used[0]
+        return dict(zip(taken.start[:used].tolist(), taken.size[:used].tolist(), strict=True))
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless free and taken extents tile the heap and no two free ones touch."""
-        free, taken = (
-            list(zip(e.start[: e.used[0]].tolist(), e.size[: e.used[0]].tolist(), strict=True)) for e in (self._free, self._taken)
-        )
+        free, taken = (list(zip(e.start[: e.used[0]].tolist(), e.size[: e.used[0]].tolist(), strict=True)) for e in self.arrays)
         state = f"free {free}, taken {taken}, of {self.num_slots} slots"
         if free != sorted(free) or taken != sorted(taken):
             raise IntegrityError(f"extents are out of order: {state}")
@@ -161,8 +191,6 @@ def _extents(*, capacity: int) -> ExtentArrays:
     return ExtentArrays(np.zeros(capacity, np.int64), np.zeros(capacity, np.int64), np.zeros(1, np.int64))
 
 
-def _with_room(extents: ExtentArrays) -> ExtentArrays:
-    if extents.used[0] < extents.start.size:
-        return extents
-    pad = np.zeros(extents.start.size, np.int64)
+def _longer(extents: ExtentArrays, more: int) -> ExtentArrays:
+    pad = np.zeros(more, np.int64)
     return ExtentArrays(np.concatenate((extents.start, pad)), np.concatenate((extents.size, pad)), extents.used)

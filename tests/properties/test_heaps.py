@@ -258,7 +258,7 @@ def test_buddy_notices_buddies_that_did_not_merge() -> None:
 )
 def test_first_fit_notices_corruption(free: list[tuple[int, int]], taken: list[tuple[int, int]]) -> None:
     heap = FirstFitHeap(10)
-    for extents, wrong in ((heap._free, free), (heap._taken, taken)):
+    for extents, wrong in ((heap.arrays.free, free), (heap.arrays.taken, taken)):
         extents.used[0] = len(wrong)
         for i, (start, size) in enumerate(wrong):
             extents.start[i], extents.size[i] = start, size
