@@ -118,7 +118,7 @@ class ByKind:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._versions: dict[type, Any] = {}
-        self._numba_type_ = types.Dispatcher(self)
+        self._numba_type_: Any = types.Dispatcher(self)
         update_wrapper(self, function)
 
     def register(self, kind: type) -> Callable[[F], F]:

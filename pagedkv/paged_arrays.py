@@ -7,6 +7,7 @@ from pagedkv.block_moves import release_behind, release_blocks
 from pagedkv.free_queue import Blocks, FreeQueue
 from pagedkv.jit import lean_jit
 from pagedkv.prefix_cache import Buckets, KeyIndex
+from pagedkv.step_memory import free_row
 
 
 class PagedArrays(NamedTuple):
@@ -48,8 +49,9 @@ class PagedRules(NamedTuple):
     """Freed blocks without a key are handed out next; if not (vLLM 0.19), last."""
 
 
+@free_row.register(PagedArrays)
 @lean_jit
-def free_row(pool: PagedArrays, rules: PagedRules, row: int) -> None:
+def _free_row(pool: PagedArrays, rules: PagedRules, row: int) -> None:
     """Give back all that `row` holds. O(blocks)."""
     if rules.freed_to_front:
         release_blocks(pool.blocks, pool.queue, pool.tables[row], pool.num_blocks[row])

@@ -2,17 +2,19 @@
 
 import numpy as np
 
+import pagedkv.scheduling.paged_grants  # noqa: F401 - what compiled code does with this kind of memory
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.arrays import BoolArray, Int32Array, Int64Array
+from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.block_moves import take_blocks
 from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, NUM_KEYED, NUM_SHARES, Blocks, FreeQueue
 from pagedkv.jit import lean_jit
-from pagedkv.paged_arrays import NUM_COPIES, NUM_FORKS, PagedArrays, PagedRules, free_row
+from pagedkv.paged_arrays import NUM_COPIES, NUM_FORKS, PagedArrays, PagedRules
 from pagedkv.prefix_cache import Buckets, KeyIndex
 from pagedkv.step_batch import StepBatch
+from pagedkv.step_memory import NEVER, free_row
 
 
 @lean_jit
@@ -149,12 +151,11 @@ class PagedStepAllocator:
         blocks = -(-most // self.unit_slots) + self.state_units
         return 0 if blocks * self.unit_slots <= self.usable_slots else None
 
-    def can_ever_fit(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
-        """Return for many requests at once whether the empty pool is large enough."""
+    def all_admission_slots(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64Array:
+        """Return `admission_slots` for many requests at once, NEVER where it is None."""
         most = np.minimum(prompt_tokens + output_tokens - 1 + self.lookahead_slots, self.max_model_len)
         blocks = -(-most // self.unit_slots) + self.state_units
-        fits: BoolArray = blocks * self.unit_slots <= self.usable_slots
-        return fits
+        return np.where(blocks * self.unit_slots <= self.usable_slots, 0, NEVER)
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant blocks in order until one entry does not fit; return its index. O(entries + blocks taken)."""
@@ -204,6 +205,16 @@ class PagedStepAllocator:
     def free(self, row: int) -> None:
         """Give all blocks of `row` back. O(blocks)."""
         free_row(self.arrays, self.rules, row)
+
+    @property
+    def cached_slots(self) -> int:
+        """Slots in free blocks that keep a prefix for reuse."""
+        return int(self.pool.queue[NUM_KEYED]) * self.unit_slots
+
+    @property
+    def shared_slots(self) -> int:
+        """Slots in blocks that are held more than once, each counted as often as it is held beyond the first time."""
+        return int(self.pool.queue[NUM_SHARES]) * self.unit_slots
 
     @property
     def free_slots(self) -> int:

@@ -2,21 +2,26 @@
 
 The scheduler writes what it would like to run into a `StepBatch`; the allocator grants slots in that order and stops at the first
 entry that does not fit now. A row is a place in the running batch; a request owns one from admission until it finishes or is
-preempted. Every allocator of the registry can be driven so; `paged` has compiled code for it.
+preempted. Every allocator of the registry can be driven so; paged blocks, contiguous intervals and
+vAttention's pages have compiled code for it.
 """
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from pagedkv.allocation import Allocator, Grouped, GrowsWhileFree, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.vattention import VAttentionAllocator
 from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.contiguous_allocator import ContiguousAllocator
 from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.step_batch import StepBatch
+from pagedkv.virtual_steps import VirtualStepAllocator
 
 
 class RowMemory(Protocol):
@@ -70,6 +75,27 @@ class StepAllocator(RowMemory, Protocol):
 
     def free(self, row: int) -> None:
         """Take back all that `row` holds."""
+
+
+@runtime_checkable
+class CompiledMemory(StepAllocator, Protocol):
+    """A step allocator whose `arrays` and `rules` are of a kind that compiled code knows: `pagedkv.step_memory`."""
+
+    arrays: Any
+    rules: Any
+    lookahead_slots: int
+    """Slots that a request may take beyond its known tokens, for drafts."""
+
+    @property
+    def cached_slots(self) -> int:
+        """Free slots that keep a prefix for reuse."""
+
+    @property
+    def shared_slots(self) -> int:
+        """Slots that are held more than once, each counted as often as it is held beyond the first time."""
+
+    def all_admission_slots(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64Array:
+        """Return `admission_slots` for many requests at once, NEVER where it is None."""
 
 
 class RequestByRequest:
@@ -217,4 +243,11 @@ def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:
         )
     if settings.enable_prefix_caching and name != PagedStepAllocator.name:
         raise ConfigError(f"a scheduler shares prefixes in paged memory only: {name} needs enable_prefix_caching off here")
-    return PagedStepAllocator(settings) if name == PagedStepAllocator.name else RequestByRequest(ALLOCATORS.load(name)(settings))
+    if name == PagedStepAllocator.name:
+        return PagedStepAllocator(settings)
+    allocator = ALLOCATORS.load(name)(settings)
+    if isinstance(allocator, ContiguousAllocator):
+        return IntervalStepAllocator(allocator)
+    if isinstance(allocator, VAttentionAllocator):
+        return VirtualStepAllocator(allocator)
+    return RequestByRequest(allocator)

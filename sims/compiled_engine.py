@@ -1,4 +1,4 @@
-"""The serving engine over paged memory, compiled: simpy carries users and arrivals, a compiled loop the steps between two events.
+"""The serving engine over memory of a compiled kind: simpy carries users and arrivals, a compiled loop all that is between.
 
 It decides, records and times exactly as `pagedkv.sims.engine.Engine` does: a law in the tests. Several on one clock do, too: a step
 in flight is an event, so that none of them runs beyond the end of another's step, or beyond an arrival that reads their loads.
@@ -13,7 +13,6 @@ import simpy
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.errors import ConfigError
 from pagedkv.jit import fixed_types
-from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.clock import Clock
@@ -38,7 +37,7 @@ from pagedkv.sims.step_time import RooflineStepTime
 
 
 class CompiledEngine:
-    """Takes requests and runs steps over `scheduler`, whose allocator must be the paged one."""
+    """Takes requests and runs steps over `scheduler`, whose memory must be of a compiled kind."""
 
     steps_at_once = 200_000
     """Steps without a word of how far things are."""
@@ -51,9 +50,9 @@ class CompiledEngine:
         recorder: Recorder,
         acceptance: Acceptance = NOTHING_ACCEPTED,
     ) -> None:
-        assert isinstance(scheduler.allocator, PagedStepAllocator)
+        assert scheduler.compiled_memory is not None
         self._env, self._scheduler, self._recorder = env, scheduler, recorder
-        self._allocator, self._coefficients, self._acceptance = scheduler.allocator, step_time.coefficients, acceptance
+        self._memory, self._coefficients, self._acceptance = scheduler.compiled_memory, step_time.coefficients, acceptance
         self._done: dict[int, simpy.Event] = {}
         self._arrival = env.event()
         self._idle_since_s: float | None = None
@@ -128,7 +127,7 @@ class CompiledEngine:
         return LoopArrays(
             scheduler.arrays,
             scheduler.requests.arrays,
-            self._allocator.arrays,
+            self._memory.arrays,
             scheduler.requests.segments,
             *scheduler.step_arrays,
             self._failed,
@@ -146,9 +145,10 @@ class CompiledEngine:
             reason = self._run_steps(
                 self._loop(),
                 scheduler.limits,
-                self._allocator.rules,
+                self._memory.rules,
                 self._coefficients,
                 float(env.peek()),
+                self._recorder.needs_extent,
                 bool(self._done),
                 self.steps_at_once,
             )

@@ -7,7 +7,6 @@ from typing import Any
 
 import simpy
 
-from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.clock import Clock
@@ -97,8 +96,8 @@ def run(
 ) -> Run:
     """Simulate one allocator and return what happened. `progress` is told the share of simulated time that has passed.
 
-    Paged memory has a compiled loop; `step_by_step` does without it, and comes to the same. `watch` looks on, which changes
-    nothing; of several replicas, or models, it sees the first.
+    Over memory of a compiled kind there is a compiled loop; `step_by_step` does without it, and comes to the same. `watch` looks
+    on, which changes nothing; of several replicas, or models, it sees the first.
     """
     env = Clock(initial_time=0.0)
     end_s = math.inf if scenario.duration_s is None else scenario.warmup_s + scenario.duration_s
@@ -217,7 +216,7 @@ def _engine(
     *,
     step_by_step: bool,
 ) -> Engine | CompiledEngine:
-    compiled = isinstance(scheduler, Scheduler) and isinstance(scheduler.allocator, PagedStepAllocator) and not step_by_step
+    compiled = isinstance(scheduler, Scheduler) and scheduler.compiled_memory is not None and not step_by_step
     if isinstance(scheduler, Scheduler) and compiled and isinstance(step_time, RooflineStepTime):
         return CompiledEngine(env, scheduler, step_time, recorder, acceptance)
     return Engine(env, scheduler, step_time, recorder, acceptance, step_by_step=step_by_step)

@@ -47,19 +47,19 @@ class VAttentionAllocator:
                 f"a pool of {settings.num_slots} slots holds no page of {settings.page_tokens} tokens: needs page-tokens of "
                 f"{settings.num_slots} or less"
             )
-        self._state_pages = self._pages_for(settings.state_slots)
+        self.state_pages = self._pages_for(settings.state_slots)
         self.pages = VirtualPages(
             num_pages=num_pages,
             num_rows=settings.max_num_seqs,
-            pages_per_row=self._state_pages + self._pages_for(settings.max_model_len),
+            pages_per_row=self.state_pages + self._pages_for(settings.max_model_len),
         )
         self.num_slots = settings.num_slots
         self.usable_slots = num_pages * settings.page_tokens
         self.max_model_len = settings.max_model_len
         self.max_num_seqs = settings.max_num_seqs
-        self.state_slots = self._state_pages * settings.page_tokens
-        self._watermark_pages = int(settings.watermark * num_pages)
-        self._reserve_full_isl = settings.reserve_full_isl
+        self.state_slots = self.state_pages * settings.page_tokens
+        self.watermark_pages = int(settings.watermark * num_pages)
+        self.reserve_full_isl = settings.reserve_full_isl
         self._rows: dict[KVRequest, int] = {}
         """By live request: its row."""
 
@@ -94,8 +94,8 @@ class VAttentionAllocator:
         needed, row = self._pages_needed(tokens), self._rows.get(request)
         if row is None:
             request.check_place(len(self._rows), self.max_num_seqs)
-            gated = max(needed, self._pages_needed(request.num_tokens)) if self._reserve_full_isl else needed
-            if gated + (self._watermark_pages if has_scheduled_reqs else 0) > self.pages.free_pages:
+            gated = max(needed, self._pages_needed(request.num_tokens)) if self.reserve_full_isl else needed
+            if gated + (self.watermark_pages if has_scheduled_reqs else 0) > self.pages.free_pages:
                 return None
             row = self.pages.best_row(needed)
             assert row is not None  # fewer than max_num_seqs requests live
@@ -161,14 +161,14 @@ class VAttentionAllocator:
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of the pages that its tokens reach into."""
         row = self._rows.get(request)
-        return 0 if row is None else (int(self.pages.arrays.num_needed[row]) - self._state_pages) * self.unit_slots
+        return 0 if row is None else (int(self.pages.arrays.num_needed[row]) - self.state_pages) * self.unit_slots
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the physical slots of those pages."""
         row = self._rows.get(request)
         if row is None:
             return NO_SLOTS
-        return block_slots(self.pages.arrays.table[row, self._state_pages : self.pages.arrays.num_needed[row]], self.unit_slots)
+        return block_slots(self.pages.arrays.table[row, self.state_pages : self.pages.arrays.num_needed[row]], self.unit_slots)
 
     def cached_slots(self) -> Int64Array:
         """Return none: what a mapped page held before is of no use to another request."""
@@ -196,7 +196,7 @@ class VAttentionAllocator:
         return -(-tokens // self.unit_slots)
 
     def _pages_needed(self, tokens: int) -> int:
-        return self._state_pages + self._pages_for(tokens)
+        return self.state_pages + self._pages_for(tokens)
 
     def _num_missing(self, request: KVRequest, num_tokens: int) -> int:
         """Return the pages not mapped yet behind the next `num_tokens` tokens, as far as max_model_len."""

@@ -1,7 +1,7 @@
 """Heaps: how a contiguous reservation finds its place among `num_slots` slots. One file each."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from pagedkv.registry import Registry
 
@@ -11,6 +11,11 @@ class Heap(Protocol):
 
     num_slots: int
     """Slots in all."""
+    arrays: Any
+    """Its state, of a kind that `pagedkv.heap_arrays` knows: `make_room` may replace it."""
+
+    def make_room(self, num_reservations: int) -> None:
+        """Let so many reservations at once need no larger arrays."""
 
     def reserve(self, size: int) -> int | None:
         """Return the first slot of a free interval of `size` slots, now taken; None if there is none."""

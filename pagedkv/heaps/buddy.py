@@ -147,6 +147,9 @@ class BuddyHeap:
                 _link(self.arrays, address, order)
                 address += 1 << order
 
+    def make_room(self, num_reservations: int) -> None:
+        """Do nothing: there is room for one at every address."""
+
     def reserve(self, size: int) -> int | None:
         """Take 2**ceil(log2(size)) slots; None if no free extent is that large. O(log num_slots)."""
         if size < 1:

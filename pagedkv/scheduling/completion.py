@@ -1,11 +1,13 @@
 """The end of a step: tokens count as computed, outputs are sampled, requests are done."""
 
+from typing import Any
+
 from pagedkv.arrays import Int64Array
 from pagedkv.jit import lean_jit
-from pagedkv.paged_arrays import PagedArrays, PagedRules, free_row
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
 from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED, NUM_RUNNING, SchedulerArrays
 from pagedkv.step_batch import StepBatch
+from pagedkv.step_memory import free_row
 
 
 @lean_jit
@@ -65,19 +67,19 @@ def complete_step(
 
 
 @lean_jit
-def complete_paged_step(
+def complete_and_free(
     state: SchedulerArrays,
     requests: RequestArrays,
-    pool: PagedArrays,
-    rules: PagedRules,
+    memory: Any,
+    rules: Any,
     batch: StepBatch,
     num_entries: int,
     sampled: Int64Array,
     finished: Int64Array,
 ) -> tuple[int, int, int]:
-    """Do as `complete_step`, and give back what finished requests hold in `pool`. O(entries + running + blocks given back)."""
+    """Do as `complete_step`, and give back what finished requests hold in `memory`. O(entries + running + units given back)."""
     num_sampled, num_tokens, num_finished = complete_step(state, requests, batch, num_entries, sampled, finished)
     for k in range(num_finished):
-        free_row(pool, rules, requests["row"][finished[k]])
+        free_row(memory, rules, requests["row"][finished[k]])
         requests["row"][finished[k]] = NO_ROW
     return num_sampled, num_tokens, num_finished

@@ -2,18 +2,53 @@
 
 import numpy as np
 
+from pagedkv.arrays import Int32Array
 from pagedkv.block_moves import take_blocks, touch_blocks
-from pagedkv.free_queue import NULL_BLOCK, NUM_FREE
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, NUM_KEYED, NUM_SHARES
 from pagedkv.jit import lean_jit
-from pagedkv.paged_arrays import NUM_FORKS, PagedArrays, PagedRules
+from pagedkv.paged_arrays import NUM_COPIES, NUM_FORKS, PagedArrays, PagedRules
 from pagedkv.prefix_cache import find_key, insert_key
 from pagedkv.scheduling.content import Segments, segment_of, stream_of
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.shared_tails import part_tail, shares_tail
+from pagedkv.step_memory import admit, begin_step, covers, find_cached, grant, rows_of, slots_of
 
 
+@begin_step.register(PagedArrays)
 @lean_jit
-def grant(
+def _begin_step(pool: PagedArrays, rules: PagedRules) -> None:
+    """Forget the copies of the last step."""
+    pool.forks[NUM_COPIES] = 0
+
+
+@covers.register(PagedArrays)
+@lean_jit
+def _covers(pool: PagedArrays, rules: PagedRules, row: int, num_slots: int, num_computed: int) -> bool:
+    """No block is due, none gets full that is to carry its key, and the tail is its own."""
+    enough = num_slots <= int(pool.num_blocks[row]) * rules.block_size
+    if rules.caches:
+        enough &= num_slots < (int(pool.num_registered[row]) + 1) * rules.block_size
+    if pool.forks[NUM_FORKS] > 0:
+        enough &= not shares_tail(pool, rules, row, num_computed)
+    return enough
+
+
+@slots_of.register(PagedArrays)
+@lean_jit
+def _slots_of(pool: PagedArrays, rules: PagedRules) -> tuple[int, int, int, int]:
+    size, queue = rules.block_size, pool.queue
+    return queue[NUM_FREE] * size, queue[NUM_KEYED] * size, queue[NUM_SHARES] * size, 0
+
+
+@rows_of.register(PagedArrays)
+@lean_jit
+def _rows_of(pool: PagedArrays, rules: PagedRules) -> tuple[Int32Array, int, int]:
+    return pool.num_blocks, rules.block_size, pool.states.shape[1]
+
+
+@grant.register(PagedArrays)
+@lean_jit
+def _grant(
     pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int, num_tokens: int
 ) -> bool:
     """Give a running `request` the slots of its next tokens, and a tail of its own to write to. O(blocks taken and filled)."""
@@ -52,9 +87,10 @@ def _register(
     pool.num_registered[row] = last
 
 
+@find_cached.register(PagedArrays)
 @lean_jit
-def find_hits(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int) -> int:
-    """Write the cached blocks that `request` begins with into pool.hits; return their number. The last token is never a hit."""
+def _find_cached(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int) -> int:
+    """Write the cached blocks that `request` begins with into pool.hits; return their tokens. The last token is never a hit."""
     if not rules.caches:
         return 0
     place = requests["first_segment"][request]
@@ -67,26 +103,27 @@ def find_hits(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, seg
             word_a, word_b = stream_of(segments, place, end, request)
         block = find_key(pool.key_index, pool.buckets, word_a + np.uint64(i), word_b)
         if block == NULL_BLOCK:
-            return i
+            return i * rules.block_size
         pool.hits[i] = block
-    return int(most)
+    return int(most) * rules.block_size
 
 
+@admit.register(PagedArrays)
 @lean_jit
-def admit(
+def _admit(
     pool: PagedArrays,
     rules: PagedRules,
     requests: RequestArrays,
     segments: Segments,
     request: int,
     row: int,
-    num_hits: int,
+    num_cached: int,
     num_tokens: int,
     something_runs: bool,  # noqa: FBT001
 ) -> bool:
     """Give a waiting `request` its hits and the slots of its first tokens. O(hits + blocks taken and filled)."""
-    slots, known = num_hits * rules.block_size + num_tokens, requests["num_known_tokens"][request]
-    num_states = pool.states.shape[1]
+    slots, known = num_cached + num_tokens, requests["num_known_tokens"][request]
+    num_hits, num_states = num_cached // rules.block_size, pool.states.shape[1]
     kept_free = num_states + (rules.watermark_blocks if something_runs else 0)
     needed = -(-slots // rules.block_size)
     gated = -(-known // rules.block_size) if rules.reserve_full_isl else 0

@@ -68,8 +68,10 @@ def plan_step(state: SchedulerArrays, requests: RequestArrays, limits: Scheduler
 def admit(state: SchedulerArrays, requests: RequestArrays, batch: StepBatch, first: int, last: int) -> None:
     """Move the requests of entries `first` to `last` from the head of the queue to the running ones. O(last - first)."""
     for i in range(first, last):
+        request = batch["request"][i]
         drop_head(state, requests, False)  # noqa: FBT003 - fcfs
-        start_running(state, requests, batch["request"][i], batch["row"][i])
+        requests["num_queried_tokens"][request] += requests["num_known_tokens"][request]
+        start_running(state, requests, request, batch["row"][i])
 
 
 # Their arguments have the same types in every scheduler.

@@ -116,8 +116,14 @@ class RequestTable:
         _copy_segments(self.segments, first, segments)
         self.arrays["num_segments"][request] += segments.size
 
-    def extend(self, prompt_tokens: Int64Array, output_tokens: Int64Array, contents: Contents | None = None) -> None:
-        """Append requests that grow."""
+    def extend(
+        self,
+        prompt_tokens: Int64Array,
+        output_tokens: Int64Array,
+        admission_slots: Int64Array,
+        contents: Contents | None = None,
+    ) -> None:
+        """Append many requests: see `add`."""
         first, last = self.size, self.size + prompt_tokens.size
         if last > self.arrays.size:
             grown = _no_requests(last)  # no more than that: these are most of what a run of a million requests needs
@@ -126,6 +132,7 @@ class RequestTable:
         arrays = self.arrays
         arrays["prompt_tokens"][first:last] = arrays["num_known_tokens"][first:last] = prompt_tokens
         arrays["output_tokens"][first:last] = output_tokens
+        arrays["admission_slots"][first:last] = admission_slots
         if contents is not None:
             arrays["first_segment"][first:last] = contents.first_segment + self._append(contents.segments)
             arrays["num_segments"][first:last] = contents.num_segments

@@ -9,10 +9,10 @@ from pagedkv.block_hash import BlockKeys
 from pagedkv.decode_run import DecodeRun
 from pagedkv.errors import ConfigError
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.compiled_path import CompiledPath
 from pagedkv.scheduling.content import Contents, Segments, content_of
 from pagedkv.scheduling.following_keys import FollowingKeys
 from pagedkv.scheduling.forks import Forks
-from pagedkv.scheduling.paged_path import PagedPath
 from pagedkv.scheduling.plain_path import PlainPath
 from pagedkv.scheduling.requests import RequestTable
 from pagedkv.scheduling.roster import Roster
@@ -21,8 +21,9 @@ from pagedkv.scheduling.step import Step
 from pagedkv.scheduling.step_path import StepArrays, StepPath
 from pagedkv.scheduling.vllm_step import SchedulerLimits
 from pagedkv.scheduling.waiting import SchedulerArrays
-from pagedkv.step_allocation import StepAllocator
+from pagedkv.step_allocation import CompiledMemory, StepAllocator
 from pagedkv.step_batch import StepBatch
+from pagedkv.step_memory import NEVER
 
 _NOBODY: Int64Array = np.zeros(0, np.int64)
 
@@ -53,13 +54,14 @@ class Scheduler:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(settings, name)}, the allocator was built for {room}")
         self.settings, self.limits, self.allocator = settings, SchedulerLimits.of(settings), allocator
         self._roster = Roster(max_num_seqs=settings.max_num_seqs, by_priority=self.limits.by_priority)
-        self._paged = allocator if isinstance(allocator, PagedStepAllocator) else None
+        self.compiled_memory = allocator if isinstance(allocator, CompiledMemory) else None
+        """The allocator, if it is of a compiled kind: then `pagedkv.sims.run_steps` can run steps without asking."""
         self._path: StepPath = (
             PlainPath(self._roster, allocator, self.limits)
-            if self._paged is None
-            else PagedPath(self._roster, self._paged, self.limits)
+            if self.compiled_memory is None
+            else CompiledPath(self._roster, self.compiled_memory, self.limits)
         )
-        self._caches = self._paged is not None and self._paged.pool.enable_caching
+        self._caches = isinstance(allocator, PagedStepAllocator) and allocator.pool.enable_caching
         self._keys = FollowingKeys(self._roster.requests, allocator.unit_slots)
         self._forks = Forks(self._roster, allocator, self._keys)
         self.step_arrays = StepArrays.empty(settings.max_num_seqs)
@@ -210,18 +212,19 @@ class Scheduler:
         return request
 
     def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
-        """Make requests known that will arrive later, in this order; return which of them can run here. Paged memory only.
+        """Make requests known that will arrive later, in this order; return which of them can run here. Compiled memory only.
 
         Raises:
             ConfigError: If a length is below 1, or there are not as many `contents`.
         """
-        if self._paged is None:
-            raise ConfigError(f"only paged memory takes requests all at once: add those for {self.allocator.name} one by one")
+        memory = self.compiled_memory
+        if memory is None:
+            raise ConfigError(f"{self.allocator.name} does not take requests all at once: add them one by one")
         if prompt_tokens.size and min(prompt_tokens.min(), output_tokens.min()) < 1:
             raise ConfigError("requests need 1 or more prompt and output tokens")
         self._unkeyed |= self._caches
-        accepted = self._paged.can_ever_fit(prompt_tokens, output_tokens)
-        accepted &= prompt_tokens + output_tokens <= self.settings.max_model_len
+        admission_slots = memory.all_admission_slots(prompt_tokens, output_tokens)
+        accepted: BoolArray = (admission_slots != NEVER) & (prompt_tokens + output_tokens <= self.settings.max_model_len)
         if contents is not None and contents.first_segment.size != prompt_tokens.size:
             raise ConfigError(f"{contents.first_segment.size} contents for {prompt_tokens.size} requests")
         if contents is not None and self._caches:
@@ -230,7 +233,7 @@ class Scheduler:
             )
         else:
             contents = None
-        self.requests.extend(prompt_tokens[accepted], output_tokens[accepted], contents)
+        self.requests.extend(prompt_tokens[accepted], output_tokens[accepted], admission_slots[accepted], contents)
         self._roster.expect_all()
         return accepted
 

@@ -8,13 +8,15 @@ import numpy as np
 from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError
+from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.kv_rows import KVRows
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.snapshot import Mapped
-from pagedkv.step_allocation import RequestByRequest
+from pagedkv.step_allocation import RequestByRequest, RowMemory
+from pagedkv.virtual_steps import VirtualStepAllocator
 
 
 def memory_of(scheduler: StepScheduler) -> Mapped:
@@ -32,21 +34,20 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
         return _PagedRows(scheduler, allocator)
     if isinstance(allocator, RadixRows):
         return _RadixRows(scheduler, allocator)
+    if isinstance(allocator, IntervalStepAllocator | VirtualStepAllocator):
+        return _UnsharedRows(scheduler, allocator)
     raise ConfigError(f"no memory map of {allocator.name}: it does not say where tokens lie")
 
 
 class _Rows(ABC):
-    """What both kinds of rows have in common."""
+    """What all kinds of rows have in common."""
 
-    placement = "block"
     num_groups = 1
-    rounding_slots = 0
 
-    def __init__(self, scheduler: StepScheduler, allocator: PagedStepAllocator | RadixRows) -> None:
+    def __init__(self, scheduler: StepScheduler, allocator: RowMemory, *, num_slots: int) -> None:
         requests = scheduler.requests.arrays
-        self.unit_slots = allocator.unit_slots
-        self.usable_slots, self.free_slots = allocator.usable_slots, allocator.free_slots
-        self.num_slots = self.usable_slots + self.unit_slots
+        self.placement, self.unit_slots, self.rounding_slots = allocator.placement, allocator.unit_slots, allocator.rounding_slots
+        self.usable_slots, self.free_slots, self.num_slots = allocator.usable_slots, allocator.free_slots, num_slots
         self.state_slots = allocator.state_units * self.unit_slots
         self._requests: list[KVRequest] = []
         self._rows: dict[KVRequest, int] = {}
@@ -62,18 +63,18 @@ class _Rows(ABC):
         return self._requests
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
-        """Return the slots of its blocks."""
+        """Return the slots of its row."""
         del group
-        return block_slots(self._table(self._rows[request]), self.unit_slots)
+        return self._slots_of(self._rows[request])
 
     @abstractmethod
-    def _table(self, row: int) -> Int64Array:
-        """Return the blocks of `row`, in the order of its tokens."""
+    def _slots_of(self, row: int) -> Int64Array:
+        """Return the slots of `row`, in the order of its tokens."""
 
 
 class _PagedRows(_Rows):
     def __init__(self, scheduler: StepScheduler, allocator: PagedStepAllocator) -> None:
-        super().__init__(scheduler, allocator)
+        super().__init__(scheduler, allocator, num_slots=allocator.usable_slots + allocator.unit_slots)
         self._allocator = allocator
 
     def cached_slots(self) -> Int64Array:
@@ -86,18 +87,35 @@ class _PagedRows(_Rows):
         """Return the slots of blocks that somebody holds, be it for state."""
         return block_slots(np.flatnonzero(self._allocator.pool.ref_cnt), self.unit_slots)
 
-    def _table(self, row: int) -> Int64Array:
-        return self._allocator.tables.of(row).astype(np.int64)
+    def _slots_of(self, row: int) -> Int64Array:
+        return block_slots(self._allocator.tables.of(row), self.unit_slots)
 
 
 class _RadixRows(_Rows):
     def __init__(self, scheduler: StepScheduler, allocator: RadixRows) -> None:
-        super().__init__(scheduler, allocator)
+        super().__init__(scheduler, allocator, num_slots=allocator.usable_slots + allocator.unit_slots)
         self._allocator = allocator
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of nodes that nobody locks."""
         return self._allocator.cache.cached_slots() if self._allocator.enable_caching else NO_SLOTS
 
-    def _table(self, row: int) -> Int64Array:
-        return self._allocator.tables[row, : self._allocator.units_held[row]].astype(np.int64)
+    def _slots_of(self, row: int) -> Int64Array:
+        return block_slots(self._allocator.tables[row, : self._allocator.units_held[row]], self.unit_slots)
+
+
+class _UnsharedRows(_Rows):
+    def __init__(self, scheduler: StepScheduler, allocator: IntervalStepAllocator | VirtualStepAllocator) -> None:
+        super().__init__(scheduler, allocator, num_slots=allocator.num_slots)
+        self._allocator = allocator
+
+    def cached_slots(self) -> Int64Array:
+        """Return none: nothing is kept for others."""
+        return NO_SLOTS
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots that somebody holds, be it for state or rounding."""
+        return self._allocator.taken_slots()
+
+    def _slots_of(self, row: int) -> Int64Array:
+        return self._allocator.slots_of_row(row)

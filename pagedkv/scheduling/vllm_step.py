@@ -1,15 +1,13 @@
-"""vLLM's step over paged KV memory, compiled: who computes how many tokens, who is preempted, who is admitted, who is done.
+"""vLLM's step over KV memory of any compiled kind: who computes how many tokens, who is preempted, who is admitted, who is done.
 
 Source: the rules that reproduce the recorded decisions of vLLM 0.33.0 (tests/conformance/test_vllm_decisions.py).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pagedkv.arrays import Int64Array
 from pagedkv.jit import lean_jit
-from pagedkv.paged_arrays import NUM_COPIES, NUM_FORKS, PagedArrays, PagedRules, free_row
 from pagedkv.scheduling.content import Segments
-from pagedkv.scheduling.paged_grants import admit, find_hits, grant
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.waiting import (
@@ -23,8 +21,8 @@ from pagedkv.scheduling.waiting import (
     start_running,
     stop_running,
 )
-from pagedkv.shared_tails import shares_tail
 from pagedkv.step_batch import StepBatch
+from pagedkv.step_memory import admit, begin_step, covers, find_cached, free_row, grant
 
 RAN_BEFORE, ENTRIES, PREEMPTED, BLOCKER = 0, 1, 2, 3
 """In a decision: entries that ran before; entries in all; preemptions; what held the head of the queue up."""
@@ -84,17 +82,16 @@ def add_entry(batch: StepBatch, i: int, requests: RequestArrays, request: int, r
 def _schedule_running(
     state: SchedulerArrays,
     requests: RequestArrays,
-    pool: PagedArrays,
+    memory: Any,
     segments: Segments,
     limits: SchedulerLimits,
-    rules: PagedRules,
+    rules: Any,
     threshold: int,
     batch: StepBatch,
     preempted: Int64Array,
 ) -> tuple[int, int, int]:
     """Let running requests go on, in their order; return entries, preemptions and the token budget that is left."""
     budget, entries, num_preempted = limits.max_num_batched_tokens, 0, 0  # entry i of the batch is running request i
-    forked = pool.forks[NUM_FORKS] > 0
     while entries < state.counts[NUM_RUNNING] and budget > 0:
         request = state.running[entries]
         known = requests["num_known_tokens"][request]
@@ -106,13 +103,8 @@ def _schedule_running(
         tokens = min(tokens, budget)
         row, gone = requests["row"][request], False
         slots = requests["num_computed_tokens"][request] + tokens
-        enough = slots <= int(pool.num_blocks[row]) * rules.block_size
-        if rules.caches:
-            enough &= slots < (int(pool.num_registered[row]) + 1) * rules.block_size
-        if forked:
-            enough &= not shares_tail(pool, rules, row, slots - tokens)
-        # Most steps stay within the last block: `grant` would do nothing, and its call would cost more than all else.
-        while not (enough or gone or grant(pool, rules, requests, segments, request, row, tokens)):
+        enough = covers(memory, rules, row, slots, slots - tokens)
+        while not (enough or gone or grant(memory, rules, requests, segments, request, row, tokens)):
             place = _victim(state, requests, limits)
             preempted[num_preempted] = state.running[place]
             num_preempted += 1
@@ -122,7 +114,7 @@ def _schedule_running(
                 for i in range(place, entries - 1):
                     batch[i] = batch[i + 1]
                 entries -= 1
-            free_row(pool, rules, stop_running(state, requests, place, limits.by_priority))
+            free_row(memory, rules, stop_running(state, requests, place, limits.by_priority))
         if not gone:
             add_entry(batch, entries, requests, request, row, tokens)
             entries += 1
@@ -136,10 +128,10 @@ def _schedule_running(
 def _schedule_waiting(
     state: SchedulerArrays,
     requests: RequestArrays,
-    pool: PagedArrays,
+    memory: Any,
     segments: Segments,
     limits: SchedulerLimits,
-    rules: PagedRules,
+    rules: Any,
     threshold: int,
     batch: StepBatch,
     entries: int,
@@ -149,8 +141,7 @@ def _schedule_waiting(
     counts = state.counts
     while budget > 0 and counts[NUM_WAITING] > 0 and counts[NUM_RUNNING] < state.running.size:
         request = state.waiting[counts[WAITING_HEAD]]
-        num_hits = find_hits(pool, rules, requests, segments, request)
-        cached = num_hits * rules.block_size
+        cached = find_cached(memory, rules, requests, segments, request)
         tokens = requests["num_known_tokens"][request] - cached
         if threshold > 0:
             tokens = min(tokens, threshold)
@@ -159,7 +150,7 @@ def _schedule_waiting(
                 break
             tokens = budget
         row = state.free_rows[counts[NUM_RUNNING]]
-        if not admit(pool, rules, requests, segments, request, row, num_hits, tokens, counts[NUM_RUNNING] > 0):
+        if not admit(memory, rules, requests, segments, request, row, cached, tokens, counts[NUM_RUNNING] > 0):
             return entries, True
         drop_head(state, requests, limits.by_priority)
         requests["num_computed_tokens"][request] = cached
@@ -178,10 +169,10 @@ def _schedule_waiting(
 def schedule_step(
     state: SchedulerArrays,
     requests: RequestArrays,
-    pool: PagedArrays,
+    memory: Any,
     segments: Segments,
     limits: SchedulerLimits,
-    rules: PagedRules,
+    rules: Any,
     batch: StepBatch,
     preempted: Int64Array,
     decision: Int64Array,
@@ -191,7 +182,7 @@ def schedule_step(
     Args:
         state: Who runs and who waits.
         requests: Their `REQUEST` records.
-        pool: The memory.
+        memory: The memory: see `pagedkv.step_memory`.
         segments: What requests share: see `pagedkv.scheduling.content`.
         limits: Limits of the scheduler.
         rules: Rules of the memory.
@@ -202,16 +193,16 @@ def schedule_step(
     counts = state.counts
     threshold = limits.long_prefill_token_threshold
     present = counts[NUM_RUNNING] + counts[NUM_WAITING]
-    pool.forks[NUM_COPIES] = 0
+    begin_step(memory, rules)
     if present == 1:
         threshold = 0
     elif threshold > 0 and limits.adaptive_threshold:
         threshold = max(threshold, limits.max_num_batched_tokens // present)
     ran_before, num_preempted, budget = _schedule_running(
-        state, requests, pool, segments, limits, rules, threshold, batch, preempted
+        state, requests, memory, segments, limits, rules, threshold, batch, preempted
     )
     entries, refused = ran_before, num_preempted > 0
     if not refused:
-        entries, refused = _schedule_waiting(state, requests, pool, segments, limits, rules, threshold, batch, ran_before, budget)
+        entries, refused = _schedule_waiting(state, requests, memory, segments, limits, rules, threshold, batch, ran_before, budget)
     decision[RAN_BEFORE], decision[ENTRIES], decision[PREEMPTED] = ran_before, entries, num_preempted
     decision[BLOCKER] = blocker_of(state, refused)

@@ -1,15 +1,18 @@
 """Law 14: the compiled loop and the step-by-step engine leave the same tables, records and figures, bit for bit."""
 
+import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+from cases import COMPILED, Case, cases, served
 from chats import MAX_MODEL_LEN, QUESTIONS, Question, records_agree, step_time, user
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.allocators import ALLOCATORS
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
@@ -19,11 +22,12 @@ from pagedkv.sims.compiled_engine import CompiledEngine
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.recorder import Recorder
-from pagedkv.sims.recording import CACHED
+from pagedkv.sims.recording import CACHED, EXTERNAL
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run, run
 from pagedkv.sims.step_time import StepCost
+from pagedkv.step_allocation import RequestByRequest
 
 CLOSED = st.builds(
     lambda users, think: {"users": users, "think_time": f"{think}s"}, st.integers(1, 40), st.sampled_from([0.1, 1.0, 20.0])
@@ -215,3 +219,76 @@ def test_prefixes_are_found_kept_and_shared_there(freed_to_front: bool, state_sl
     assert all(seen(slow).values())
     for steps_at_once in (1, 3, CompiledEngine.steps_at_once):
         agree(answered(replace(chats, steps_at_once=steps_at_once), CompiledEngine), slow)
+
+
+# --- memory that is not paged ---------------------------------------------------------------------------------------
+
+
+def request_by_request(case: Case) -> Run:
+    """Serve `case` step by step over the allocator as everybody else uses it: the oracle of what is compiled."""
+
+    def plain(name: str, settings: KVPoolSettings) -> RequestByRequest:
+        return RequestByRequest(ALLOCATORS.load(name)(settings))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for engine in ("orca", "vattention", "vllm"):
+            patch.setattr(importlib.import_module(f"pagedkv.sims.engines.{engine}"), "step_allocator", plain)
+        return served(case, step_by_step=True)
+
+
+def place(run: Run) -> list[Any]:
+    """Return where whatever comes next will lie, and who holds what."""
+    allocator = run.allocator
+    held = (allocator.units_held * allocator.unit_slots).tolist()
+    memory: Any = allocator.allocator if isinstance(allocator, RequestByRequest) else allocator
+    where = memory.pages.arrays if allocator.placement == "page" else memory.heap.reserved()
+    return [held, allocator.free_slots, allocator.rounding_slots, jsonable(where)]
+
+
+def jsonable(where: Any) -> Any:
+    return [array.tolist() for array in where] if isinstance(where, tuple) else where
+
+
+def three_ways_are_one(case: Case) -> Run:
+    compiled, slow, plain = served(case, step_by_step=False), served(case, step_by_step=True), request_by_request(case)
+    for other in (slow, plain):
+        records_agree(compiled, other)
+        assert place(compiled) == place(other)
+    return plain
+
+
+@pytest.mark.parametrize(("engine", "allocator"), COMPILED)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_law_14_for_memory_that_is_not_paged(engine: str, allocator: str, data: st.DataObject) -> None:
+    plain = three_ways_are_one(data.draw(cases(engine, allocator)))
+    event(f"preempted: {plain.log.num_preemptions.sum() > 0}")
+
+
+def test_the_law_holds_where_pages_run_out() -> None:
+    case = Case(
+        engine="vattention",
+        allocator="vattention",
+        variant={},
+        users=tuple((Question(0.01 * i, i % 3, 16, 3 + i, 60),) * 3 for i in range(8)),
+        num_blocks=34,
+        block_size=8,
+        max_num_seqs=8,
+        max_num_batched_tokens=96,
+    )
+    assert three_ways_are_one(case).log.num_preemptions.sum() > 3
+
+
+def test_whoever_waits_for_an_interval_is_said_to_wait_for_one() -> None:
+    """What the gauges say of external fragmentation is the same too, and there is some."""
+    case = Case(
+        engine="orca",
+        allocator="contiguous-max",
+        variant={},
+        users=tuple((Question(0.0, i, 16, 3, 20),) for i in range(8)),
+        num_blocks=40,
+        block_size=8,
+        max_num_seqs=8,
+        max_num_batched_tokens=96,
+    )
+    assert three_ways_are_one(case).recorder.integrals.gauges[EXTERNAL] > 0

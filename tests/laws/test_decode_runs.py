@@ -1,107 +1,26 @@
 """Law 14 for engines that decide in Python: steps run together, or one by one, leave the same slots, records and figures."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from chats import MAX_MODEL_LEN, QUESTIONS, Question, records_agree, step_time, user
+from cases import DECIDED_IN_PYTHON, Case, cases, served
+from chats import Question, records_agree
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from pagedkv.allocation import KVPoolSettings
 from pagedkv.decode_run import growth
 from pagedkv.kv_request import KVRequest
 from pagedkv.scheduling.kv_rows import KVRows
 from pagedkv.scheduling.radix_rows import RadixRows
-from pagedkv.scheduling.scheduler_settings import SchedulerSettings
-from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims import engine as engine_module
-from pagedkv.sims.clock import Clock
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.decode_steps import run_decode
-from pagedkv.sims.engine import Engine
 from pagedkv.sims.engines import load_engine
-from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.simulation import Run
 from pagedkv.step_allocation import RequestByRequest
 from pagedkv.step_batch import empty_batch
-
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "sglang": (
-        {},
-        {"schedule_policy": "lpm"},
-        {"enable_chunked_prefill": False, "radix_eviction_policy": "lfu"},
-        {"enable_mixed_chunk": True, "schedule_conservativeness": 0.3},
-    ),
-    "tensorrt-llm": ({}, {"capacity_scheduler_policy": "max_utilization"}, {"enable_chunked_prefill": True}),
-    "llama-cpp": ({}, {"ubatch_size": 3}),
-    "ollama": ({}, {"max_queue": 2}),
-    "naive": ({},),
-    "orca": ({},),
-    "vattention": ({},),
-    "vllm": ({},),
-}
-MEMORIES = [
-    (name, allocator)
-    for name in VARIANTS
-    for allocator in (
-        *load_engine(name).allocators(ServingConfig(engine=name)),
-        *(("contiguous-growing",) if name == "vllm" else ()),
-    )
-    if allocator != "paged"
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Who asks what, whom, with how much memory."""
-
-    engine: str
-    allocator: str
-    variant: dict[str, Any]
-    users: tuple[tuple[Question, ...], ...]
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    state_slots: int = 0
-    watermark: float = 0.0
-
-    def scheduler(self) -> StepScheduler:
-        preset = load_engine(self.engine)
-        limits = SchedulerSettings(
-            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens, max_model_len=MAX_MODEL_LEN
-        )
-        pool = KVPoolSettings(
-            num_blocks=self.num_blocks * 8 // self.block_size,
-            block_size=self.block_size,
-            max_num_seqs=self.max_num_seqs,
-            max_model_len=MAX_MODEL_LEN,
-            state_slots=self.state_slots,
-            watermark=self.watermark,
-            page_tokens=8,
-            enable_prefix_caching=self.allocator in preset.caching_allocators,
-        )
-        return preset.scheduler(ServingConfig(engine=self.engine, **self.variant), limits, pool, self.allocator)
-
-
-def served(case: Case, *, step_by_step: bool) -> Run:
-    """Let everybody ask until all is answered."""
-    env, scheduler = Clock(initial_time=0.0), case.scheduler()
-    recorder = Recorder(scheduler, warmup_s=0.1, end_s=float("inf"))
-    engine = Engine(env, scheduler, step_time(), recorder, step_by_step=step_by_step)
-    for asker, questions in enumerate(case.users):
-        env.process(user(env, engine, asker, questions))
-    for at_s in (0.3, 1.1):  # somebody looks, in the middle of a step
-        env.run(until=at_s)
-        scheduler.check_integrity()
-    env.run()
-    engine.close()
-    scheduler.check_integrity()
-    recorder.close(env.now)
-    return Run(allocator=scheduler.allocator, recorder=recorder, log=recorder.log(), end_s=env.now, warmup_s=0.1, drained=True)
 
 
 def holdings(run: Run) -> Iterator[object]:
@@ -121,24 +40,7 @@ def holdings(run: Run) -> Iterator[object]:
         yield allocator.slots_held(probe).tolist()
 
 
-def cases(engine: str, allocator: str) -> st.SearchStrategy[Case]:
-    sizes = [16] if engine == "tensorrt-llm" else [1, 4] if engine == "sglang" else [8]
-    return st.builds(
-        Case,
-        engine=st.just(engine),
-        allocator=st.just(allocator),
-        variant=st.sampled_from(VARIANTS[engine]),
-        users=st.lists(QUESTIONS.map(tuple), min_size=1, max_size=6).map(tuple),
-        num_blocks=st.sampled_from([16, 22, 60]),
-        block_size=st.sampled_from(sizes),
-        max_num_seqs=st.sampled_from([2, 6]),
-        max_num_batched_tokens=st.sampled_from([96, 128]),
-        state_slots=st.sampled_from([0, 9]),
-        watermark=st.sampled_from([0.0, 0.1]),
-    )
-
-
-@pytest.mark.parametrize(("engine", "allocator"), MEMORIES)
+@pytest.mark.parametrize(("engine", "allocator"), DECIDED_IN_PYTHON)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_steps_that_run_together_are_steps_one_by_one(engine: str, allocator: str, data: st.DataObject) -> None:
@@ -153,7 +55,7 @@ def test_steps_that_run_together_are_steps_one_by_one(engine: str, allocator: st
     event(f"preempted: {preempted > 0}, failed: {failed > 0}")
 
 
-@pytest.mark.parametrize(("engine", "allocator"), MEMORIES)
+@pytest.mark.parametrize(("engine", "allocator"), DECIDED_IN_PYTHON)
 def test_most_steps_do_run_together(engine: str, allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The law would prove little if they did not; in tight memory, and where requests share a prefix."""
     completed = []
@@ -187,7 +89,6 @@ def test_most_steps_do_run_together(engine: str, allocator: str, monkeypatch: py
         ("sglang", 1, {"schedule_conservativeness": 0.1}),
         ("sglang", 4, {"schedule_conservativeness": 0.1}),
         ("tensorrt-llm", 16, {"capacity_scheduler_policy": "max_utilization"}),
-        ("vattention", 8, {}),
     ],
 )
 def test_the_law_holds_where_memory_runs_out(engine: str, block_size: int, variant: dict[str, Any]) -> None:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import IntegrityError
 from pagedkv.free_queue import FIRST, HEAD, NUM_FREE, SPAN
 from pagedkv.heaps import HEAPS
+from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.step_allocation import RequestByRequest, StepAllocator, step_allocator
@@ -122,13 +124,14 @@ class ContiguousOracle:
     def free(self, row: int) -> None:
         self.heap.release(self.intervals.pop(row)[0])
 
-    def agrees_with(self, allocator: RequestByRequest) -> None:
+    def agrees_with(self, allocator: IntervalStepAllocator) -> None:
         sizes = [self.intervals.get(row, (0, 0))[1] for row in range(MAX_NUM_SEQS)]
         assert allocator.units_held.tolist() == sizes
-        placed = [allocator.allocator.slots_held(request).tolist() for request in allocator.allocator.live_requests()]
-        assert sorted(placed) == sorted(list(range(address, address + size)) for address, size in self.intervals.values())
+        for row, (address, size) in self.intervals.items():
+            assert allocator.slots_of_row(row).tolist() == list(range(address, address + size))
         asked = {address: size + self.state for address, size in self.intervals.values()}
         slots = [slot for address, size in asked.items() for slot in range(address, address + self.heap.rounded(size))]
+        assert sorted(slots) == allocator.taken_slots().tolist()
         assert len(set(slots)) == len(slots)
         assert allocator.free_slots == allocator.usable_slots - len(slots)
         assert allocator.rounding_slots == len(slots) - sum(asked.values())
@@ -259,9 +262,18 @@ def test_both_kinds_of_placement_are_covered() -> None:
 POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=3, max_model_len=16)
 
 
-def admitted(name: str, *slots: int, pool: KVPoolSettings = POOL) -> Any:
+def request_by_request(name: str, pool: KVPoolSettings) -> RequestByRequest:
+    return RequestByRequest(ALLOCATORS.load(name)(pool))
+
+
+def admitted(
+    name: str,
+    *slots: int,
+    pool: KVPoolSettings = POOL,
+    new: Callable[[str, KVPoolSettings], StepAllocator] = step_allocator,
+) -> Any:
     """An allocator in which row i holds slots[i]."""
-    allocator = step_allocator(name, pool)
+    allocator = new(name, pool)
     batch = empty_batch(POOL.max_num_seqs)
     batch["row"][:] = range(POOL.max_num_seqs)
     for i, n in enumerate(slots):
@@ -330,16 +342,54 @@ def test_paged_notices_a_state_block_that_is_not_its_own(block: int) -> None:
         pytest.param(lambda a, r: put(a.allocator._addresses, r[1], 999), id="address out of the heap"),
     ],
 )
-def test_contiguous_notices_corruption(corrupt: Callable[[Any, Any], None]) -> None:
-    allocator = admitted("contiguous-oracle", 4, 3)  # 4 slots at 0, 3 (as 4) at 4
+def test_contiguous_request_by_request_notices_corruption(corrupt: Callable[[Any, Any], None]) -> None:
+    allocator = admitted("contiguous-oracle", 4, 3, new=request_by_request)  # 4 slots at 0, 3 (as 4) at 4
     corrupt(allocator, allocator.allocator.live_requests())
     with pytest.raises(IntegrityError):
         allocator.check_integrity()
 
 
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        pytest.param(lambda a: put(a.arrays.addresses, 1, 2), id="two rows overlap"),
+        pytest.param(lambda a: put(a.arrays.held, 1, 0), id="interval of nobody"),
+        pytest.param(lambda a: put(a.arrays.held, 2, 1), id="row without an interval"),
+        pytest.param(lambda a: put(a.arrays.held, 1, 2), id="wrong size, rounded otherwise"),
+        pytest.param(lambda a: put(a.arrays.held, 1, 4), id="wrong size, rounded alike"),
+        pytest.param(lambda a: put(a.arrays.rounding, 0, 0), id="wrong count of rounding"),
+        pytest.param(lambda a: a.heap.reserve(1), id="reservation that no row has"),
+        pytest.param(lambda a: put(a.arrays.addresses, 1, 16), id="address in a free extent"),
+        pytest.param(lambda a: put(a.arrays.addresses, 1, 999), id="address out of the heap"),
+    ],
+)
+def test_contiguous_notices_corruption(corrupt: Callable[[Any], None]) -> None:
+    allocator = admitted("contiguous-oracle", 4, 3)  # 4 slots at 0, 3 (as 4) at 4
+    corrupt(allocator)
+    with pytest.raises(IntegrityError):
+        allocator.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        pytest.param(lambda a: put(a.arrays.places, 1, 0), id="two rows in one place"),
+        pytest.param(lambda a: put(a.arrays.places, 1, 2), id="place that is idle"),
+        pytest.param(lambda a: put(a.arrays.held, 1, 0), id="pages of nobody"),
+        pytest.param(lambda a: put(a.arrays.held, 1, 2), id="more pages than it needs"),
+        pytest.param(lambda a: put(a.pages.arrays.table, (0, 1), 0), id="page twice"),
+    ],
+)
+def test_virtual_memory_notices_corruption(corrupt: Callable[[Any], None]) -> None:
+    allocator = admitted("vattention", 8, 3, pool=replace(POOL, page_tokens=4))
+    corrupt(allocator)
+    with pytest.raises(IntegrityError):
+        allocator.check_integrity()
+
+
 def test_freeing_a_row_that_holds_nothing_changes_nothing() -> None:
-    for name in ("paged", "contiguous-max"):
-        allocator = step_allocator(name, replace(POOL, state_slots=4))
+    for name in ("paged", "contiguous-max", "vattention"):
+        allocator = step_allocator(name, replace(POOL, state_slots=4, page_tokens=4))
         before = state_of(allocator)
         allocator.free(0)
         assert state_of(allocator) == before

@@ -1,25 +1,20 @@
-"""A step over paged memory: the whole decision, and the whole end, is one compiled function each."""
+"""A step over memory of a compiled kind: the whole decision, and the whole end, is one compiled function each."""
 
 from pagedkv.decode_run import ONE_STEP, DecodeRun
 from pagedkv.errors import ConfigError
-from pagedkv.free_queue import NUM_KEYED, NUM_SHARES
 from pagedkv.jit import fixed_types
-from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.scheduling.completion import complete_paged_step
+from pagedkv.scheduling.completion import complete_and_free
 from pagedkv.scheduling.roster import Roster
 from pagedkv.scheduling.step import BLOCKERS, Step
 from pagedkv.scheduling.step_path import StepArrays
 from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
-
-# Their arguments have the same types in every scheduler.
-_schedule_step = fixed_types(schedule_step)
-_complete_paged_step = fixed_types(complete_paged_step)
+from pagedkv.step_allocation import CompiledMemory
 
 
-class PagedPath:
-    """Prefix caching, priority, preemption, drafts and forks, all of them compiled."""
+class CompiledPath:
+    """Prefix caching, priority, preemption, drafts and forks, all of them compiled, as far as the memory has them."""
 
-    def __init__(self, roster: Roster, allocator: PagedStepAllocator, limits: SchedulerLimits) -> None:
+    def __init__(self, roster: Roster, allocator: CompiledMemory, limits: SchedulerLimits) -> None:
         """Decide for `roster`.
 
         Raises:
@@ -27,25 +22,27 @@ class PagedPath:
         """
         if allocator.lookahead_slots < limits.num_speculative_tokens:
             raise ConfigError(
-                f"num-speculative-tokens is {limits.num_speculative_tokens}: drafts need as many lookahead_slots, not "
-                f"{allocator.lookahead_slots}"
+                f"num-speculative-tokens is {limits.num_speculative_tokens}: drafts need paged memory with as many "
+                f"lookahead_slots; {allocator.name} has {allocator.lookahead_slots}"
             )
         self._roster, self._allocator, self._limits = roster, allocator, limits
+        # Their arguments have the same types in every step.
+        self._schedule_step, self._complete_and_free = fixed_types(schedule_step), fixed_types(complete_and_free)
 
     @property
     def cached_slots(self) -> int:
         """Free slots that keep a prefix for reuse."""
-        return int(self._allocator.pool.queue[NUM_KEYED]) * self._allocator.unit_slots
+        return self._allocator.cached_slots
 
     @property
     def shared_slots(self) -> int:
         """Slots that are held more than once, each counted as often as it is held beyond the first time."""
-        return int(self._allocator.pool.queue[NUM_SHARES]) * self._allocator.unit_slots
+        return self._allocator.shared_slots
 
     def schedule(self, step: Step, arrays: StepArrays) -> None:
         """Decide a step and take its slots."""
         roster, allocator, decision = self._roster, self._allocator, arrays.decision
-        _schedule_step(
+        self._schedule_step(
             roster.arrays,
             roster.requests.arrays,
             allocator.arrays,
@@ -64,7 +61,7 @@ class PagedPath:
         """Apply a step, and give back what finished requests hold."""
         roster, allocator = self._roster, self._allocator
         batch, _, _, sampled, finished = arrays
-        counted: tuple[int, int, int] = _complete_paged_step(
+        counted: tuple[int, int, int] = self._complete_and_free(
             roster.arrays, roster.requests.arrays, allocator.arrays, allocator.rules, batch, step.num_entries, sampled, finished
         )
         return counted

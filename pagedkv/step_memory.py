@@ -1,0 +1,65 @@
+"""What a compiled step asks of memory, row by row: a version of each function for each kind of memory.
+
+A kind is a NamedTuple of arrays, `memory`, and one of plain numbers, `rules`. `requests` are `REQUEST` records; what they share
+with others is in `segments`.
+"""
+
+from typing import Any
+
+from pagedkv.jit import by_kind
+
+NEVER = -1
+"""In place of the slots that a request takes at admission: it can never fit."""
+
+
+@by_kind
+def begin_step(memory: Any, rules: Any) -> Any:
+    """Hear that a step is about to be decided."""
+
+
+@by_kind
+def covers(memory: Any, rules: Any, row: int, num_slots: int, num_computed: int) -> Any:
+    """Return whether `row` has `num_slots` already, and `grant` would have nothing to do. Most steps end here: let it be short."""
+
+
+@by_kind
+def grant(memory: Any, rules: Any, requests: Any, segments: Any, request: int, row: int, num_tokens: int) -> Any:
+    """Give a running `request` the slots of its next tokens; return whether they fit. If not, nothing has changed."""
+
+
+@by_kind
+def find_cached(memory: Any, rules: Any, requests: Any, segments: Any, request: int) -> Any:
+    """Return how many tokens that a waiting `request` begins with are there already; fewer than it knows."""
+
+
+@by_kind
+def admit(
+    memory: Any,
+    rules: Any,
+    requests: Any,
+    segments: Any,
+    request: int,
+    row: int,
+    num_cached: int,
+    num_tokens: int,
+    something_runs: bool,  # noqa: FBT001
+) -> Any:
+    """Give a waiting `request` what `find_cached` found and the slots of its next tokens; return whether they fit.
+
+    If not, nothing has changed.
+    """
+
+
+@by_kind
+def free_row(memory: Any, rules: Any, row: int) -> Any:
+    """Give back all that `row` holds."""
+
+
+@by_kind
+def slots_of(memory: Any, rules: Any) -> Any:
+    """Return (free slots, those of them that keep a prefix, shared slots, slots lost to the rounding of a heap)."""
+
+
+@by_kind
+def rows_of(memory: Any, rules: Any) -> Any:
+    """Return (units held, by row; slots in a unit; units of each running request for its state)."""
