@@ -130,9 +130,13 @@ class ByKind:
 
         return add
 
+    def of(self, first: Any) -> Any:
+        """Return the version for first arguments of the type of `first`."""
+        return self._versions[type(first)]
+
     def __call__(self, first: Any, *others: Any) -> Any:
         """Call the version for `first` from Python."""
-        return self._versions[type(first)](first, *others)
+        return self.of(first)(first, *others)
 
     def get_call_template(self, args: Any, kws: Any) -> Any:
         """Tell a compiled caller what a call with arguments of these types is."""

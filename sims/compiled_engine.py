@@ -13,8 +13,8 @@ import simpy
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.errors import ConfigError
 from pagedkv.jit import fixed_types
+from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.content import Contents, Segments
-from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance
 from pagedkv.sims.recorder import Recorder
@@ -45,21 +45,20 @@ class CompiledEngine:
     def __init__(
         self,
         env: Clock,
-        scheduler: Scheduler,
+        scheduler: BatchScheduler,
         step_time: RooflineStepTime,
         recorder: Recorder,
         acceptance: Acceptance = NOTHING_ACCEPTED,
     ) -> None:
-        assert scheduler.compiled_memory is not None
+        assert scheduler.compiled is not None
         self._env, self._scheduler, self._recorder = env, scheduler, recorder
-        self._memory, self._coefficients, self._acceptance = scheduler.compiled_memory, step_time.coefficients, acceptance
+        self._compiled, self._coefficients, self._acceptance = scheduler.compiled, step_time.coefficients, acceptance
         self._done: dict[int, simpy.Event] = {}
         self._arrival = env.event()
         self._idle_since_s: float | None = None
         self._stopped = False
         self._progress = np.zeros(NUM_PROGRESS, np.int64)
         self._clock = np.zeros(2)
-        self._failed = np.zeros(1, np.int64)
         self._run_steps = fixed_types(run_steps)  # in one engine they are
         env.process(self._serve())
 
@@ -125,12 +124,12 @@ class CompiledEngine:
     def _loop(self) -> LoopArrays:
         scheduler = self._scheduler
         return LoopArrays(
+            self._compiled.engine,
             scheduler.arrays,
             scheduler.requests.arrays,
-            self._memory.arrays,
+            self._compiled.memory.arrays,
             scheduler.requests.segments,
             *scheduler.step_arrays,
-            self._failed,
             self._acceptance,
             self._recorder.arrays,
             self._progress,
@@ -138,17 +137,17 @@ class CompiledEngine:
         )
 
     def _serve(self) -> Generator[simpy.Event, Any, None]:
-        env, scheduler, progress, clock = self._env, self._scheduler, self._progress, self._clock
+        env, progress, clock = self._env, self._progress, self._clock
         while not self._stopped:
             clock[NOW] = env.now
             self._recorder.look_elsewhere()
             reason = self._run_steps(
                 self._loop(),
-                scheduler.limits,
-                self._memory.rules,
+                self._compiled.memory.rules,
                 self._coefficients,
                 float(env.peek()),
                 self._recorder.needs_extent,
+                self._acceptance is not NOTHING_ACCEPTED,
                 bool(self._done),
                 self.steps_at_once,
             )
@@ -164,16 +163,18 @@ class CompiledEngine:
             elif reason == PAUSED:
                 self._recorder.arrived(int(progress[NEXT_ARRIVAL]))
                 yield env.timeout(0.0)
-            elif reason == IN_FLIGHT:
-                yield env.timeout(float(clock[STEP_S]))
-            elif progress[NUM_FAILED]:
-                self._recorder.failure(int(self._failed[0]))
-                self._end(int(self._failed[0]))
             else:
-                self._finish(int(progress[NUM_FINISHED]))
+                self._end_all()
+                if reason == IN_FLIGHT:
+                    yield env.timeout(float(clock[STEP_S]))
 
-    def _finish(self, number: int) -> None:
-        for request in self._scheduler.step_arrays.finished[:number].tolist():
+    def _end_all(self) -> None:
+        """Tell whoever waits for requests that have ended since the loop began, done or given up."""
+        arrays, progress = self._scheduler.step_arrays, self._progress
+        for request in arrays.failed[: progress[NUM_FAILED]].tolist():
+            self._recorder.failure(request)
+            self._end(request)
+        for request in arrays.finished[: progress[NUM_FINISHED]].tolist():
             self._end(request)
 
     def _end(self, request: int) -> None:

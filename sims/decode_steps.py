@@ -16,7 +16,7 @@ from pagedkv.scheduling.step import Step, StepScheduler
 from pagedkv.scheduling.waiting import SchedulerArrays
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import BLOCKERS, RecorderArrays, record_step, record_tokens, set_external, set_gauges
-from pagedkv.sims.step_formula import StepCoefficients, whole_step_cost
+from pagedkv.sims.step_formula import StepCoefficients, cost_of_passes
 from pagedkv.step_batch import StepBatch, empty_batch
 
 FREE_SLOTS, CACHED_SLOTS, SHARED_SLOTS, ROUNDING_SLOTS, SPARE_SLOTS = range(5)
@@ -32,20 +32,6 @@ class RunSteps(NamedTuple):
     """When the one that follows them began."""
     step_s: float
     """How long that takes: it is recorded, and not completed."""
-
-
-@lean_jit
-def _cost_of_passes(c: StepCoefficients, passes: StepBatch, ends: Int64Array) -> tuple[float, float, float, float, float]:
-    """Return what forward passes cost, one after the other."""
-    memory_s, compute_s, overhead_s, traffic_s, arithmetic_s = whole_step_cost(c, passes[: ends[0]], ends[0])
-    for p in range(1, ends.size):
-        further = whole_step_cost(c, passes[ends[p - 1] : ends[p]], ends[p] - ends[p - 1])
-        memory_s += further[0]
-        compute_s += further[1]
-        overhead_s += further[2]
-        traffic_s += further[3]
-        arithmetic_s += further[4]
-    return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
 
 
 @lean_jit
@@ -126,7 +112,7 @@ def run_decode_steps(
     """
     completed = 0
     while True:
-        cost = _cost_of_passes(coefficients, passes, ends)
+        cost = cost_of_passes(coefficients, passes, ends, ends.size)
         free, cached, shared = memory[FREE_SLOTS], memory[CACHED_SLOTS], memory[SHARED_SLOTS]
         set_gauges(recorder.gauges, state, requests, batch, batch.size, held, unit_slots, state_units, free, cached, shared)
         set_external(recorder.gauges, memory[ROUNDING_SLOTS], needs_extent, blocker)

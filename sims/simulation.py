@@ -7,7 +7,7 @@ from typing import Any
 
 import simpy
 
-from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.compiled_engine import CompiledEngine
@@ -216,8 +216,8 @@ def _engine(
     *,
     step_by_step: bool,
 ) -> Engine | CompiledEngine:
-    compiled = isinstance(scheduler, Scheduler) and scheduler.compiled_memory is not None and not step_by_step
-    if isinstance(scheduler, Scheduler) and compiled and isinstance(step_time, RooflineStepTime):
+    compiled = isinstance(scheduler, BatchScheduler) and scheduler.compiled is not None and not step_by_step
+    if isinstance(scheduler, BatchScheduler) and compiled and isinstance(step_time, RooflineStepTime):
         return CompiledEngine(env, scheduler, step_time, recorder, acceptance)
     return Engine(env, scheduler, step_time, recorder, acceptance, step_by_step=step_by_step)
 

@@ -179,6 +179,22 @@ def whole_step_cost(c: StepCoefficients, batch: StepBatch, num_entries: int) -> 
 
 
 @lean_jit
+def cost_of_passes(
+    c: StepCoefficients, passes: StepBatch, ends: Int64Array, num_passes: int
+) -> tuple[float, float, float, float, float]:
+    """Return what the first of `passes` cost, each of which ends where `ends` says, one after the other, as `whole_step_cost`."""
+    memory_s, compute_s, overhead_s, traffic_s, arithmetic_s = whole_step_cost(c, passes[: ends[0]], ends[0])
+    for p in range(1, num_passes):
+        further = whole_step_cost(c, passes[ends[p - 1] : ends[p]], ends[p] - ends[p - 1])
+        memory_s += further[0]
+        compute_s += further[1]
+        overhead_s += further[2]
+        traffic_s += further[3]
+        arithmetic_s += further[4]
+    return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
+
+
+@lean_jit
 def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> tuple[float, float, float, float, float]:
     """Return what one token more of each entry that decodes costs, as `step_cost`; a context a few tokens longer is left out."""
     decoding = 0

@@ -1,70 +1,85 @@
 """A step over memory of a compiled kind: the whole decision, and the whole end, is one compiled function each."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from pagedkv.decode_run import ONE_STEP, DecodeRun
-from pagedkv.errors import ConfigError
+from pagedkv.engine_step import BLOCKER, ENTRIES, FAILED, PREEMPTED, RAN_BEFORE, apply_step, decide_step, forward_passes
 from pagedkv.jit import fixed_types
-from pagedkv.scheduling.completion import complete_and_free
 from pagedkv.scheduling.roster import Roster
 from pagedkv.scheduling.step import BLOCKERS, Step
 from pagedkv.scheduling.step_path import StepArrays
-from pagedkv.scheduling.vllm_step import BLOCKER, ENTRIES, PREEMPTED, RAN_BEFORE, SchedulerLimits, schedule_step
 from pagedkv.step_allocation import CompiledMemory
+from pagedkv.step_batch import StepBatch
 
 
 class CompiledPath:
-    """Prefix caching, priority, preemption, drafts and forks, all of them compiled, as far as the memory has them."""
+    """Decides by the rules of `engine`, of a kind that `pagedkv.engine_step` knows, as `pagedkv.sims.run_steps` does."""
 
-    def __init__(self, roster: Roster, allocator: CompiledMemory, limits: SchedulerLimits) -> None:
-        """Decide for `roster`.
-
-        Raises:
-            ConfigError: If `allocator` has no slots for the drafts.
-        """
-        if allocator.lookahead_slots < limits.num_speculative_tokens:
-            raise ConfigError(
-                f"num-speculative-tokens is {limits.num_speculative_tokens}: drafts need paged memory with as many "
-                f"lookahead_slots; {allocator.name} has {allocator.lookahead_slots}"
-            )
-        self._roster, self._allocator, self._limits = roster, allocator, limits
+    def __init__(self, roster: Roster, memory: CompiledMemory, engine: Any) -> None:
+        self.engine, self.memory = engine, memory
+        self._roster = roster
         # Their arguments have the same types in every step.
-        self._schedule_step, self._complete_and_free = fixed_types(schedule_step), fixed_types(complete_and_free)
+        self._decide, self._apply = fixed_types(decide_step.of(engine)), fixed_types(apply_step.of(engine))
+        self._passes = fixed_types(forward_passes.of(engine))
 
     @property
     def cached_slots(self) -> int:
         """Free slots that keep a prefix for reuse."""
-        return self._allocator.cached_slots
+        return self.memory.cached_slots
 
     @property
     def shared_slots(self) -> int:
         """Slots that are held more than once, each counted as often as it is held beyond the first time."""
-        return self._allocator.shared_slots
+        return self.memory.shared_slots
 
     def schedule(self, step: Step, arrays: StepArrays) -> None:
         """Decide a step and take its slots."""
-        roster, allocator, decision = self._roster, self._allocator, arrays.decision
-        self._schedule_step(
+        roster, memory = self._roster, self.memory
+        self._decide(
+            self.engine,
             roster.arrays,
             roster.requests.arrays,
-            allocator.arrays,
+            memory.arrays,
+            memory.rules,
             roster.requests.segments,
-            self._limits,
-            allocator.rules,
             arrays.batch,
             arrays.preempted,
-            decision,
+            arrays.failed,
+            arrays.decision,
         )
-        decided = decision.tolist()
+        decided = arrays.decision.tolist()
         step.num_running_before, step.num_entries = decided[RAN_BEFORE], decided[ENTRIES]
-        step.num_preempted, step.blocker = decided[PREEMPTED], BLOCKERS[decided[BLOCKER]]
+        step.num_preempted, step.num_failed, step.blocker = decided[PREEMPTED], decided[FAILED], BLOCKERS[decided[BLOCKER]]
 
     def complete(self, step: Step, arrays: StepArrays) -> tuple[int, int, int]:
         """Apply a step, and give back what finished requests hold."""
-        roster, allocator = self._roster, self._allocator
-        batch, _, _, sampled, finished = arrays
-        counted: tuple[int, int, int] = self._complete_and_free(
-            roster.arrays, roster.requests.arrays, allocator.arrays, allocator.rules, batch, step.num_entries, sampled, finished
+        roster, memory = self._roster, self.memory
+        counted: tuple[int, int, int] = self._apply(
+            self.engine,
+            roster.arrays,
+            roster.requests.arrays,
+            memory.arrays,
+            memory.rules,
+            arrays.batch,
+            step.num_entries,
+            arrays.sampled,
+            arrays.finished,
         )
         return counted
+
+    def forward_passes(self, step: Step, arrays: StepArrays) -> Iterator[StepBatch]:
+        """Yield what is computed together."""
+        roster = self._roster
+        number = self._passes(
+            self.engine, roster.arrays, roster.requests.arrays, arrays.batch, step.num_entries, arrays.passes, arrays.ends
+        )
+        if not number:
+            yield step.batch[: step.num_entries]
+        first = 0
+        for last in arrays.ends[:number].tolist():
+            yield arrays.passes[first:last]
+            first = last
 
     def decode_run(self, step: Step) -> DecodeRun:
         """Return that the next step is one of its own: `pagedkv.sims.run_steps` runs many without asking."""

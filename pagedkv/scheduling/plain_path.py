@@ -1,5 +1,7 @@
 """A step over any allocator, which is asked entry by entry: compiled functions for the parts in between."""
 
+from collections.abc import Iterator
+
 from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on, steps_to_an_end
 from pagedkv.errors import ConfigError
 from pagedkv.jit import fixed_types, lean_jit
@@ -121,12 +123,18 @@ class PlainPath:
 
     def complete(self, step: Step, arrays: StepArrays) -> tuple[int, int, int]:
         """Apply a step, and give back what finished requests hold."""
-        requests, (batch, _, _, sampled, finished) = self._roster.requests.arrays, arrays
-        counted: tuple[int, int, int] = _complete_step(self._roster.arrays, requests, batch, step.num_entries, sampled, finished)
-        for request in finished[: counted[2]]:
+        requests = self._roster.requests.arrays
+        counted: tuple[int, int, int] = _complete_step(
+            self._roster.arrays, requests, arrays.batch, step.num_entries, arrays.sampled, arrays.finished
+        )
+        for request in arrays.finished[: counted[2]]:
             self._allocator.free(int(requests["row"][request]))
             requests["row"][request] = NO_ROW
         return counted
+
+    def forward_passes(self, step: Step, arrays: StepArrays) -> Iterator[StepBatch]:
+        """Yield the step: it is computed as one."""
+        yield arrays.batch[: step.num_entries]
 
     def decode_run(self, step: Step) -> DecodeRun:
         """Return how often `step` would be decided again, as far as its requests and the allocator go."""

@@ -1,34 +1,27 @@
 """Continuous batching with vLLM's order of decisions, over any allocator."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
-from pagedkv.decode_run import DecodeRun
 from pagedkv.errors import ConfigError
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.compiled_path import CompiledPath
 from pagedkv.scheduling.content import Contents, Segments, content_of
 from pagedkv.scheduling.following_keys import FollowingKeys
 from pagedkv.scheduling.forks import Forks
 from pagedkv.scheduling.plain_path import PlainPath
-from pagedkv.scheduling.requests import RequestTable
 from pagedkv.scheduling.roster import Roster
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
-from pagedkv.scheduling.step import Step
-from pagedkv.scheduling.step_path import StepArrays, StepPath
+from pagedkv.scheduling.step_path import StepArrays
 from pagedkv.scheduling.vllm_step import SchedulerLimits
-from pagedkv.scheduling.waiting import SchedulerArrays
 from pagedkv.step_allocation import CompiledMemory, StepAllocator
-from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import NEVER
-
-_NOBODY: Int64Array = np.zeros(0, np.int64)
 
 
-class Scheduler:
+class Scheduler(BatchScheduler):
     """Decides step by step which requests compute how many tokens, and asks `allocator` for their slots.
 
     `schedule()` gives the next step, `complete()` says that it was computed. Semantics of vLLM v1: running
@@ -52,109 +45,31 @@ class Scheduler:
         for name, room in (("max_num_seqs", allocator.units_held.size), ("max_model_len", allocator.max_model_len)):
             if getattr(settings, name) > room:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(settings, name)}, the allocator was built for {room}")
-        self.settings, self.limits, self.allocator = settings, SchedulerLimits.of(settings), allocator
-        self._roster = Roster(max_num_seqs=settings.max_num_seqs, by_priority=self.limits.by_priority)
-        self.compiled_memory = allocator if isinstance(allocator, CompiledMemory) else None
-        """The allocator, if it is of a compiled kind: then `pagedkv.sims.run_steps` can run steps without asking."""
-        self._path: StepPath = (
-            PlainPath(self._roster, allocator, self.limits)
-            if self.compiled_memory is None
-            else CompiledPath(self._roster, self.compiled_memory, self.limits)
+        self.settings, limits = settings, SchedulerLimits.of(settings)
+        roster = Roster(max_num_seqs=settings.max_num_seqs, by_priority=limits.by_priority)
+        super().__init__(
+            roster,
+            allocator,
+            _compiled_path(roster, allocator, limits)
+            if isinstance(allocator, CompiledMemory)
+            else PlainPath(roster, allocator, limits),
+            StepArrays.empty(settings.max_num_seqs),
+            max_model_len=settings.max_model_len,
         )
         self._caches = isinstance(allocator, PagedStepAllocator) and allocator.pool.enable_caching
         self._keys = FollowingKeys(self._roster.requests, allocator.unit_slots)
         self._forks = Forks(self._roster, allocator, self._keys)
-        self.step_arrays = StepArrays.empty(settings.max_num_seqs)
-        self._step = Step(self.step_arrays.batch)
-        self._num_sampled = self._num_finished = self.num_output_tokens = 0
         self._unkeyed = False
         """Blocks may carry keys that are made of a request's index."""
-
-    @property
-    def requests(self) -> RequestTable:
-        """All requests since the start, or since those that were done were forgotten."""
-        return self._roster.requests
-
-    @property
-    def arrays(self) -> SchedulerArrays:
-        """Who runs, who waits, and which rows are free."""
-        return self._roster.arrays
 
     @property
     def caches_prefixes(self) -> bool:
         """Whether requests find what others, or they themselves before a preemption, have computed."""
         return self._caches
 
-    @property
-    def num_running(self) -> int:
-        """Requests in the running batch."""
-        return self._roster.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return self._roster.num_waiting
-
-    def waiting(self) -> Int64Array:
-        """Return the queue, its head first; under policy priority the others in no order. O(waiting)."""
-        return self._roster.waiting()
-
-    @property
-    def cached_slots(self) -> int:
-        """Free slots that keep a prefix for reuse."""
-        return self._path.cached_slots
-
-    @property
-    def shared_slots(self) -> int:
-        """Slots that are held more than once, each counted as often as it is held beyond the first time."""
-        return self._path.shared_slots
-
-    @property
-    def preempted(self) -> Int64Array:
-        """Requests preempted in the step decided last, in order. A view."""
-        return self.step_arrays.preempted[: self._step.num_preempted]
-
-    @property
-    def failed(self) -> Int64Array:
-        """Nobody: this engine preempts, or refuses at arrival."""
-        return _NOBODY
-
-    @property
-    def sampled(self) -> Int64Array:
-        """Requests that got an output token in the step completed last, in scheduling order. A view."""
-        return self.step_arrays.sampled[: self._num_sampled]
-
-    @property
-    def finished(self) -> Int64Array:
-        """Those of them that are done. A view."""
-        return self.step_arrays.finished[: self._num_finished]
-
-    def schedule(self) -> Step:
-        """Decide the next step and take its slots. The returned object is overwritten by the next call."""
-        step = self._step
-        self._path.schedule(step, self.step_arrays)
-        self._roster.in_step = step.num_entries > 0
-        return step
-
-    def forward_passes(self) -> Iterator[StepBatch]:
-        """Yield the step decided last: it is computed as one."""
-        yield self._step.batch[: self._step.num_entries]
-
-    def decode_run(self) -> DecodeRun:
-        """Return how often the step decided last would be decided again, for every request one token further on.
-
-        Over paged memory `pagedkv.sims.run_steps` need not ask.
-        """
-        return self._path.decode_run(self._step)
-
-    def repeat(self, num_steps: int) -> None:
-        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
-        self._path.repeat(self._step, num_steps)
-
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
-        self._roster.in_step = False
-        self._num_sampled, self.num_output_tokens, self._num_finished = self._path.complete(self._step, self.step_arrays)
+        super().complete()
         if self._num_finished:
             self._keys.end(self.finished.tolist())
 
@@ -184,7 +99,7 @@ class Scheduler:
         """
         if prompt_tokens < 1 or output_tokens < 1:
             raise ConfigError(f"a request needs 1 or more prompt and output tokens, not {prompt_tokens} and {output_tokens}")
-        if prompt_tokens + output_tokens > self.settings.max_model_len:
+        if prompt_tokens + output_tokens > self.max_model_len:
             return None
         admission_slots = self.allocator.admission_slots(prompt_tokens, output_tokens)
         if admission_slots is None:
@@ -212,30 +127,9 @@ class Scheduler:
         return request
 
     def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
-        """Make requests known that will arrive later, in this order; return which of them can run here. Compiled memory only.
-
-        Raises:
-            ConfigError: If a length is below 1, or there are not as many `contents`.
-        """
-        memory = self.compiled_memory
-        if memory is None:
-            raise ConfigError(f"{self.allocator.name} does not take requests all at once: add them one by one")
-        if prompt_tokens.size and min(prompt_tokens.min(), output_tokens.min()) < 1:
-            raise ConfigError("requests need 1 or more prompt and output tokens")
+        """Make requests known that will arrive later, in this order: see `BatchScheduler.add_all`."""
         self._unkeyed |= self._caches
-        admission_slots = memory.all_admission_slots(prompt_tokens, output_tokens)
-        accepted: BoolArray = (admission_slots != NEVER) & (prompt_tokens + output_tokens <= self.settings.max_model_len)
-        if contents is not None and contents.first_segment.size != prompt_tokens.size:
-            raise ConfigError(f"{contents.first_segment.size} contents for {prompt_tokens.size} requests")
-        if contents is not None and self._caches:
-            contents = contents._replace(
-                first_segment=contents.first_segment[accepted], num_segments=contents.num_segments[accepted]
-            )
-        else:
-            contents = None
-        self.requests.extend(prompt_tokens[accepted], output_tokens[accepted], admission_slots[accepted], contents)
-        self._roster.expect_all()
-        return accepted
+        return super().add_all(prompt_tokens, output_tokens, contents=contents)
 
     def add_keys(self, request: int, keys: BlockKeys) -> None:
         """Tell the keys of the next blocks of `request` that are full, in order: of each before it is scheduled to its last token.
@@ -322,10 +216,6 @@ class Scheduler:
             if (row := roster.to_front(request)) is not None:
                 self.allocator.free(row)
 
-    def drop_head(self) -> int:
-        """Take the head of the queue out for good and return it: the way out when nothing runs and it still does not fit."""
-        return self._roster.drop_head()
-
     def forget_done(self) -> Int64Array:
         """Forget requests that are done or were taken out, so that a server can run for good; not within a step.
 
@@ -346,7 +236,11 @@ class Scheduler:
         self._num_sampled = self._num_finished = self._step.num_preempted = 0
         return kept
 
-    def check_integrity(self) -> None:
-        """Raise IntegrityError unless rows, queue and running batch fit together and every running request has its slots."""
-        self.allocator.check_integrity()
-        self._roster.check_integrity(self.allocator.units_held.astype(np.int64) * self.allocator.unit_slots)
+
+def _compiled_path(roster: Roster, memory: CompiledMemory, limits: SchedulerLimits) -> CompiledPath:
+    if memory.lookahead_slots < limits.num_speculative_tokens:
+        raise ConfigError(
+            f"num-speculative-tokens is {limits.num_speculative_tokens}: drafts need paged memory with as many lookahead_slots; "
+            f"{memory.name} has {memory.lookahead_slots}"
+        )
+    return CompiledPath(roster, memory, limits)

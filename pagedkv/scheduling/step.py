@@ -41,6 +41,7 @@ class Step:
     num_running_before: int = 0
     """How many of them ran before; the others are admissions."""
     num_preempted: int = 0
+    num_failed: int = 0
     blocker: Blocker = Blocker.NONE
 
 

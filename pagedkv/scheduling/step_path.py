@@ -1,11 +1,13 @@
 """How a step is decided and applied, over memory of one kind: what `Scheduler` asks of it, and what a step leaves behind."""
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from pagedkv.arrays import Int64Array
 from pagedkv.decode_run import DecodeRun
+from pagedkv.engine_step import NUM_DECIDED
 from pagedkv.scheduling.step import Step
 from pagedkv.step_batch import StepBatch, empty_batch
 
@@ -16,18 +18,33 @@ class StepArrays(NamedTuple):
     batch: StepBatch
     preempted: Int64Array
     """Requests preempted by the decision, in order."""
+    failed: Int64Array
+    """Requests that the decision gave up, in order."""
     decision: Int64Array
-    """See `pagedkv.scheduling.vllm_step`."""
+    """See `pagedkv.engine_step`."""
     sampled: Int64Array
     """Requests that got an output token, in scheduling order."""
     finished: Int64Array
     """Those of them that are done."""
+    passes: StepBatch
+    """What is computed together, pass after pass, where that is not the batch."""
+    ends: Int64Array
+    """Where each pass ends in `passes`."""
 
     @classmethod
-    def empty(cls, max_num_seqs: int) -> "StepArrays":
-        """Return those of a scheduler that has decided nothing."""
-        preempted, sampled, finished = (np.zeros(max_num_seqs, np.int64) for _ in range(3))
-        return cls(empty_batch(max_num_seqs), preempted, np.zeros(4, np.int64), sampled, finished)
+    def empty(cls, max_num_seqs: int, *, max_pass_entries: int = 0, max_passes: int = 0) -> "StepArrays":
+        """Return those of a scheduler that has decided nothing, with room for passes."""
+        preempted, failed, sampled, finished = (np.zeros(max_num_seqs, np.int64) for _ in range(4))
+        return cls(
+            batch=empty_batch(max_num_seqs),
+            preempted=preempted,
+            failed=failed,
+            decision=np.zeros(NUM_DECIDED, np.int64),
+            sampled=sampled,
+            finished=finished,
+            passes=empty_batch(max_pass_entries),
+            ends=np.zeros(max_passes, np.int64),
+        )
 
 
 class StepPath(Protocol):
@@ -46,6 +63,9 @@ class StepPath(Protocol):
 
     def complete(self, step: Step, arrays: StepArrays) -> tuple[int, int, int]:
         """Apply a step, give back what finished requests hold; return (number sampled, tokens that they got, number finished)."""
+
+    def forward_passes(self, step: Step, arrays: StepArrays) -> Iterator[StepBatch]:
+        """Yield what a step that was decided computes together."""
 
     def decode_run(self, step: Step) -> DecodeRun:
         """Return how often a step that was decided would be decided again, for every request one token further on."""

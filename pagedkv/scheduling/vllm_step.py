@@ -6,7 +6,20 @@ Source: the rules that reproduce the recorded decisions of vLLM 0.33.0 (tests/co
 from typing import Any, NamedTuple
 
 from pagedkv.arrays import Int64Array
+from pagedkv.engine_step import (
+    BLOCKER,
+    ENTRIES,
+    FAILED,
+    PREEMPTED,
+    RAN_BEFORE,
+    apply_step,
+    decide_step,
+    drop_request,
+    forward_passes,
+    queue_request,
+)
 from pagedkv.jit import lean_jit
+from pagedkv.scheduling.completion import complete_and_free
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
@@ -18,14 +31,12 @@ from pagedkv.scheduling.waiting import (
     blocker_of,
     drop_head,
     goes_before,
+    push_waiting,
     start_running,
     stop_running,
 )
 from pagedkv.step_batch import StepBatch
 from pagedkv.step_memory import admit, begin_step, covers, find_cached, free_row, grant
-
-RAN_BEFORE, ENTRIES, PREEMPTED, BLOCKER = 0, 1, 2, 3
-"""In a decision: entries that ran before; entries in all; preemptions; what held the head of the queue up."""
 
 
 class SchedulerLimits(NamedTuple):
@@ -165,31 +176,21 @@ def _schedule_waiting(
     return entries, False
 
 
+@decide_step.register(SchedulerLimits)
 @lean_jit
-def schedule_step(
+def _decide_step(
+    limits: SchedulerLimits,
     state: SchedulerArrays,
     requests: RequestArrays,
     memory: Any,
-    segments: Segments,
-    limits: SchedulerLimits,
     rules: Any,
+    segments: Segments,
     batch: StepBatch,
     preempted: Int64Array,
+    failed: Int64Array,
     decision: Int64Array,
 ) -> None:
-    """Decide the next step and take its slots. O(entries + blocks taken), but O(running) more for each preemption.
-
-    Args:
-        state: Who runs and who waits.
-        requests: Their `REQUEST` records.
-        memory: The memory: see `pagedkv.step_memory`.
-        segments: What requests share: see `pagedkv.scheduling.content`.
-        limits: Limits of the scheduler.
-        rules: Rules of the memory.
-        batch: Receives the entries: running requests in their order, then admissions in theirs.
-        preempted: Receives the requests preempted, in order.
-        decision: Receives RAN_BEFORE, ENTRIES, PREEMPTED and BLOCKER.
-    """
+    """Decide by vLLM's rules; nobody fails. O(entries + blocks taken), but O(running) more for each preemption."""
     counts = state.counts
     threshold = limits.long_prefill_token_threshold
     present = counts[NUM_RUNNING] + counts[NUM_WAITING]
@@ -205,4 +206,46 @@ def schedule_step(
     if not refused:
         entries, refused = _schedule_waiting(state, requests, memory, segments, limits, rules, threshold, batch, ran_before, budget)
     decision[RAN_BEFORE], decision[ENTRIES], decision[PREEMPTED] = ran_before, entries, num_preempted
-    decision[BLOCKER] = blocker_of(state, refused)
+    decision[BLOCKER], decision[FAILED] = blocker_of(state, refused), 0
+
+
+@apply_step.register(SchedulerLimits)
+@lean_jit
+def _apply_step(
+    limits: SchedulerLimits,
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    memory: Any,
+    rules: Any,
+    batch: StepBatch,
+    num_entries: int,
+    sampled: Int64Array,
+    finished: Int64Array,
+) -> tuple[int, int, int]:
+    return complete_and_free(state, requests, memory, rules, batch, num_entries, sampled, finished)
+
+
+@forward_passes.register(SchedulerLimits)
+@lean_jit
+def _forward_passes(
+    limits: SchedulerLimits,
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    batch: StepBatch,
+    num_entries: int,
+    passes: StepBatch,
+    ends: Int64Array,
+) -> int:
+    return 0
+
+
+@queue_request.register(SchedulerLimits)
+@lean_jit
+def _queue_request(limits: SchedulerLimits, state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
+    push_waiting(state, requests, request, limits.by_priority)
+
+
+@drop_request.register(SchedulerLimits)
+@lean_jit
+def _drop_request(limits: SchedulerLimits, state: SchedulerArrays, requests: RequestArrays) -> int:
+    return drop_head(state, requests, limits.by_priority)

@@ -7,7 +7,7 @@ from chats import MAX_MODEL_LEN, QUESTIONS, Question, step_time, user
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.scheduling.scheduler import Scheduler
+from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.clock import Clock
@@ -73,7 +73,7 @@ def served(case: Case, *, step_by_step: bool) -> Run:
     env, scheduler = Clock(initial_time=0.0), case.scheduler()
     recorder = Recorder(scheduler, warmup_s=0.1, end_s=float("inf"))
     engine: Engine | CompiledEngine
-    if isinstance(scheduler, Scheduler) and scheduler.compiled_memory is not None and not step_by_step:
+    if isinstance(scheduler, BatchScheduler) and scheduler.compiled is not None and not step_by_step:
         engine = CompiledEngine(env, scheduler, step_time(), recorder)
     else:
         engine = Engine(env, scheduler, step_time(), recorder, step_by_step=step_by_step)
@@ -118,7 +118,7 @@ def _is_compiled(engine: str, allocator: str) -> bool:
         max_num_batched_tokens=96,
     )
     scheduler = case.scheduler()
-    return isinstance(scheduler, Scheduler) and scheduler.compiled_memory is not None
+    return isinstance(scheduler, BatchScheduler) and scheduler.compiled is not None
 
 
 _MEMORIES = [
