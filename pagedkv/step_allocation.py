@@ -2,8 +2,8 @@
 
 The scheduler writes what it would like to run into a `StepBatch`; the allocator grants slots in that order and stops at the first
 entry that does not fit now. A row is a place in the running batch; a request owns one from admission until it finishes or is
-preempted. Every allocator of the registry can be driven so; paged blocks, contiguous intervals and
-vAttention's pages have compiled code for it.
+preempted. Every allocator of the registry can be driven so; paged blocks, contiguous intervals,
+reserved or growing, and vAttention's pages have compiled code for it.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -12,11 +12,13 @@ import numpy as np
 
 from pagedkv.allocation import Allocator, Grouped, GrowsWhileFree, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.contiguous_growing import ContiguousGrowingAllocator
 from pagedkv.allocators.vattention import VAttentionAllocator
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.contiguous_allocator import ContiguousAllocator
 from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.growing_steps import GrowingStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
@@ -248,6 +250,8 @@ def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:
     allocator = ALLOCATORS.load(name)(settings)
     if isinstance(allocator, ContiguousAllocator):
         return IntervalStepAllocator(allocator)
+    if isinstance(allocator, ContiguousGrowingAllocator):
+        return GrowingStepAllocator(allocator)
     if isinstance(allocator, VAttentionAllocator):
         return VirtualStepAllocator(allocator)
     return RequestByRequest(allocator)

@@ -4,12 +4,24 @@ A kind is a NamedTuple of arrays, `memory`, and one of plain numbers, `rules`. `
 with others is in `segments`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from pagedkv.arrays import Int64Array
 from pagedkv.jit import by_kind
 
 NEVER = -1
 """In place of the slots that a request takes at admission: it can never fit."""
+
+
+def each_admission_slots(
+    admission_slots: Callable[[int, int], int | None], prompt_tokens: Int64Array, output_tokens: Int64Array
+) -> Int64Array:
+    """Return what `admission_slots` says of each of many requests, NEVER where it is None."""
+    slots = map(admission_slots, prompt_tokens.tolist(), output_tokens.tolist())
+    return np.array([NEVER if each is None else each for each in slots], np.int64)
 
 
 @by_kind

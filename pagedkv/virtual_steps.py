@@ -10,7 +10,7 @@ from pagedkv.block_table import block_slots
 from pagedkv.errors import IntegrityError
 from pagedkv.jit import lean_jit
 from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import NEVER, admit, begin_step, covers, find_cached, free_row, grant, rows_of, slots_of
+from pagedkv.step_memory import admit, begin_step, covers, each_admission_slots, find_cached, free_row, grant, rows_of, slots_of
 from pagedkv.virtual_pages import NUM_FREE, PageArrays, best_row, need_pages, release_pages
 
 
@@ -165,8 +165,7 @@ class VirtualStepAllocator:
 
     def all_admission_slots(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64Array:
         """Return `admission_slots` for many requests at once, NEVER where it is None."""
-        slots = map(self.admission_slots, prompt_tokens.tolist(), output_tokens.tolist())
-        return np.array([NEVER if each is None else each for each in slots], np.int64)
+        return each_admission_slots(self.admission_slots, prompt_tokens, output_tokens)
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Map pages in order until one entry does not fit; return its index. O(entries + pages mapped)."""

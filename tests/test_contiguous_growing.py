@@ -1,6 +1,5 @@
 """Intervals that grow: where they go, what is copied and in which order, and that nothing is lost on the way."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators.contiguous_growing import ContiguousGrowingAllocator
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.growing_heap import GrowingHeap, Interval
+from pagedkv.growing_heap import FREE_SLOTS, USED, GrowingHeap
 from pagedkv.kv_request import KVRequest
 
 
@@ -44,7 +43,7 @@ def admitted(growing: ContiguousGrowingAllocator, *tokens: int) -> list[KVReques
 
 def state(growing: ContiguousGrowingAllocator) -> Any:
     held = {r.request_id: (r.num_computed_tokens, growing.slots_held(r).tolist()) for r in growing.live_requests()}
-    return held, copy.deepcopy(growing.heap.intervals), growing.heap.free_slots, growing.moved_slots
+    return held, growing.heap.intervals(), growing.heap.free_slots, growing.moved_slots
 
 
 def test_it_grows_in_place_if_the_slots_behind_it_are_free() -> None:
@@ -178,40 +177,45 @@ def test_misuse_is_told_and_changes_nothing(message: str) -> None:
 
 
 def test_the_heap_refuses_what_cannot_be() -> None:
-    heap = GrowingHeap(4)
+    heap = GrowingHeap(4, num_places=2)
     with pytest.raises(ConfigError, match="heap of 0 slots"):
-        GrowingHeap(0)
-    with pytest.raises(ConfigError, match="reserve 0 slots"):
-        heap.reserve(0)
-    assert heap.reserve(5) is None
-    placed = heap.reserve(2)
-    assert placed is not None
+        GrowingHeap(0, num_places=2)
+    with pytest.raises(ConfigError, match="cannot grow 0 slots to 0"):
+        heap.grow(0, 0)
+    assert heap.grow(0, 5) is None
+    assert heap.grow(1, 2) is not None
     with pytest.raises(ConfigError, match="never shrink"):
-        heap.grow(placed[0], 1)
+        heap.grow(1, 1)
     with pytest.raises(ConfigError, match="no interval of this heap"):
-        heap.release(Interval(start=0, size=2))
-    heap.release(placed[0])
+        heap.release(0)
+    heap.release(1)
     with pytest.raises(ConfigError, match="no interval of this heap"):
-        heap.release(placed[0])
+        heap.release(1)
     heap.check_integrity()
     assert heap.free_slots == 4
 
 
-CORRUPTIONS: dict[str, Callable[[ContiguousGrowingAllocator], Any]] = {
-    "overlap": lambda growing: setattr(growing.heap.intervals[1], "start", 1),
-    "beyond the heap": lambda growing: setattr(growing.heap.intervals[1], "start", 9),
-    "miscounted": lambda growing: setattr(growing.heap, "free_slots", 7),
-    "empty": lambda growing: setattr(growing.heap.intervals[1], "size", 0),
-    "requests hold": lambda growing: growing._intervals.popitem(),
+def put(array: Any, at: Any, value: int) -> None:
+    array[at] = value
+
+
+CORRUPTIONS: dict[str, tuple[str, Callable[[ContiguousGrowingAllocator], Any]]] = {
+    "overlap": ("overlap", lambda growing: put(growing.heap.arrays.start, growing.heap.arrays.order[1], 1)),
+    "beyond the heap": ("beyond the heap", lambda growing: put(growing.heap.arrays.start, growing.heap.arrays.order[1], 9)),
+    "miscounted": ("miscounted", lambda growing: put(growing.heap.arrays.counts, FREE_SLOTS, 7)),
+    "empty": ("empty", lambda growing: put(growing.heap.arrays.size, growing.heap.arrays.order[1], 0)),
+    "not in the order": ("miscounted|the order has", lambda growing: put(growing.heap.arrays.counts, USED, 1)),
+    "twice in the order": ("overlap", lambda growing: put(growing.heap.arrays.order, 1, growing.heap.arrays.order[0])),
+    "interval of nobody": ("requests hold", lambda growing: growing._places.popitem()),
 }
 
 
-@pytest.mark.parametrize("message", CORRUPTIONS)
-def test_corruption_is_noticed(message: str) -> None:
+@pytest.mark.parametrize(("message", "corrupt"), CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
+def test_corruption_is_noticed(message: str, corrupt: Callable[[ContiguousGrowingAllocator], Any]) -> None:
     growing = allocator()
     admitted(growing, 2, 2)
     growing.check_integrity()
-    CORRUPTIONS[message](growing)
+    corrupt(growing)
     with pytest.raises(IntegrityError, match=message):
         growing.check_integrity()
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.naive_scheduler import NaiveScheduler, NaiveSettings
+from pagedkv.scheduling.naive_step import NUM_COLUMNS
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.sims.recording import FREE, INTERNAL, NUM_GAUGES, RESERVED, STATE, TOKENS, set_gauges
+from pagedkv.step_allocation import step_allocator
 
 DYNAMIC, STATIC = "contiguous-growing", "contiguous-max"
 
@@ -22,7 +23,7 @@ def naive(*, slots: int = 1000, seqs: int = 4, longest: int = 100, cache: str = 
     pool = KVPoolSettings(
         num_blocks=slots, block_size=1, max_num_seqs=seqs, max_model_len=longest, contiguous_heap="first-fit", **more
     )
-    return NaiveScheduler(NaiveSettings(max_num_seqs=seqs, max_model_len=longest), ALLOCATORS.load(cache)(pool))
+    return NaiveScheduler(NaiveSettings(max_num_seqs=seqs, max_model_len=longest), step_allocator(cache, pool))
 
 
 def add(to: NaiveScheduler, *lengths: tuple[int, int]) -> list[int | None]:
@@ -213,7 +214,7 @@ def test_a_batch_is_cut_where_padding_would_make_it_longer_than_max_model_len() 
 def test_a_batch_is_cut_where_its_padded_prompts_are_more_than_a_step_computes() -> None:
     pool = KVPoolSettings(num_blocks=1000, block_size=1, max_num_seqs=4, max_model_len=100)
     settings = NaiveSettings(max_num_seqs=4, max_model_len=100, max_num_batched_tokens=60)
-    one = NaiveScheduler(settings, ALLOCATORS.load(DYNAMIC)(pool))
+    one = NaiveScheduler(settings, step_allocator(DYNAMIC, pool))
     assert add(one, (20, 1), (30, 1), (25, 1), (61, 1), (60, 1)) == [0, 1, 2, None, 3]
     assert [[request for request, *_ in step.entries] for step in serve(one)] == [[0, 1], [2], [3]]
 
@@ -264,7 +265,7 @@ def test_values_that_cannot_work_are_named() -> None:
     with pytest.raises(ConfigError, match="max-num-batched-tokens is 0: needs 1 or more"):
         NaiveSettings(max_model_len=10, max_num_batched_tokens=0)
     with pytest.raises(ConfigError, match="max-model-len is 101, the allocator was built for 100"):
-        NaiveScheduler(NaiveSettings(max_model_len=101), naive().allocator.allocator)
+        NaiveScheduler(NaiveSettings(max_model_len=101), naive().allocator)
     with pytest.raises(ConfigError, match="priority 1: batches are made in order of arrival"):
         naive().add(prompt_tokens=1, output_tokens=1, priority=1)
 
@@ -273,7 +274,7 @@ def test_a_broken_state_is_noticed() -> None:
     one = naive()
     add(one, (4, 3))
     advance(one)
-    one.num_columns += 1
+    one._columns[NUM_COLUMNS] += 1
     with pytest.raises(IntegrityError, match="slots for 5 columns"):
         one.check_integrity()
 

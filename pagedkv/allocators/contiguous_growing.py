@@ -12,7 +12,7 @@ from pagedkv.allocation import Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.errors import IntegrityError
-from pagedkv.growing_heap import GrowingHeap, Interval
+from pagedkv.growing_heap import GrowingHeap
 from pagedkv.kv_request import KVRequest
 
 
@@ -33,18 +33,22 @@ class ContiguousGrowingAllocator:
     rounding_slots = 0
 
     def __init__(self, settings: KVPoolSettings) -> None:
-        self.heap = GrowingHeap(settings.num_slots)
+        self.heap = GrowingHeap(settings.num_slots, num_places=settings.max_num_seqs)
         self.num_slots = self.usable_slots = settings.num_slots
         self.max_model_len = settings.max_model_len
         self.max_num_seqs = settings.max_num_seqs
         self.state_slots = settings.state_slots
-        self.moved_slots = 0
+        self.block_size = settings.block_size
+        self.watermark_slots = int(settings.watermark * settings.num_blocks) * settings.block_size
+        self.reserve_full_isl = settings.reserve_full_isl
+        self._places: dict[KVRequest, int] = {}
+        """By live request: the place of its interval in the heap: its state, then its tokens, then what is unfilled."""
+        self._free_places = list(range(settings.max_num_seqs))
+
+    @property
+    def moved_slots(self) -> int:
         """Slots copied so far, to count as bytes read and written."""
-        self._block_size = settings.block_size
-        self._watermark_slots = int(settings.watermark * settings.num_blocks) * settings.block_size
-        self._reserve_full_isl = settings.reserve_full_isl
-        self._intervals: dict[KVRequest, Interval] = {}
-        """By live request: its state, then its tokens, then what is unfilled."""
+        return self.heap.moved_slots
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if it is longer than max_model_len or even the empty heap is too small."""
@@ -67,45 +71,17 @@ class ContiguousGrowingAllocator:
         request.check_slots(num_new_tokens=num_new_tokens, num_slots_held=self.num_slots_held(request))
         tokens = request.num_computed_tokens + num_new_tokens
         request.check_length(tokens, self.max_model_len)
-        size, interval = self._size(tokens), self._intervals.get(request)
-        if interval is None:
-            request.check_place(len(self._intervals), self.max_num_seqs)
-            gated = max(size, self._size(request.num_tokens)) if self._reserve_full_isl else size
-            if gated + (self._watermark_slots if has_scheduled_reqs else 0) > self.heap.free_slots:
+        size, place = self._size(tokens), self._places.get(request)
+        if place is None:
+            request.check_place(len(self._places), self.max_num_seqs)
+            gated = max(size, self._size(request.num_tokens)) if self.reserve_full_isl else size
+            if gated + (self.watermark_slots if has_scheduled_reqs else 0) > self.heap.free_slots:
                 return None
-            placed = self.heap.reserve(size)
-            assert placed is not None  # so many slots are free
-            self._intervals[request], copies = placed
-        elif size <= interval.size:
+            place = self._places[request] = self._free_places.pop()
+        elif size <= self.heap.interval(place)[1]:
             return Grant()
-        else:
-            grown = self.heap.grow(interval, size)
-            if grown is None:
-                return None
-            copies = grown
-        self.moved_slots += len(copies)
-        return Grant(copies=copies)
-
-    @property
-    def num_empty_slots(self) -> int:
-        """Free slots, if intervals grow token by token; 0 if they grow by blocks."""
-        return self.heap.free_slots if self._block_size == 1 else 0
-
-    def take_in_turn(self, requests: Sequence[KVRequest], num_tokens: int) -> None:
-        """Let their intervals grow token by token. O(tokens × requests + slots moved), O(requests) if nobody is in the way."""
-        ends = [self._size(request.num_computed_tokens + num_tokens) for request in requests]
-        held = [self._intervals[request] for request in requests]
-        if all(self.heap.room_behind(interval) >= end - interval.size for interval, end in zip(held, ends, strict=True)):
-            for interval, end in zip(held, ends, strict=True):
-                self.heap.grow(interval, max(end, interval.size))
-            return
-        for tokens in range(1, num_tokens + 1):
-            for request in requests:
-                interval, size = self._intervals[request], self._size(request.num_computed_tokens + tokens)
-                if size > interval.size:
-                    copies = self.heap.grow(interval, size)
-                    assert copies is not None  # so many slots are free
-                    self.moved_slots += len(copies)
+        copies = self.heap.grow(place, size)
+        return None if copies is None else Grant(copies=copies)
 
     def note_computed(self, request: KVRequest) -> None:
         """Nothing is kept for others."""
@@ -116,9 +92,11 @@ class ContiguousGrowingAllocator:
         Raises:
             ConfigError: If it has none.
         """
-        if request not in self._intervals:
+        if request not in self._places:
             raise request.holds_nothing()
-        self.heap.release(self._intervals.pop(request))
+        place = self._places.pop(request)
+        self.heap.release(place)
+        self._free_places.append(place)
 
     def preempt(self, request: KVRequest) -> None:
         """Give its interval back; it will start anew."""
@@ -127,17 +105,20 @@ class ContiguousGrowingAllocator:
 
     def live_requests(self) -> Sequence[KVRequest]:
         """Return the requests that have an interval."""
-        return tuple(self._intervals)
+        return tuple(self._places)
 
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of its interval that are for tokens."""
-        interval = self._intervals.get(request)
-        return 0 if interval is None else interval.size - self.state_slots
+        place = self._places.get(request)
+        return 0 if place is None else self.heap.interval(place)[1] - self.state_slots
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return them. They are others after somebody's grant with copies."""
-        interval = self._intervals.get(request)
-        return NO_SLOTS if interval is None else np.arange(interval.start + self.state_slots, interval.end)
+        place = self._places.get(request)
+        if place is None:
+            return NO_SLOTS
+        start, size = self.heap.interval(place)
+        return np.arange(start + self.state_slots, start + size)
 
     def cached_slots(self) -> Int64Array:
         """Return none."""
@@ -145,7 +126,7 @@ class ContiguousGrowingAllocator:
 
     def taken_slots(self) -> Int64Array:
         """Return the slots of all intervals, state included. O(num_slots)."""
-        return np.concatenate([NO_SLOTS, *(np.arange(each.start, each.end) for each in self.heap.intervals)])
+        return np.concatenate([NO_SLOTS, *(np.arange(start, start + size) for start, size in self.heap.intervals())])
 
     @property
     def num_cached_slots(self) -> int:
@@ -160,9 +141,11 @@ class ContiguousGrowingAllocator:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the heap is sound and its intervals are exactly those of the live requests."""
         self.heap.check_integrity()
-        held = {id(interval) for interval in self._intervals.values()}
-        if held != {id(interval) for interval in self.heap.intervals} or len(held) != len(self._intervals):
-            raise IntegrityError(f"requests hold {list(self._intervals.values())}, the heap has {self.heap.intervals}")
+        held = sorted(self._places.values())
+        if held != np.flatnonzero(self.heap.arrays.size).tolist() or sorted(held + self._free_places) != [
+            *range(self.max_num_seqs)
+        ]:
+            raise IntegrityError(f"requests hold the intervals of {held}, the heap has {self.heap.intervals()}")
 
     def _size(self, tokens: int) -> int:
-        return self.state_slots + -(-tokens // self._block_size) * self._block_size
+        return self.state_slots + -(-tokens // self.block_size) * self.block_size

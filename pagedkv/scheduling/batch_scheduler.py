@@ -99,6 +99,11 @@ class BatchScheduler(ABC):
     def add(self, *, prompt_tokens: int, output_tokens: int, priority: int = 0, content: Segments | None = None) -> int | None:
         """Put a request into the queue and return its index; None if it is refused."""
 
+    def can_take(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
+        """Return which requests of these lengths are not refused for their lengths."""
+        fits: BoolArray = prompt_tokens + output_tokens <= self.max_model_len
+        return fits
+
     def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
         """Make requests known that will arrive later, in this order; return which of them can run here. Compiled memory only.
 
@@ -112,7 +117,7 @@ class BatchScheduler(ABC):
         if contents is not None and contents.first_segment.size != prompt_tokens.size:
             raise ConfigError(f"{contents.first_segment.size} contents for {prompt_tokens.size} requests")
         admission_slots = self.compiled.memory.all_admission_slots(prompt_tokens, output_tokens)
-        accepted: BoolArray = (admission_slots != NEVER) & (prompt_tokens + output_tokens <= self.max_model_len)
+        accepted: BoolArray = (admission_slots != NEVER) & self.can_take(prompt_tokens, output_tokens)
         if contents is not None and self.caches_prefixes:
             contents = contents._replace(
                 first_segment=contents.first_segment[accepted], num_segments=contents.num_segments[accepted]

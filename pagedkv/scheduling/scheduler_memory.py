@@ -8,6 +8,7 @@ import numpy as np
 from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError
+from pagedkv.growing_steps import GrowingStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
@@ -34,7 +35,7 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
         return _PagedRows(scheduler, allocator)
     if isinstance(allocator, RadixRows):
         return _RadixRows(scheduler, allocator)
-    if isinstance(allocator, IntervalStepAllocator | VirtualStepAllocator):
+    if isinstance(allocator, GrowingStepAllocator | IntervalStepAllocator | VirtualStepAllocator):
         return _UnsharedRows(scheduler, allocator)
     raise ConfigError(f"no memory map of {allocator.name}: it does not say where tokens lie")
 
@@ -105,7 +106,9 @@ class _RadixRows(_Rows):
 
 
 class _UnsharedRows(_Rows):
-    def __init__(self, scheduler: StepScheduler, allocator: IntervalStepAllocator | VirtualStepAllocator) -> None:
+    def __init__(
+        self, scheduler: StepScheduler, allocator: GrowingStepAllocator | IntervalStepAllocator | VirtualStepAllocator
+    ) -> None:
         super().__init__(scheduler, allocator, num_slots=allocator.num_slots)
         self._allocator = allocator
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.allocators import ALLOCATORS
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.transformers import TransformersLedger
 from pagedkv.model_spec import ModelSpec
@@ -13,6 +12,7 @@ from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.engines import ENGINES, only_on
 from pagedkv.sims.engines._shared import OneVersion, longest_request
+from pagedkv.step_allocation import step_allocator
 
 HEAP = "first-fit"
 """Torch cuts a tensor from free memory to its size; it does not round to powers of two, as a buddy heap does."""
@@ -85,7 +85,7 @@ class Naive(OneVersion):
             max_model_len=limits.max_model_len,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-        return NaiveScheduler(settings, ALLOCATORS.load(allocator)(replace(pool, contiguous_heap=heap)))
+        return NaiveScheduler(settings, step_allocator(allocator, replace(pool, contiguous_heap=heap)))
 
 
 ENGINES.register("naive")(Naive())
