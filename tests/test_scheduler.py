@@ -305,6 +305,18 @@ def test_a_block_without_a_key_is_found_by_its_own_request_alone() -> None:
     assert one.requests.arrays["num_hit_tokens"][1] >= 8  # its second block, which nobody told a key of
 
 
+def test_a_fork_without_keys_cannot_be_forgotten_and_one_with_them_can() -> None:
+    one = with_keys()
+    one.add(prompt_tokens=6, output_tokens=4, keys=keys_of(10, 20))  # all that it will ever fill
+    one.add(prompt_tokens=6, output_tokens=4, keys=keys_of(30), keys_follow=True)
+    advance(one)
+    one.fork(1, keys=keys_of(30))
+    assert one.forget_done().tolist() == [0, 1, 2]
+    one.fork(0)  # from now on blocks may be known by its number
+    with pytest.raises(ConfigError, match="cannot be forgotten"):
+        one.forget_done()
+
+
 def test_keys_must_be_those_of_full_blocks_of_a_request_that_goes_on() -> None:
     one = with_keys()
     one.add(prompt_tokens=6, output_tokens=2, keys=keys_of(10), keys_follow=True)

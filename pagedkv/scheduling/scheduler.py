@@ -156,7 +156,9 @@ class Scheduler(BatchScheduler):
         Raises:
             ConfigError: If the parent is not such a request, memory is not paged, or keys do not fit; nothing has changed then.
         """
-        return self._forks.fork(parent, content=content, keys=keys)
+        child = self._forks.fork(parent, content=content, keys=keys)
+        self._unkeyed |= self._caches and keys is None
+        return child
 
     def take_over(self, request: int, parent: int, *, keys: BlockKeys | None = None) -> None:
         """Let `request`, a beam that is dropped, give up what it has and go on from what `parent` has computed, as a fork would.
