@@ -22,6 +22,10 @@ class FollowingKeys:
         """Return whether keys of `request` are still to come."""
         return request in self._followed
 
+    def __len__(self) -> int:
+        """Return how many they are."""
+        return len(self._followed)
+
     def begin(self, request: int) -> None:
         """Expect keys of `request`, which has room for them."""
         self._followed.add(request)

@@ -47,6 +47,10 @@ class Forks:
         if request == parent or not alike or any(requests[name][request] != requests[name][parent] for name in names):
             raise ConfigError(f"request {request} cannot go on from {parent}: needs another of the same prompt, and as far")
         self._keys.expect_of_fork(parent, keys)
+        if keys is None and paged.rules.caches:
+            raise ConfigError(
+                f"request {request} cannot go on from {parent}: its blocks are known by its number, needs keys_follow"
+            )
         row = int(requests["row"][request])
         paged.free(row)
         paged.fork(int(requests["row"][parent]), row, int(requests["num_computed_tokens"][parent]))

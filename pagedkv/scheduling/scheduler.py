@@ -70,7 +70,7 @@ class Scheduler(BatchScheduler):
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
         super().complete()
-        if self._num_finished:
+        if self._num_finished and self._keys:
             self._keys.end(self.finished.tolist())
 
     def add(
@@ -171,7 +171,8 @@ class Scheduler(BatchScheduler):
             keys: If they were added with `keys_follow`: keys of the full blocks of what `request` is from now on.
 
         Raises:
-            ConfigError: If the requests are not such, memory is not paged, or keys do not fit; nothing has changed then.
+            ConfigError: If the requests are not such, memory is not paged, keys do not fit, or prefixes are cached and no keys
+                follow, so that it would find blocks of what it gives up as its own. Nothing has changed then.
         """
         self._forks.take_over(request, parent, keys=keys)
 

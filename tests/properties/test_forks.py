@@ -11,6 +11,7 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.content import shared_segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.waiting import NUM_RUNNING
@@ -266,6 +267,26 @@ def test_misuse_says_what_works_and_changes_nothing() -> None:
     one.scheduler.schedule()
     with pytest.raises(ConfigError, match="between steps"):
         one.scheduler.fork(parent, keys=keys)
+
+
+@pytest.mark.parametrize("caches", [True, False])
+def test_who_is_known_by_its_number_cannot_become_another_text_where_prefixes_are_kept(*, caches: bool) -> None:
+    one = Forking.of(caches=caches).scheduler
+    prompt = shared_segments(np.array([5]), np.array([2 * BLOCK]))
+    parent = one.add(prompt_tokens=2 * BLOCK, output_tokens=20, content=prompt)
+    assert parent is not None
+    one.schedule()
+    one.complete()
+    child = one.fork(parent, content=prompt)
+    for _ in range(BLOCK + 2):  # a block of its own is full
+        one.schedule()
+        one.complete()
+    if caches:  # or it would come back from a preemption to that block
+        with pytest.raises(ConfigError, match="known by its number"):
+            one.take_over(child, parent)
+    else:
+        one.take_over(child, parent)
+    one.check_integrity()
 
 
 def test_a_state_cannot_be_shared() -> None:
