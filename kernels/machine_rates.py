@@ -53,3 +53,17 @@ class MachineRates:
     """Which one."""
     others: dict[str, Samples] = field(default_factory=dict)
     """Products that were slower, by what they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSamples:
+    """Products of some rows with matrices of one type."""
+
+    weights: str
+    """The type: fp32, bf16 or fp16."""
+    rows: tuple[int, ...]
+    """Numbers of rows."""
+    flops: tuple[Samples, ...]
+    """What each reaches, in operations a second, reading the matrix included."""
+    by: str
+    """How they were multiplied."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.row_rates import RowRates
 from pagedkv.units import GIB
 from pagedkv.weight_format import WeightFormat
 
@@ -86,6 +87,9 @@ class HardwareSpec:
     they do not use."""
     small_compute_device: bool = False
     """Whether vLLM keeps its small batch defaults in spite of much memory: GB10 (by compute) and A100 (by name)."""
+    linear_by_rows: Mapping[str, RowRates] = field(default_factory=dict)
+    """By weight type, of those that are multiplied as they are stored: what products of a few rows reach. Without one a product
+    takes what its operations take at `reached_flops`, or reading its weights."""
     like: str = ""
     """The catalogue's machine whose figures and fitted step times stand in for what a file does not give; empty: none."""
     step_constants: tuple[Mapping[str, Any], ...] = ()
@@ -123,7 +127,8 @@ class HardwareSpec:
             dtype: Figure(figure.value * share, "estimated", f"--clock-derate {share:g} of {figure.value:g}: {figure.source}")
             for dtype, figure in self.reached_flops.items()
         }
-        return replace(self, title=f"{self.title} at {share:.0%} of its clock", reached_flops=slower)
+        title = f"{self.title} at {share:.0%} of its clock"
+        return replace(self, title=title, reached_flops=slower, linear_by_rows={})  # nobody knows what of a time by rows is reading
 
     def beside_cpu_work(self, bytes_per_s: float) -> "HardwareSpec":
         """Return this machine with its processor moving `bytes_per_s` to and from the memory that the GPU works on, too.
@@ -220,7 +225,7 @@ class HardwareSpec:
         return dtype
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Yield every number with its label and unit, for a table of assumptions."""
+        """Yield every number with its label and unit, for a table of assumptions; rates by rows are a table of their own."""
         for spec in fields(self):
             value = getattr(self, spec.name)
             label, unit = spec.name.replace("_", " "), spec.metadata.get("unit")
@@ -228,4 +233,5 @@ class HardwareSpec:
                 yield f"{label} ({unit})", value
             elif isinstance(value, Mapping):
                 for dtype, figure in value.items():
-                    yield f"{label}, {dtype} ({unit})", figure
+                    if isinstance(figure, Figure):
+                        yield f"{label}, {dtype} ({unit})", figure

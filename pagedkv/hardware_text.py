@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from pagedkv.hardware_spec import Figure, HardwareSpec
+from pagedkv.row_rates import RowRates
 
 _UNITS = {"bytes": ("B", 1.0), "bytes/s": ("GB/s", 1e9), "flop/s": ("TFLOPS", 1e12), "s": ("ms", 1e-3)}
 """How a figure is written, by base unit; a share has no unit."""
@@ -27,7 +28,8 @@ def hardware_lines(hardware: HardwareSpec, *, like: HardwareSpec | None = None) 
             of_type = {} if theirs is None else theirs
             for dtype, figure in value.items():
                 if figure != of_type.get(dtype):
-                    yield f"{spec.name}.{dtype} = {_figure(figure, spec.metadata['unit'])}"
+                    written = _by_rows(figure) if isinstance(figure, RowRates) else _figure(figure, spec.metadata["unit"])
+                    yield f"{spec.name}.{dtype} = {written}"
         elif isinstance(value, Figure):
             yield f"{spec.name} = {_figure(value, spec.metadata['unit'])}"
         else:
@@ -47,3 +49,9 @@ def _figure(figure: Figure, unit: str) -> str:
     else:
         value = repr(figure.value)
     return f"{{ value = {value}, tag = {quoted(figure.tag)}, source = {quoted(figure.source)} }}"
+
+
+def _by_rows(table: RowRates) -> str:
+    rates = ", ".join(quoted(f"{rate / 1e9:.10g} GFLOPS") for rate in table.flops)
+    rows = ", ".join(map(str, table.rows))
+    return f"{{ rows = [{rows}], rates = [{rates}], tag = {quoted(table.tag)}, source = {quoted(table.source)} }}"

@@ -8,6 +8,8 @@ A number is a table with a value, a tag and a source, or in a user's file just t
     spec_flops.bf16 = "91 TFLOPS"
     default_utilization = 0.9
 
+Rates by rows are two lists, `linear_by_rows.fp32 = { rows = [1, 2, 8], rates = ["10 GFLOPS", "20 GFLOPS", "60 GFLOPS"] }`.
+
 Those first four fields are enough. Everything else is estimated: rates as shares of the datasheet's, sizes and times as on a
 machine of the same kind that somebody measured. Each estimate says so in its source.
 
@@ -18,11 +20,12 @@ step times that were fitted on the machine, `[[step_constants]]`, as `simulate c
 from collections.abc import Mapping
 from dataclasses import fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.hardware_spec import Figure, HardwareSpec
+from pagedkv.hardware_spec import Figure, HardwareSpec, Tag
 from pagedkv.quantity import DIMENSIONS, parse_quantity
+from pagedkv.row_rates import RowRates
 
 READ_SHARE = 0.85
 """Of the datasheet's bandwidth, what a kernel that streams weights reaches. Source: 232 of 273 GB/s on dgx-spark."""
@@ -36,6 +39,8 @@ MODEL_MACHINES: Mapping[str, str] = MappingProxyType({"unified": "dgx-spark", "d
 
 _UNITS = {spec.name: spec.metadata["unit"] for spec in fields(HardwareSpec) if spec.metadata}
 _BY_DTYPE = ("spec_flops", "reached_flops")
+AS_STORED = ("fp32", "bf16", "fp16")
+"""Weight types that are multiplied as they are stored: rates by rows are of these."""
 _UNIFIED_ONLY = ("os_reserve", "memory_floor", "nvcc_jobs")
 _NEVER_ESTIMATED = ("disk_read_bandwidth", "disk_read_latency")
 """Where a table does not give it, it is not known: disks have little to do with the device."""
@@ -73,6 +78,8 @@ def hardware_from_table(
         where = f"{name}.{key}"
         if key in _BY_DTYPE:
             given[key] = {dtype: _figure(row, _UNITS[key], f"{where}.{dtype}", unsourced) for dtype, row in _rates(value, where)}
+        elif key == "linear_by_rows":
+            given[key] = _rates_by_rows(value, where, unsourced)
         elif key in _UNITS:
             given[key] = _figure(value, _UNITS[key], where, unsourced)
         else:
@@ -102,7 +109,7 @@ def _made(name: str, complete: Mapping[str, Any]) -> HardwareSpec:
 def _with_those_of(like: HardwareSpec, given: Mapping[str, Any], *, titled: bool) -> dict[str, Any]:
     """Return all fields: those given, and the rest as `like` has them; rates type by type."""
     theirs = {spec.name: getattr(like, spec.name) for spec in fields(HardwareSpec) if spec.name not in _OF_ONE_MACHINE}
-    rates = {key: {**getattr(like, key), **given.get(key, {})} for key in _BY_DTYPE}
+    rates = {key: {**getattr(like, key), **given.get(key, {})} for key in (*_BY_DTYPE, "linear_by_rows")}
     return theirs | dict(given) | rates | {"like": like.name} | ({} if titled else {"title": like.title})
 
 
@@ -161,24 +168,57 @@ def _plain(key: str, value: object, where: str) -> object:
 
 def _figure(value: object, unit: str, where: str, unsourced: str | None) -> Figure:
     row = value if isinstance(value, Mapping) else {"value": value}
+    tag, source = _provenance(row, ("value",), where, unsourced)
+    number = _number(row["value"], unit, where)
+    try:
+        return Figure(number, tag, source)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _provenance(row: Mapping[str, Any], values: tuple[str, ...], where: str, unsourced: str | None) -> tuple[Tag, str]:
+    """Return (tag, source) of a row that must have these `values`, and nothing else."""
     for key in row:
-        if key not in ("value", "tag", "source"):
-            raise unknown_name("field", f"{where}.{key}", (f"{where}.{each}" for each in ("value", "tag", "source")))
-    if "value" not in row:
-        raise ConfigError(f"{where}.value is missing")
+        if key not in (*values, "tag", "source"):
+            raise unknown_name("field", f"{where}.{key}", (f"{where}.{each}" for each in (*values, "tag", "source")))
+    for key in values:
+        if key not in row:
+            raise ConfigError(f"{where}.{key} is missing")
     if unsourced is None or ("tag" in row) != ("source" in row):
         for key in ("tag", "source"):
             if key not in row:
                 raise ConfigError(f"{where}.{key} is missing: a number says where it comes from")
-    number = _number(row["value"], unit, where)
     # A number whose owner does not say how it is known counts as an estimate.
     tag, source = row.get("tag", "estimated"), row.get("source", f"{unsourced} gives no source")
     if not isinstance(tag, str) or not isinstance(source, str):
         raise ConfigError(f"{where}.tag and .source must be text, not {tag!r} and {source!r}")
-    try:
-        return Figure(number, tag, source)  # type: ignore[arg-type]
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return tag, source  # type: ignore[return-value]
+
+
+def _rates_by_rows(value: object, where: str, unsourced: str | None) -> dict[str, RowRates]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be tables by weight type, such as fp32 = {{ rows = [...], rates = [...] }}, not {value!r}")
+    found = {}
+    for dtype, row in value.items():
+        its = f"{where}.{dtype}"
+        if dtype not in AS_STORED:
+            raise unknown_name("weight type", its, (f"{where}.{each}" for each in AS_STORED))
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"{its} must be a table with rows and rates, not {row!r}")
+        tag, source = _provenance(row, ("rows", "rates"), its, unsourced)
+        if tag not in get_args(Tag):
+            raise unknown_name("tag", f"{its}: {tag}", (f"{its}: {each}" for each in get_args(Tag)))
+        rows, rates = row["rows"], row["rates"]
+        if not isinstance(rows, list) or any(type(each) is not int for each in rows):
+            raise ConfigError(f"{its}.rows must be a list of whole numbers such as [1, 2, 4], not {rows!r}")
+        if not isinstance(rates, list):
+            raise ConfigError(f'{its}.rates must be a list of compute rates such as ["10 GFLOPS", "20 GFLOPS"], not {rates!r}')
+        flops = tuple(_number(rate, "flop/s", f"{its}.rates[{i}]") for i, rate in enumerate(rates))
+        try:
+            found[dtype] = RowRates(rows=tuple(rows), flops=flops, tag=tag, source=source)
+        except ConfigError as error:
+            raise ConfigError(f"{its}: {error}") from error
+    return found
 
 
 def _number(value: object, unit: str, where: str) -> float:

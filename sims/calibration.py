@@ -3,14 +3,14 @@
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.model_spec import ModelSpec
-from pagedkv.sims.step_constants import StepConstants, catalogue_constants
+from pagedkv.sims.step_constants import NUMBERS, StepConstants, catalogue_constants
 from pagedkv.sims.step_groups import OF_WEIGHTS, checked_groups
 from pagedkv.weight_format import WeightFormat
 
@@ -94,7 +94,7 @@ def calibration_for(
         ConfigError: If the machine's file carries a group that cannot be read.
     """
     state = "state_" if model.kv_spec("auto").state_bytes_per_sequence else ""
-    prior = catalogue_constants(hardware, weight_format)
+    prior = catalogue_constants(replace(hardware, linear_by_rows={}), weight_format)  # groups were fitted without rates by rows
     for group, other_engine in _groups(hardware, engine):
         weights = group["weights"].get(weight_format.name)
         if weights is None and not group["any_weights"]:
@@ -124,7 +124,7 @@ def calibration_for(
         )
     unknown = _table()["catalogue"]
     return Calibration(
-        constants=prior,
+        constants=catalogue_constants(hardware, weight_format),
         basis=f"the catalogue's figures of {hardware.name}",
         status="not validated",
         why=f"no published rows of {engine} with {weight_format.name} weights on {hardware.name} to fit to or compare with; "
@@ -187,6 +187,5 @@ def _doubts(
 @cache
 def _table() -> Mapping[str, Any]:
     table = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    known = {spec.name for spec in fields(StepConstants)}
-    assert all(set(group["constants"]) < known for group in table["group"])
+    assert all(set(group["constants"]) < set(NUMBERS) for group in table["group"])
     return table

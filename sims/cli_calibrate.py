@@ -1,5 +1,6 @@
 """`simulate calibrate`: a hardware file from measurements. A part of the composition root, for it may measure with the kernels."""
 
+import time
 from collections.abc import Callable
 from datetime import date
 from importlib.util import find_spec
@@ -92,13 +93,13 @@ def _measure(path: Path | None, device: str, *, json: str | None) -> None:
     devices = []
     if gpu is not None:
         try:
-            devices.append(_measured(gpu()))
+            devices.append(_measured(gpu(), _by_rows("cuda", "bf16")))
         except RuntimeError as error:  # CUDA's: memory that others hold, a driver that is too old
             raise ConfigError(f"cannot measure the GPU: {error}; --device cpu measures the processor") from error
     if device != "cuda":
         from pagedkv.kernels.cpu_rates import measure_cpu
 
-        devices.append(_measured(measure_cpu()))
+        devices.append(_measured(measure_cpu(), _by_rows("cpu", "fp32")))
     name = path.name if path else "my-machine.toml"
     machine = measured_machine(devices, date=date.today().isoformat(), name=name, notes=notes)
     if path is not None:
@@ -112,8 +113,14 @@ def _measure(path: Path | None, device: str, *, json: str | None) -> None:
     _say_where(path, ServingConfig())
 
 
-def measured_hardware(kind: str) -> "HardwareSpec":
-    """Return this machine as measured now: its "cpu", or its "cuda" device."""
+def measured_hardware(kind: str, *, weights: str, clock: Callable[[], float]) -> "HardwareSpec":
+    """Return this machine as measured now: its "cpu", or its "cuda" device, that multiplies weights of a type.
+
+    Args:
+        kind: cpu or cuda.
+        weights: fp32, bf16 or fp16; of others products by rows are not measured.
+        clock: What a processor's times are taken with, in seconds.
+    """
     from pagedkv.sims.calibrate.machine import measured_machine
 
     if kind == "cuda":
@@ -123,8 +130,20 @@ def measured_hardware(kind: str) -> "HardwareSpec":
     else:
         from pagedkv.kernels.cpu_rates import measure_cpu
 
-        rates = measure_cpu()
-    return measured_machine([_measured(rates)], date=date.today().isoformat(), name="this-machine.toml").hardware
+        rates = measure_cpu(clock=clock)
+    by_rows = _by_rows(kind, weights, clock=clock)
+    return measured_machine([_measured(rates, by_rows)], date=date.today().isoformat(), name="this-machine.toml").hardware
+
+
+def _by_rows(kind: str, weights: str, *, clock: Callable[[], float] = time.perf_counter) -> Any:
+    """Return what products of a few rows reach, `RowSamples`; None without torch, or if weights of that type are not multiplied."""
+    from pagedkv.hardware_toml import AS_STORED
+
+    if find_spec("torch") is None or weights not in AS_STORED:
+        return None
+    from pagedkv.kernels.linear_rates import measure_rows
+
+    return measure_rows(kind, weights, clock=clock)
 
 
 def _gpu(device: str) -> tuple[Callable[[], Any] | None, list[str]]:
@@ -148,14 +167,17 @@ def _gpu(device: str) -> tuple[Callable[[], Any] | None, list[str]]:
     return None, [f"The processor only: {why}"]
 
 
-def _measured(rates: Any) -> "MeasuredDevice":
-    """Return what the kernels measured, `MachineRates`, in the words of the simulator, which knows no kernels."""
-    from pagedkv.sims.calibrate.machine import MeasuredDevice, ReachedRate
+def _measured(rates: Any, rows: Any) -> "MeasuredDevice":
+    """Return what the kernels measured, `MachineRates` and `RowSamples`, in the words of the simulator, which knows no kernels."""
+    from pagedkv.sims.calibrate.machine import MeasuredDevice, ReachedByRows, ReachedRate
 
     def rate(what: str, samples: Any) -> ReachedRate:
         return ReachedRate(what=what, value=samples.median, low=samples.low, high=samples.high, num_samples=len(samples.values))
 
-    by = f", {rates.threads} threads" if rates.threads else ""
+    by, by_rows = f", {rates.threads} threads" if rates.threads else "", None
+    if rows is not None:
+        reached = tuple(rate(rows.by, samples) for samples in rows.flops)
+        by_rows = ReachedByRows(weights=rows.weights, rows=rows.rows, rates=reached)
     return MeasuredDevice(
         name=rates.device,
         kind=rates.kind,
@@ -166,6 +188,7 @@ def _measured(rates: Any) -> "MeasuredDevice":
         kv_read=rate(f"keys and values read by paged decode attention{by}", rates.kv_read),
         product=rate(f"{rates.product_by}{by}", rates.product),
         others=tuple(rate(f"{name}{by}", samples) for name, samples in rates.others.items()),
+        by_rows=by_rows,
     )
 
 

@@ -55,6 +55,8 @@ class _Machine(NamedTuple):
     """Of transformers."""
     spec: "ModelSpec"
     hardware: "HardwareSpec"
+    weights: str
+    """Type that it multiplies in, a name of `WEIGHT_FORMATS`."""
 
 
 class _Study(NamedTuple):
@@ -70,6 +72,7 @@ def _study(asked: RealityConfig) -> _Study:
     from pagedkv.sims.reality.study import Served, sections
     from pagedkv.sims.reality.timed_load import all_at_once, timed_loads
     from pagedkv.sims.step_constants import catalogue_constants
+    from pagedkv.weight_format import load_weight_format
 
     if asked.processor_clock:
         import numba
@@ -78,7 +81,7 @@ def _study(asked: RealityConfig) -> _Study:
         torch.set_num_threads(1)
         numba.set_num_threads(1)
     machine = _machine(asked)
-    fmt, kv_dtype = machine.spec.native_format, "auto"
+    fmt, kv_dtype = load_weight_format(machine.weights), "auto"
     with ProgressOnStderr(["reality"], repeats=1) as progress:
         probe = all_at_once(num_requests=16, seed=asked.seed)
         _serve(machine, asked, probe, seed=1)  # it compiles
@@ -125,7 +128,9 @@ def _machine(asked: RealityConfig) -> _Machine:
         assert asked.random_weights is not None
         source = asked.random_weights
         model = random_model(source, dtype=asked.dtype, device=asked.device, seed=asked.seed)
-    return _Machine(model, load_spec(str(source)), measured_hardware(model.device.type))
+    weights = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(model.dtype).removeprefix("torch.")]
+    clock = time.process_time if asked.processor_clock else time.perf_counter
+    return _Machine(model, load_spec(str(source)), measured_hardware(model.device.type, weights=weights, clock=clock), weights)
 
 
 def _limits(asked: RealityConfig, load: "TimedLoad", model: Any) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from itertools import islice
 from rich.console import Console
 from rich.text import Text
 
-from pagedkv.sims.calibrate.machine import MeasuredMachine
+from pagedkv.sims.calibrate.machine import MeasuredMachine, ReachedByRows
 from pagedkv.sims.calibrate.memory import MemoryFound
 from pagedkv.sims.calibrate.speed import SpeedFound
 from pagedkv.sims.calibrate.study import CalibrationStudy
@@ -106,11 +106,22 @@ def show_machine(machine: MeasuredMachine, console: Console) -> None:
             value, low, high = (f"{each / scale:,.4g}" for each in (rate.value, rate.low, rate.high))
             line = f"  {value:>6} {unit}  {rate.what} (median of {rate.num_samples}, {low} to {high})"
             console.print(Text(line), soft_wrap=True)
+        if device.by_rows is not None:
+            _show_by_rows(device.by_rows, console)
         console.print()
     like = "a machine that the catalogue does not have" if machine.like is None else f"{machine.like.name} with what was measured"
     console.print(f"The hardware file: {machine.devices[0].name} as {like}.", markup=False, soft_wrap=True)
     for note in machine.notes:
         console.print(Text(f"Note: {note}"), soft_wrap=True)
+
+
+def _show_by_rows(measured: ReachedByRows, console: Console) -> None:
+    """Print what products reach by rows: each power of two, and the last."""
+    values = zip(measured.rows, (rate.value for rate in measured.rates), strict=True)
+    shown = [(n, value) for n, value in values if not n & (n - 1) or n == measured.rows[-1]]
+    scale, unit = (1e12, "TFLOPS") if shown[-1][1] >= 1e12 else (1e9, "GFLOPS")
+    rates = ", ".join(f"{n}: {value / scale:,.4g}" for n, value in shown)
+    console.print(Text(f"  {unit} by rows: {rates}  {measured.rates[0].what}"), soft_wrap=True)
 
 
 def _in_units(name: str, value: float) -> str:

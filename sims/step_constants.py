@@ -1,9 +1,10 @@
 """The constants of a step's duration, which belong to a machine, an engine, a weight type and a KV type, never to a model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.row_rates import RowRates
 from pagedkv.weight_format import WeightFormat
 
 EAGER_S_PER_LAYER = 40e-6
@@ -40,17 +41,26 @@ class StepConstants:
     """The p of (read^p + compute^p)^(1/p): 1 is their sum, infinite the longer of both."""
     routing_exponent: float = 1.0
     """n tokens touch as many experts as n to this power that choose independently."""
+    row_rates: RowRates | None = None
+    """What products of a few rows reach with these weights, reading them included; `linear_flops` is then the rate of many. None: a
+    product takes what its operations take at that rate, or reading the weights, by `overlap`."""
+
+
+NUMBERS = tuple(spec.name for spec in fields(StepConstants) if spec.name != "row_rates")
+"""The constants that are a number each."""
 
 
 def catalogue_constants(hardware: HardwareSpec, weight_format: WeightFormat) -> StepConstants:
-    """Return the machine's own figures, which no engine was fitted to."""
+    """Return the machine's own figures, which no engine was fitted to; its rates by rows, if these weights were measured."""
+    row_rates = hardware.linear_by_rows.get(weight_format.name)
     return StepConstants(
         weight_read_bytes_per_s=hardware.read_bandwidth_bytes_per_s,
-        linear_flops=hardware.effective_flops(weight_format),
+        linear_flops=hardware.effective_flops(weight_format) if row_rates is None else row_rates.full_flops,
         kv_read_bytes_per_s=hardware.kv_read_bandwidth_bytes_per_s,
         attention_flops=hardware.effective_flops(None),
         step_overhead_s=hardware.step_overhead_s,
         sequence_overhead_s=hardware.sequence_overhead_s,
         state_bytes_per_s=hardware.kv_read_bandwidth_bytes_per_s,
         further_state_bytes_per_s=hardware.kv_read_bandwidth_bytes_per_s,
+        row_rates=row_rates,
     )

@@ -23,9 +23,14 @@ class RooflineCoefficients(NamedTuple):
     routing_exponent: float
     """Tokens count as so many, to this power, that choose their experts independently; 1: they do."""
     linear_s_per_token: float
-    """Multiplying with the active weights, output head excluded."""
+    """Multiplying with the active weights, output head excluded, at the rate of many rows."""
     head_s_per_sequence: float
     """Multiplying with the output head, once per sequence."""
+    effective_rows: Float64Array
+    """For each number of rows of a product, how many take as long at the rate of many, reading the weights included; behind its end
+    rows count as they are. Empty: nobody measured it."""
+    linear_overlap: float
+    """How sharply the longer of reading and multiplying weights hides the other: the p of `overlapped`."""
     windows: Int64Array
     """By layer group: how many tokens its attention reads at most, or NO_WINDOW."""
     kv_s_per_token: Float64Array
@@ -45,7 +50,7 @@ class RooflineCoefficients(NamedTuple):
     sequence_overhead_s: float
     """Host work per sequence of a step."""
     overlap: float
-    """How sharply the longer of reading and arithmetic hides the other: the p of `overlapped`."""
+    """The same for reading keys and values, and attending to them."""
     most_drafts: int
     """Drafts that a step verifies for a sequence at most: the output head is applied to these too."""
     weights_reach: float
@@ -76,7 +81,9 @@ class StepParts(NamedTuple):
     weights: float
     """Reading weights."""
     linear: float
-    """Multiplying with them."""
+    """The operations of multiplying with them, at the rate of many rows."""
+    products: float
+    """What these products take, as few rows as they have: `linear`, if nobody measured it."""
     kv: float
     """Reading and writing keys and values."""
     attention: float
@@ -105,9 +112,15 @@ def overlapped(memory_s: float, compute_s: float, sharpness: float) -> float:
 
 
 @lean_jit
-def priced(parts: StepParts, overlap: float) -> tuple[float, float]:
+def as_full_rows(effective_rows: Float64Array, rows: int) -> float:
+    """Return how many rows take as long, at the rate of many, as a product of `rows` does."""
+    return effective_rows[rows] if rows < effective_rows.size else float(rows)
+
+
+@lean_jit
+def priced(parts: StepParts, linear_overlap: float, overlap: float) -> tuple[float, float]:
     """Return seconds bound by memory and by arithmetic: each half of the network counts as what takes longer in it."""
-    linear_s = overlapped(parts.weights, parts.linear, overlap)
+    linear_s = overlapped(parts.weights, parts.products, linear_overlap)
     attention_s = overlapped(parts.kv, parts.attention, overlap)
     memory_s = (linear_s if parts.weights >= parts.linear else 0.0) + (attention_s if parts.kv >= parts.attention else 0.0)
     compute_s = (linear_s if parts.linear > parts.weights else 0.0) + (attention_s if parts.attention > parts.kv else 0.0)
@@ -134,9 +147,14 @@ def step_parts(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> S
     state_s = c.state_s_per_token * num_tokens
     if num_entries > 0:
         state_s += c.state_s + c.further_state_s * (num_entries - 1)
+    linear_s = products_s = c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_sampled
+    if c.effective_rows.size > 0:
+        products_s = c.linear_s_per_token * as_full_rows(c.effective_rows, num_tokens)
+        products_s += c.head_s_per_sequence * as_full_rows(c.effective_rows, num_sampled)
     return StepParts(
         c.dense_weight_s + c.expert_weight_s * touched_experts(c.expert_share, num_tokens, c.routing_exponent),
-        c.linear_s_per_token * num_tokens + c.head_s_per_sequence * num_sampled,
+        linear_s,
+        products_s,
         kv_s,
         attention_s,
         state_s,
@@ -148,7 +166,7 @@ def _cost_of(
     c: RooflineCoefficients, parts: StepParts, num_entries: int, num_batched: int
 ) -> tuple[float, float, float, float, float]:
     """Return the fields of `StepCost` for a step with these parts; `num_batched` is 1 if it has more than one token, else 0."""
-    memory_s, compute_s = priced(parts, c.overlap)
+    memory_s, compute_s = priced(parts, c.linear_overlap, c.overlap)
     overhead_s = c.step_overhead_s + c.batched_overhead_s * num_batched + c.sequence_overhead_s * num_entries
     traffic_s = parts.weights * c.weights_reach + parts.kv * c.kv_reach + c.state_traffic_s * num_entries
     arithmetic_s = parts.linear * c.linear_reach + parts.attention * c.attention_reach
@@ -211,6 +229,7 @@ def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) 
     parts = StepParts(
         c.dense_weight_s + c.expert_weight_s * touched_experts(c.expert_share, decoding, c.routing_exponent),
         (c.linear_s_per_token + c.head_s_per_sequence) * decoding,
+        (c.linear_s_per_token + c.head_s_per_sequence) * as_full_rows(c.effective_rows, decoding),
         kv_s,
         attention_s,
         c.state_s + c.further_state_s * (decoding - 1) + c.state_s_per_token * decoding,

@@ -7,16 +7,15 @@ may be off; `doubt`, why it is not validated; `fitted`, the constants that the d
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.hardware_text import quoted
-from pagedkv.sims.step_constants import StepConstants
+from pagedkv.sims.step_constants import NUMBERS
 
 OF_WEIGHTS = ("weight_read_bytes_per_s", "linear_flops")
 """Constants that each weight type has of its own."""
-SHARED = tuple(spec.name for spec in fields(StepConstants) if spec.name not in OF_WEIGHTS)
+SHARED = tuple(name for name in NUMBERS if name not in OF_WEIGHTS)
 """Constants that all weight types share."""
 SPREADS = ("decode", "prefill", "state_decode", "state_prefill")
 _WORDS = ("engine", "machine", "source", "date")

@@ -59,7 +59,11 @@ def _most_tokens_read(group: LayerGroup) -> int:
 def coefficients(
     model: ModelSpec, *, weight_format: WeightFormat, kv_spec: KVCacheSpec, constants: StepConstants
 ) -> RooflineCoefficients:
-    """Return what `model` costs with `constants`, but for what a step costs the host."""
+    """Return what `model` costs with `constants`, but for what a step costs the host.
+
+    Rates by rows are of dense models: of a mixture's experts each sees other rows than the step has.
+    """
+    by_rows = constants.row_rates if model.num_experts == 0 else None
     read_s_per_byte, flop_s = 1 / constants.weight_read_bytes_per_s, 1 / constants.linear_flops
     state_bytes = 2 * kv_spec.state_bytes_per_sequence
     return RooflineCoefficients(
@@ -69,6 +73,8 @@ def coefficients(
         routing_exponent=constants.routing_exponent,
         linear_s_per_token=(model.flops_per_token - 2 * model.head_params) * flop_s,
         head_s_per_sequence=2 * model.head_params * flop_s,
+        effective_rows=np.zeros(0) if by_rows is None else by_rows.effective_rows(),
+        linear_overlap=constants.overlap if by_rows is None else np.inf,  # what was measured has reading in it
         windows=np.array([_most_tokens_read(group) for group in model.layer_groups]),
         kv_s_per_token=np.array(kv_spec.group_bytes_per_token) / constants.kv_read_bytes_per_s,
         state_s=state_bytes / constants.state_bytes_per_s,
@@ -111,7 +117,8 @@ class RooflineStepTime:
     """Each half of the network, matrix products and attention, is bound by memory or by arithmetic; the halves follow each other.
 
     Weights: all that a step reads, with the share 1 - (1 - k/E)**tokens of a mixture's experts. KV: the context of every
-    sequence, windowed layers only their window. Without `constants`, those of the hardware catalogue, with their sources.
+    sequence, windowed layers only their window. Where products were measured by rows, they take that, and reading the weights at
+    least. Without `constants`, those of the hardware catalogue, with their sources.
     """
 
     def __init__(
@@ -140,7 +147,7 @@ class RooflineStepTime:
             spec = replace(kv_spec, groups=drafting.model.layer_groups)
             its = constants
             if drafting.weight_format != weight_format:
-                its = replace(constants, linear_flops=hardware.effective_flops(drafting.weight_format))
+                its = replace(constants, linear_flops=hardware.effective_flops(drafting.weight_format), row_rates=None)
             draft = coefficients(drafting.model, weight_format=drafting.weight_format, kv_spec=spec, constants=its)
             draft = draft._replace(step_overhead_s=layer_s * drafting.model.num_layers)
             draft = _of_datasheet(draft, hardware, weight_format=drafting.weight_format, kv_spec=spec, constants=its)

@@ -9,6 +9,7 @@ single decode rate says how fast weights are read, though a shorter overhead wou
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -122,7 +123,8 @@ def identify(work: Work, measured: Float64Array, prefill: Mask, prior: StepConst
         if not above:
             return Identified(constants=now, start=base, fitted=tuple(chosen), at_the_peak=tuple(held), kept=kept)
         held += above
-        base = replace(base, **{name: peaks[name] for name in above})
+        highest: dict[str, Any] = {name: peaks[name] for name in above}
+        base = replace(base, **highest)
 
 
 def fitted_to(

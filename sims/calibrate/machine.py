@@ -1,5 +1,6 @@
 """A hardware file from what this machine was measured to reach: `simulate calibrate --measure`. Who measures is handed in."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import Figure, HardwareSpec
 from pagedkv.hardware_text import hardware_lines
 from pagedkv.hardware_toml import MODEL_MACHINES, hardware_from_table
+from pagedkv.row_rates import RowRates
 from pagedkv.units import GIB, gib
 
 SAME_MEMORY = 0.05
@@ -45,6 +47,33 @@ class ReachedRate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReachedByRows:
+    """Products of a few rows with a layer's weights."""
+
+    weights: str
+    """Their type: fp32, bf16 or fp16."""
+    rows: tuple[int, ...]
+    """Numbers of rows, ascending from 1."""
+    rates: tuple[ReachedRate, ...]
+    """What each reached, in operations a second."""
+
+    @property
+    def spread(self) -> float:
+        """How far samples of one number of rows lie apart, as a share of their median: the median of all numbers."""
+        return statistics.median(rate.spread for rate in self.rates)
+
+    def table(self, where: str) -> RowRates:
+        """Return it as the machine's file has it: four digits, more are not known."""
+        source = f"{self.rates[0].what}, {where}: medians of {self.rates[0].num_samples}, as a rule {self.spread:.0%} apart"
+        flops = tuple(float(f"{rate.value:.4g}") for rate in self.rates)
+        return RowRates(rows=self.rows, flops=flops, tag="measured", source=source)
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {"weights": self.weights, "rows": list(self.rows), "rates": [rate.document() for rate in self.rates]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredDevice:
     """What a processor or a GPU reached."""
 
@@ -61,6 +90,8 @@ class MeasuredDevice:
     product: ReachedRate
     others: tuple[ReachedRate, ...] = ()
     """Slower ways, for comparison."""
+    by_rows: ReachedByRows | None = None
+    """What products of a few rows reach; None: it was not measured."""
 
     @property
     def rates(self) -> tuple[ReachedRate, ...]:
@@ -95,6 +126,7 @@ class MeasuredMachine:
                     "memory_bytes": device.memory_bytes,
                     "available_bytes": device.available_bytes,
                     "rates": [rate.document() for rate in device.rates],
+                    "by_rows": None if device.by_rows is None else device.by_rows.document(),
                 }
                 for device in self.devices
             ],
@@ -139,6 +171,9 @@ def measured_machine(devices: Sequence[MeasuredDevice], *, date: str, name: str,
             f"step times that were fitted on {like.name} come before these figures, for the engines and weights that have them"
         )
     widest = max(rate.spread for rate in device.rates)
+    if device.by_rows is not None:
+        hardware = replace(hardware, linear_by_rows={device.by_rows.weights: device.by_rows.table(where)})
+        widest = max(widest, device.by_rows.spread)
     if widest > QUIET:
         told.append(f"samples lie up to {widest:.0%} apart: something else was running; measure again when the machine is quiet")
     return MeasuredMachine(devices=tuple(devices), hardware=hardware, like=like, notes=tuple(told))

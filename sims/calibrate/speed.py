@@ -96,7 +96,8 @@ def speed_of(subject: Subject, figures: Sequence[Figure], *, date: str, sources:
         name: What the new hardware file will be called.
     """
     request, points = subject.request, [figure.point for figure in figures]
-    prior = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
+    bare = replace(request.hardware, linear_by_rows={})  # a fit to rates is one of operations and bytes
+    prior = calibration_for(bare, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
     work, measured = Work.of(points), np.array([point.measured_tok_s for point in points])
     peaks = peaks_of(request.hardware, request.weight_format)
     eager_s = EAGER_S_PER_LAYER if load_engine(subject.engine).runs_eagerly(subject.serving) else 0.0

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ FREE = (
     "overlap",
 )
 """What steps of many sizes decide; all else is the machine's."""
-_STARTS = {"step_overhead_s": 2e-3, "batched_layer_overhead_s": 50e-6, "sequence_overhead_s": 50e-6, "overlap": 3.0}
+_STARTS: dict[str, Any] = {"step_overhead_s": 2e-3, "batched_layer_overhead_s": 50e-6, "sequence_overhead_s": 50e-6, "overlap": 3.0}
 """Where to begin with constants of an engine in Python: no machine has them."""
 _PRIOR_SPREAD = 1.5
 """How far, in logarithms, a constant may lie from where it began before the steps must say so."""
@@ -51,12 +52,12 @@ def fit_steps(
     """Return the constants under which the steps of `logs` take, in all, what they took. O(steps × iterations)."""
     batches = [batch for log in logs for batch in log.batches]
     seconds = np.concatenate([log.seconds for log in logs])
-    work = Work.of_steps(batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype)
+    work = Work.of_steps(batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype, row_rates=prior.row_rates)
     start = replace(prior, **_STARTS)
     scale = np.sqrt(seconds * seconds.mean()) * _EXPECTED_ERROR  # in between: relative errors, and sums
 
     def constants(x: Float64Array) -> StepConstants:
-        values = {name: getattr(start, name) * math.exp(value) for name, value in zip(FREE, x, strict=True)}
+        values: dict[str, Any] = {name: getattr(start, name) * math.exp(value) for name, value in zip(FREE, x, strict=True)}
         values["overlap"] = 1 + (start.overlap - 1) * math.exp(x[FREE.index("overlap")])
         return replace(start, **values)
 
@@ -72,7 +73,9 @@ def step_seconds(
     log: StepLog, model: ModelSpec, constants: StepConstants, *, weight_format: WeightFormat, kv_cache_dtype: str
 ) -> Float64Array:
     """Return what the steps of `log` take under `constants`."""
-    work = Work.of_steps(log.batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype)
+    work = Work.of_steps(
+        log.batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype, row_rates=constants.row_rates
+    )
     rows = np.tile(as_row(constants), (len(log.batches), 1))
     return work.tokens / work.rates(rows)
 

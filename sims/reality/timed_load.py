@@ -74,8 +74,8 @@ def timed_loads(*, num_requests: int, capacity_per_s: float, seed: int) -> tuple
 
     usual = TimedLoad(
         name="ramp",
-        words="Poisson arrivals that grow from 0.3 to 1.6 of what the machine can serve, so that batches of many sizes are seen",
-        arrival_s=arrivals(np.linspace(0.3, 1.6, num_requests), 1.0),
+        words="Poisson arrivals that grow from 0.3 to 3 of what the machine can serve, so that batches up to the limit are seen",
+        arrival_s=arrivals(np.linspace(0.3, 3.0, num_requests), 1.0),
         prompt_tokens=_lengths(rng, num_requests, mean=96),
         output_tokens=_lengths(rng, num_requests, mean=40),
         max_num_seqs=16,

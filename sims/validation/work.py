@@ -2,27 +2,29 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.model_spec import ModelSpec
-from pagedkv.sims.step_constants import StepConstants
+from pagedkv.row_rates import RowRates
+from pagedkv.sims.step_constants import NUMBERS, StepConstants
 from pagedkv.sims.step_formula import StepParts, priced, step_parts, touched_experts
 from pagedkv.sims.step_time import coefficients
 from pagedkv.sims.validation.points import Point
 from pagedkv.step_batch import StepBatch
 from pagedkv.weight_format import WeightFormat
 
-CONSTANTS = tuple(spec.name for spec in fields(StepConstants))
+CONSTANTS = NUMBERS
 """Every constant, in the order of the columns of `Work.seconds`."""
 _COLUMN = {name: i for i, name in enumerate(CONSTANTS)}
-_ONE_A_SECOND = StepConstants(
-    **{name: 0.0 if name.endswith("overhead_s") else 1.0 for name in CONSTANTS if name not in ("overlap", "routing_exponent")},
-    overlap=math.inf,
-)
+_ONES: dict[str, Any] = {
+    name: 0.0 if name.endswith("overhead_s") else 1.0 for name in CONSTANTS if name not in ("overlap", "routing_exponent")
+}
+_ONE_A_SECOND = StepConstants(**_ONES, overlap=math.inf)
 (_WEIGHTS, _EXPERTS, _SHARE, _TOKENS, _LINEAR, _KV, _ATTENTION, _STATE, _SEQUENCES, _LAYERS) = range(10)
 
 
@@ -38,6 +40,8 @@ class Work:
     """Which figure they belong to."""
     tokens: Float64Array
     """By figure: tokens made or read."""
+    least_overlap: float = 0.0
+    """Reading weights and multiplying them hide each other at least so sharply: infinitely, if products were measured by rows."""
 
     @staticmethod
     def of(points: Sequence[Point]) -> "Work":
@@ -61,20 +65,28 @@ class Work:
         )
 
     @staticmethod
-    def of_steps(batches: Sequence[StepBatch], model: ModelSpec, *, weight_format: WeightFormat, kv_cache_dtype: str) -> "Work":
-        """Return the work of single steps, each a figure of its own. O(steps × entries)."""
-        rows = _quantities(batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype)
+    def of_steps(
+        batches: Sequence[StepBatch],
+        model: ModelSpec,
+        *,
+        weight_format: WeightFormat,
+        kv_cache_dtype: str,
+        row_rates: RowRates | None = None,
+    ) -> "Work":
+        """Return the work of single steps, each a figure; of products by rows, if those were measured. O(steps × entries)."""
+        rows = _quantities(batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype, row_rates=row_rates)
         return Work(
             quantities=np.array(rows, np.float64).reshape(-1, 10),
             counts=np.ones(len(batches)),
             point=np.arange(len(batches)),
             tokens=np.array([float(batch["num_scheduled_tokens"].sum()) for batch in batches]),
+            least_overlap=math.inf if row_rates is not None and model.num_experts == 0 else 0.0,
         )
 
     def rates(self, constants: Float64Array) -> Float64Array:
         """Return tokens a second by figure. `constants` has a row per figure and a column per name of `CONSTANTS`."""
         seconds = np.zeros(self.tokens.size)
-        _add_seconds(self.quantities, self.counts, self.point, constants, seconds)
+        _add_seconds(self.quantities, self.counts, self.point, constants, self.least_overlap, seconds)
         return self.tokens / seconds
 
     def where(self, chosen: Int64Array) -> "Work":
@@ -92,11 +104,16 @@ class Work:
 
 
 def _quantities(
-    batches: Sequence[StepBatch], model: ModelSpec, *, weight_format: WeightFormat, kv_cache_dtype: str
+    batches: Sequence[StepBatch],
+    model: ModelSpec,
+    *,
+    weight_format: WeightFormat,
+    kv_cache_dtype: str,
+    row_rates: RowRates | None = None,
 ) -> list[tuple[float, ...]]:
     """Return a row of `Work.quantities` for each step."""
-    spec = model.kv_spec(kv_cache_dtype)
-    unit = coefficients(model, weight_format=weight_format, kv_spec=spec, constants=_ONE_A_SECOND)
+    spec, one_a_second = model.kv_spec(kv_cache_dtype), replace(_ONE_A_SECOND, row_rates=row_rates)
+    unit = coefficients(model, weight_format=weight_format, kv_spec=spec, constants=one_a_second)
     dense = unit._replace(expert_weight_s=0.0, state_s=0.0, further_state_s=0.0, state_s_per_token=0.0)
     rows: list[tuple[float, ...]] = []
     for batch in batches:
@@ -107,7 +124,7 @@ def _quantities(
                 unit.expert_weight_s,
                 unit.expert_share,
                 float(batch["num_scheduled_tokens"].sum()),
-                parts.linear,
+                parts.products,
                 parts.kv,
                 parts.attention,
                 unit.state_s,
@@ -141,16 +158,18 @@ def as_row(constants: StepConstants) -> Float64Array:
 
 
 @lean_jit
-def _add_seconds(q: Float64Array, counts: Float64Array, point: Int64Array, constants: Float64Array, total: Float64Array) -> None:
+def _add_seconds(
+    q: Float64Array, counts: Float64Array, point: Int64Array, constants: Float64Array, least_overlap: float, total: Float64Array
+) -> None:
     """Add to `total` the seconds of each figure: the formula of a step, on quantities instead of a batch."""
     for i in range(q.shape[0]):
         c, n = constants[point[i]], q[i, _SEQUENCES]
         weights = q[i, _WEIGHTS] + q[i, _EXPERTS] * touched_experts(q[i, _SHARE], q[i, _TOKENS], c[_ROUTING])
         state_s = q[i, _STATE] * (1.0 / c[_STATE_READ] + (n - 1.0) / c[_FURTHER] + q[i, _TOKENS] / c[_SCAN])
-        parts = StepParts(
-            weights / c[_READ], q[i, _LINEAR] / c[_FLOPS], q[i, _KV] / c[_KV_READ], q[i, _ATTENTION] / c[_ATTENTION_FLOPS], state_s
-        )
-        memory_s, compute_s = priced(parts, c[_OVERLAP])
+        linear_s = q[i, _LINEAR] / c[_FLOPS]
+        kv_s, attention_s = q[i, _KV] / c[_KV_READ], q[i, _ATTENTION] / c[_ATTENTION_FLOPS]
+        parts = StepParts(weights / c[_READ], linear_s, linear_s, kv_s, attention_s, state_s)
+        memory_s, compute_s = priced(parts, max(c[_OVERLAP], least_overlap), c[_OVERLAP])
         layer_s = c[_LAYER_S] + (c[_BATCHED_S] if q[i, _TOKENS] > 1.0 else 0.0)
         overhead_s = c[_STEP_S] + layer_s * q[i, _LAYERS] + c[_SEQUENCE_S] * n
         total[point[i]] += counts[i] * (memory_s + compute_s + overhead_s)

@@ -83,7 +83,8 @@ def test_what_the_formula_says_is_predicted_exactly() -> None:
 def test_the_command_compares_four_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     transformers.LlamaConfig(**COMMON | {"num_hidden_layers": 2}).save_pretrained("model")
-    monkeypatch.setattr(cli_calibrate, "measured_hardware", lambda kind: load_hardware("dgx-spark"))  # measuring takes a minute
+    spark = load_hardware("dgx-spark")
+    monkeypatch.setattr(cli_calibrate, "measured_hardware", lambda kind, **how: spark)  # measuring takes a minute
     with suppress(SystemExit):  # on a busy machine a small model is not predicted well
         main(
             shlex.split("reality --random-weights model --num-requests 8 --repeats 2 --num-gpu-blocks-override 200 --json out.json")
