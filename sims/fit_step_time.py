@@ -15,14 +15,14 @@ from pagedkv.catalogue import load_hardware
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.calibration import FILE
 from pagedkv.sims.step_constants import StepConstants, catalogue_constants
-from pagedkv.sims.step_groups import toml_lines
+from pagedkv.sims.step_groups import IN_GROUPS, toml_lines
 from pagedkv.sims.validation.benchmark_rows import read_rows
 from pagedkv.sims.validation.fitting import OFFSET_SPREAD, PLANS, Fit, Plan, fit
 from pagedkv.sims.validation.left_out import WIDENED, Spreads, Trial, trials
 from pagedkv.sims.validation.log_replay import FIT_S, FREE, fit_to_beginning, machine_of, scenario_of
 from pagedkv.sims.validation.points import KINDS, Point, points_of
 from pagedkv.sims.validation.vllm_log import read_log
-from pagedkv.sims.validation.work import CONSTANTS, Work, as_row
+from pagedkv.sims.validation.work import Work, as_row
 from pagedkv.weight_format import WEIGHT_FORMATS
 
 MACHINE = "dgx-spark"
@@ -108,7 +108,7 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
     )
     prior = catalogue_constants(hardware, WEIGHT_FORMATS["bf16"])
     base = each.fit.constants(prior, "")
-    shared = [name for name in CONSTANTS if name not in each.plan.by_format]
+    shared = [name for name in IN_GROUPS if name not in each.plan.by_format]
     yield "[group.constants]"
     yield from toml_lines({name: getattr(base, name) for name in shared})
     for version in each.fit.versions:
@@ -154,7 +154,7 @@ def log_group(folder: Path, spreads: Spreads, date: str) -> Iterator[str]:
     )
     by_format = [name for name in OFFSET_SPREAD if name in free]
     yield "[group.constants]"
-    yield from toml_lines({name: getattr(constants, name) for name in CONSTANTS if name not in OFFSET_SPREAD})
+    yield from toml_lines({name: getattr(constants, name) for name in IN_GROUPS if name not in OFFSET_SPREAD})
     yield "[group.spread]"
     yield from toml_lines(_spread_table(spreads, engine))
     yield "[group.any_weights]"

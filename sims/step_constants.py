@@ -31,6 +31,9 @@ class StepConstants:
     """What a step of more than one token takes for each layer besides: llama.cpp replays CUDA graphs for single tokens only."""
     sequence_overhead_s: float
     """Host time for each sequence of a step."""
+    token_overhead_s: float = 0.0
+    """What each token of a step takes besides its products and attention: norms, activations, positions, writing keys and values.
+    An engine in Python takes some; published rates cannot tell it from arithmetic, so no group has it."""
     state_bytes_per_s: float
     """Reading and writing the states of layers that have one, for the first sequence of a step."""
     further_state_bytes_per_s: float

@@ -49,6 +49,8 @@ class RooflineCoefficients(NamedTuple):
     """The same besides, for a step of more than one token."""
     sequence_overhead_s: float
     """Host work per sequence of a step."""
+    token_overhead_s: float
+    """What each token takes besides its products and attention."""
     overlap: float
     """The same for reading keys and values, and attending to them."""
     most_drafts: int
@@ -90,6 +92,8 @@ class StepParts(NamedTuple):
     """Queries against keys, and weighted values."""
     state: float
     """Reading, computing and writing states of fixed size."""
+    tokens: float
+    """What each token takes besides: norms, activations, positions."""
 
 
 @lean_jit
@@ -158,6 +162,7 @@ def step_parts(c: RooflineCoefficients, batch: StepBatch, num_entries: int) -> S
         kv_s,
         attention_s,
         state_s,
+        c.token_overhead_s * num_tokens,
     )
 
 
@@ -167,7 +172,7 @@ def _cost_of(
 ) -> tuple[float, float, float, float, float]:
     """Return the fields of `StepCost` for a step with these parts; `num_batched` is 1 if it has more than one token, else 0."""
     memory_s, compute_s = priced(parts, c.linear_overlap, c.overlap)
-    overhead_s = c.step_overhead_s + c.batched_overhead_s * num_batched + c.sequence_overhead_s * num_entries
+    overhead_s = c.step_overhead_s + c.batched_overhead_s * num_batched + c.sequence_overhead_s * num_entries + parts.tokens
     traffic_s = parts.weights * c.weights_reach + parts.kv * c.kv_reach + c.state_traffic_s * num_entries
     arithmetic_s = parts.linear * c.linear_reach + parts.attention * c.attention_reach
     return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
@@ -233,5 +238,6 @@ def _decoding_cost(c: RooflineCoefficients, batch: StepBatch, num_entries: int) 
         kv_s,
         attention_s,
         c.state_s + c.further_state_s * (decoding - 1) + c.state_s_per_token * decoding,
+        c.token_overhead_s * decoding,
     )
     return _cost_of(c, parts, decoding, 1 if decoding > 1 else 0)

@@ -13,9 +13,11 @@ from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.hardware_text import quoted
 from pagedkv.sims.step_constants import NUMBERS
 
+IN_GROUPS = tuple(name for name in NUMBERS if name != "token_overhead_s")
+"""Constants that groups hold."""
 OF_WEIGHTS = ("weight_read_bytes_per_s", "linear_flops")
 """Constants that each weight type has of its own."""
-SHARED = tuple(name for name in NUMBERS if name not in OF_WEIGHTS)
+SHARED = tuple(name for name in IN_GROUPS if name not in OF_WEIGHTS)
 """Constants that all weight types share."""
 SPREADS = ("decode", "prefill", "state_decode", "state_prefill")
 _WORDS = ("engine", "machine", "source", "date")

@@ -84,6 +84,7 @@ def coefficients(
         step_overhead_s=0.0,
         batched_overhead_s=constants.batched_layer_overhead_s * model.num_layers,
         sequence_overhead_s=0.0,
+        token_overhead_s=0.0,
         overlap=constants.overlap,
         most_drafts=0,
         weights_reach=0.0,
@@ -138,6 +139,7 @@ class RooflineStepTime:
         whole = coefficients(model, weight_format=weight_format, kv_spec=kv_spec, constants=constants)._replace(
             step_overhead_s=constants.step_overhead_s + layer_s * model.num_layers,
             sequence_overhead_s=constants.sequence_overhead_s,
+            token_overhead_s=constants.token_overhead_s,
             most_drafts=0 if drafting is None else drafting.num_tokens,
         )
         whole = _of_datasheet(whole, hardware, weight_format=weight_format, kv_spec=kv_spec, constants=constants)

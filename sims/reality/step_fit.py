@@ -34,10 +34,17 @@ FREE = (
     "step_overhead_s",
     "batched_layer_overhead_s",
     "sequence_overhead_s",
+    "token_overhead_s",
     "overlap",
 )
 """What steps of many sizes decide; all else is the machine's."""
-_STARTS: dict[str, Any] = {"step_overhead_s": 2e-3, "batched_layer_overhead_s": 50e-6, "sequence_overhead_s": 50e-6, "overlap": 3.0}
+_STARTS: dict[str, Any] = {
+    "step_overhead_s": 2e-3,
+    "batched_layer_overhead_s": 50e-6,
+    "sequence_overhead_s": 50e-6,
+    "token_overhead_s": 50e-6,
+    "overlap": 3.0,
+}
 """Where to begin with constants of an engine in Python: no machine has them."""
 _PRIOR_SPREAD = 1.5
 """How far, in logarithms, a constant may lie from where it began before the steps must say so."""

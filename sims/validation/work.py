@@ -149,6 +149,7 @@ def as_row(constants: StepConstants) -> Float64Array:
     _LAYER_S,
     _BATCHED_S,
     _SEQUENCE_S,
+    _TOKEN_S,
     _STATE_READ,
     _FURTHER,
     _SCAN,
@@ -168,8 +169,8 @@ def _add_seconds(
         state_s = q[i, _STATE] * (1.0 / c[_STATE_READ] + (n - 1.0) / c[_FURTHER] + q[i, _TOKENS] / c[_SCAN])
         linear_s = q[i, _LINEAR] / c[_FLOPS]
         kv_s, attention_s = q[i, _KV] / c[_KV_READ], q[i, _ATTENTION] / c[_ATTENTION_FLOPS]
-        parts = StepParts(weights / c[_READ], linear_s, linear_s, kv_s, attention_s, state_s)
+        parts = StepParts(weights / c[_READ], linear_s, linear_s, kv_s, attention_s, state_s, c[_TOKEN_S] * q[i, _TOKENS])
         memory_s, compute_s = priced(parts, max(c[_OVERLAP], least_overlap), c[_OVERLAP])
         layer_s = c[_LAYER_S] + (c[_BATCHED_S] if q[i, _TOKENS] > 1.0 else 0.0)
-        overhead_s = c[_STEP_S] + layer_s * q[i, _LAYERS] + c[_SEQUENCE_S] * n
+        overhead_s = c[_STEP_S] + layer_s * q[i, _LAYERS] + c[_SEQUENCE_S] * n + parts.tokens
         total[point[i]] += counts[i] * (memory_s + compute_s + overhead_s)
