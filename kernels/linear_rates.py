@@ -24,6 +24,8 @@ GPU_ROWS = (*ROWS, 768, 1024, 2048, 4096)
 _MANY = 32
 """More rows are multiplied with a quarter of the matrices at a time: they take long enough, and reading no longer counts."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SIZES = {"cpu": (2048, 1 << 28), "cuda": (4096, 1 << 29)}
+"""Rows and columns of a matrix, and bytes of all: a GPU needs more of both to be busy."""
 _GPU_REPEATS = 3
 """Samples behind each value on a GPU: their median."""
 
@@ -33,8 +35,8 @@ def measure_rows(
     weights: str,
     *,
     rows: Sequence[int] = (),
-    num_bytes: int = 1 << 28,
-    size: int = 2048,
+    num_bytes: int | None = None,
+    size: int | None = None,
     rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> RowSamples:
@@ -44,8 +46,8 @@ def measure_rows(
         device: cpu (as many threads as torch takes) or cuda.
         weights: Their type: fp32, bf16 or fp16.
         rows: Numbers of rows, ascending from 1; empty: those of the device.
-        num_bytes: Of all matrices, which are taken in turn: more than the caches hold.
-        size: Rows and columns of a matrix.
+        num_bytes: Of all matrices, which are taken in turn: more than a core's caches hold; None: as usual on the device.
+        size: Rows and columns of a matrix; None: as usual.
         rounds: How often each figure is taken.
         clock: What a processor's times are taken with, in seconds.
 
@@ -58,6 +60,8 @@ def measure_rows(
         raise KernelError("torch finds no CUDA device")
     where, dtype = torch.device(device), _DTYPES[weights]
     chosen = tuple(rows) or (GPU_ROWS if device == "cuda" else ROWS)
+    usual_size, usual_bytes = _SIZES[device]
+    size, num_bytes = size or usual_size, num_bytes or usual_bytes
     count = max(1, num_bytes // (size * size * dtype.itemsize))
     matrices = [torch.randn(size, size, device=where).to(dtype) for _ in range(count)]
     taken: dict[int, list[float]] = {number: [] for number in chosen}

@@ -93,6 +93,12 @@ def code_rows() -> tuple[Row, ...]:
             "roofline, the halves in sequence",
         ),
         (
+            "products with measured rates by rows",
+            "what so many rows took, linear in between, and reading the weights at least; dense models, and without a fit",
+            "estimated",
+            "docs/hardware.md: libraries change kernels with the number of rows",
+        ),
+        (
             "pages of `vattention`",
             f"{PAGE_BYTES >> 20} MiB of the keys of the widest layer",
             "spec",

@@ -109,7 +109,11 @@ def _study(asked: RealityConfig) -> _Study:
         "schema_version": 1,
         "date": date.today().isoformat(),
         "config": {name: str(value) if name in ("model", "random_weights") else value for name, value in asdict(asked).items()},
-        "hardware": {"name": machine.hardware.title, "read_bytes_per_s": machine.hardware.read_bandwidth_bytes_per_s},
+        "hardware": {
+            "name": machine.hardware.title,
+            "read_bytes_per_s": machine.hardware.read_bandwidth_bytes_per_s,
+            "linear_by_rows": {name: asdict(table) for name, table in machine.hardware.linear_by_rows.items()},
+        },
         "num_steps_fitted": sum(len(log.batches) for log in logs),
         "constants": {name: getattr(constants, name) for name in FREE},
         "sections": [section.document() for section in compared],
