@@ -46,9 +46,9 @@ _STARTS: dict[str, Any] = {
 }
 """Where to begin with constants of an engine in Python: no machine has them."""
 _MEASURED_SPREAD = 0.25
-"""How far, in logarithms, a constant that was measured may lie from that before the steps must say so: a kernel reaches in an engine
-about what it reaches alone. Source: of 0.1 to 1.5 the value with which a fit to steps of few sequences of the fitted load foretells
-its steps of many best (1 % off; 3 % with 1.5)."""
+"""How far, in logarithms, a constant that was measured may lie from that before the steps must say so: a kernel reaches about the
+same in an engine. Source: of 0.1 to 1.5 the value with which a fit to steps of few sequences of the fitted load foretells its steps
+of many best (1 % off; 3 % with 1.5)."""
 _PRIOR_SPREAD = 1.5
 """The same for constants of an engine in Python, which begin anywhere."""
 _EXPECTED_ERROR = 0.1
