@@ -43,7 +43,7 @@ class RowRates:
             raise ConfigError(f"the last rows are {self.rows[-1]}: needs {MOST_ROWS} at most; more run at the last rate")
         for rows, rate in zip(self.rows, self.flops, strict=True):
             if not 0 < rate < np.inf:
-                raise ConfigError(f"the rate of {rows} rows is {rate:g}: it must be above 0")
+                raise ConfigError(f"the rate for rows = {rows} is {rate:g}: it must be above 0")
 
     @property
     def full_flops(self) -> float:

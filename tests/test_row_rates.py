@@ -77,8 +77,8 @@ def test_where_measured_times_ascend_all_do(table: RowRates) -> None:
         ({"rows": (1, 1)}, "rows go from 1 to 1: they must ascend"),
         ({"rows": (1, 2, 4)}, "3 numbers of rows and 2 rates: needs a rate for each"),
         ({"rows": (1, MOST_ROWS + 1)}, f"the last rows are {MOST_ROWS + 1}: needs {MOST_ROWS} at most"),
-        ({"flops": (1e9, 0.0)}, "the rate of 2 rows is 0: it must be above 0"),
-        ({"flops": (1e9, np.nan)}, "the rate of 2 rows is nan"),
+        ({"flops": (1e9, 0.0)}, "the rate for rows = 2 is 0: it must be above 0"),
+        ({"flops": (1e9, np.nan)}, "the rate for rows = 2 is nan"),
         ({"source": " "}, "no source"),
     ],
 )
