@@ -8,13 +8,16 @@ checkpoints of llama.cpp aim at.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import NO_TOKENS, Int32Array
 from pagedkv.errors import IntegrityError
+from pagedkv.jit import fixed_types
 from pagedkv.kv_request import KVRequest
+from pagedkv.slot_arrays import NO_SLOT, NUM_BUSY, SlotArrays, choose_slot
 
-SLOT_PROMPT_SIMILARITY = 0.1
-"""An idle slot is preferred if it has more than this share of the prompt. Source: llama.cpp, --slot-prompt-similarity's default."""
+_choose_slot = fixed_types(choose_slot)
 
 
 def common_prefix(a: Int32Array, b: Int32Array) -> int:
@@ -29,7 +32,7 @@ def common_prefix(a: Int32Array, b: Int32Array) -> int:
 
 @dataclass(eq=False, kw_only=True)
 class ServerSlot:
-    """One of the places where requests run."""
+    """One of the places where requests run, as who brings token ids sees it. What else is known of it is in the arrays."""
 
     index: int
     """Its number."""
@@ -41,18 +44,19 @@ class ServerSlot:
     """What they were computed under."""
     num_computed: int = 0
     """While it runs: leading tokens whose keys and values are known to be there."""
-    last_used: int = -1
-    """How many requests had ended when its last one did; -1: it never ran one."""
 
 
 class ServerSlots:
-    """The server slots, the requests in them, and the choice of a slot for the next one."""
+    """The server slots, the requests in them, and the choice of a slot for the next one.
+
+    Whoever takes or gives back a slot in `arrays`, which the allocator does with its cells, says so here.
+    """
 
     def __init__(self, settings: KVPoolSettings, num_server_slots: int) -> None:
         self.slots = tuple(ServerSlot(index=i) for i in range(num_server_slots))
+        self.arrays = SlotArrays.empty(num_server_slots)
         self._settings = settings
         self._running: dict[KVRequest, ServerSlot] = {}
-        self._num_ended = 0
 
     def of(self, request: KVRequest) -> ServerSlot | None:
         """Return the slot that `request` runs in."""
@@ -69,24 +73,16 @@ class ServerSlots:
     def choose(self, request: KVRequest) -> tuple[ServerSlot, int] | None:
         """Return the slot that an admission would get now and the leading tokens it would find there; None if none is idle.
 
-        The idle slot that has the largest part of the request's tokens at its beginning, if that is more than a tenth of them; else
-        the one that ended longest ago, the last one of several that never ran. What it has is cut to the common prefix either way,
-        and the last token is always computed. O(server slots + tokens compared).
+        Which one it is, `choose_slot` says. What it has is cut to the common prefix either way, and the last token is always
+        computed. O(server slots + tokens compared).
 
         Raises:
             ConfigError: If the request knows fewer token_ids than tokens.
         """
         tokens = self._tokens(request, request.num_tokens)
-        best, longest = None, SLOT_PROMPT_SIMILARITY * request.num_tokens
-        oldest: ServerSlot | None = None
-        for slot in self.idle():
-            length = self._common(slot, request, tokens)
-            if length > longest:
-                best, longest = slot, length
-            if oldest is None or slot.last_used <= oldest.last_used:
-                oldest = slot
-        chosen = best or oldest
-        return None if chosen is None else (chosen, min(self._common(chosen, request, tokens), request.num_tokens - 1))
+        common = np.array([self._common(slot, request, tokens) for slot in self.slots], np.int64)
+        chosen = int(_choose_slot(self.arrays._replace(num_common=common), request.num_tokens))
+        return None if chosen == NO_SLOT else (self.slots[chosen], min(int(common[chosen]), request.num_tokens - 1))
 
     def check(self, request: KVRequest, num_new_tokens: int, num_slots_held: int) -> None:
         """Raise ConfigError unless `request` can ask for slots for `num_new_tokens` more tokens."""
@@ -98,13 +94,19 @@ class ServerSlots:
             request.check_place(len(self._running), self._settings.max_num_seqs)
 
     def start(self, slot: ServerSlot, request: KVRequest, num_cached: int) -> None:
-        """Let `request` run in `slot`, which has its first `num_cached` tokens."""
-        self.forget(slot)
+        """Note that `request` runs in `slot`, which has its first `num_cached` tokens, and which slots have been purged for it."""
         slot.request, slot.num_computed = request, num_cached
         self._running[request] = slot
+        self.forget_lost()
 
-    def fork(self, parent: KVRequest, child: KVRequest) -> tuple[ServerSlot, ServerSlot]:
-        """Let `child` run in the first idle slot, whose prompt is forgotten; return the slots of `parent` and `child`.
+    def forget_lost(self) -> None:
+        """Let slots that are not idle any more, or that have been purged, know nothing."""
+        for slot, kept in zip(self.slots, self.arrays.num_kept.tolist(), strict=True):
+            if not kept and slot.tokens.size:
+                slot.tokens, slot.namespace = NO_TOKENS, ""
+
+    def slots_of_fork(self, parent: KVRequest, child: KVRequest) -> tuple[ServerSlot, ServerSlot]:
+        """Return the slot of `parent` and the first idle one, in which `child` can run.
 
         Raises:
             ConfigError: If `parent` does not run, `child` runs, knows too few tokens, or no slot is idle.
@@ -120,7 +122,6 @@ class ServerSlots:
         target = next(self.idle(), None)
         if target is None:
             raise child.error(f"all {len(self.slots)} server slots run requests: free one first, or give the pool room for more")
-        self.start(target, child, min(slot.num_computed, parent.num_computed_tokens))
         return slot, target
 
     def running_slot(self, request: KVRequest) -> ServerSlot:
@@ -142,7 +143,7 @@ class ServerSlots:
         slot.num_computed = request.num_computed_tokens
 
     def end(self, request: KVRequest) -> ServerSlot:
-        """Make the slot of `request` idle and return it. All tokens known to be computed stay, if they can be told to others.
+        """Note that the slot of `request` is idle and return it. All tokens known to be computed stay, if they can be told to others.
 
         Raises:
             ConfigError: If it does not run, or knows fewer token_ids than stay.
@@ -152,22 +153,19 @@ class ServerSlots:
         tokens = self._tokens(request, num_kept).copy()
         del self._running[request]
         slot.request, slot.tokens, slot.namespace = None, tokens, request.namespace
-        slot.num_computed, slot.last_used = 0, self._num_ended
-        self._num_ended += 1
+        slot.num_computed = 0
         return slot
-
-    def forget(self, slot: ServerSlot) -> None:
-        """Let an idle slot know nothing."""
-        slot.tokens, slot.namespace = NO_TOKENS, ""
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless slots and requests point to each other, and what they remember can be."""
+        runs, num_kept = self.arrays.runs.tolist(), self.arrays.num_kept.tolist()
         for slot in self.slots:
             running = slot.request is not None
             known = self._running.get(slot.request) if slot.request is not None else slot
-            if known is not slot or (running and slot.tokens.size) or (not running and slot.num_computed):
-                raise IntegrityError(f"{slot} does not fit the running requests {[r.request_id for r in self._running]}")
-        if len(self._running) != sum(slot.request is not None for slot in self.slots):
+            told = (runs[slot.index], num_kept[slot.index])
+            if known is not slot or told != (running, slot.tokens.size) or (told[1] if running else slot.num_computed):
+                raise IntegrityError(f"{slot}, {told}, does not fit the running requests {[r.request_id for r in self._running]}")
+        if not len(self._running) == sum(runs) == self.arrays.counts[NUM_BUSY]:
             raise IntegrityError(f"{len(self._running)} requests run in {self.slots}")
 
     def _tokens(self, request: KVRequest, num_tokens: int) -> Int32Array:

@@ -11,6 +11,7 @@ from pagedkv.cell_cache import padded
 from pagedkv.cell_slots import ServerSlots
 from pagedkv.errors import IntegrityError
 from pagedkv.kv_request import KVRequest
+from pagedkv.slot_arrays import end_slot, start_slot
 
 
 class SplitStreams:
@@ -83,6 +84,7 @@ class SplitStreams:
                 "admit only requests that admission_slots has an answer for"
             )
         if slot.request is None:
+            start_slot(self.server_slots.arrays, slot.index)
             self.server_slots.start(slot, request, num_cached)
         slot.num_computed = min(slot.num_computed, end - num_new_tokens)
         self._used[slot.index] = end
@@ -99,14 +101,14 @@ class SplitStreams:
         """
         slot = self.server_slots.end(request)
         self._used[slot.index] = 0
-        if self._uncopied.pop(slot.index, None):
-            self.server_slots.forget(slot)
+        copied = self._uncopied.pop(slot.index, None) is None
         stream = self._streams[slot.index]
         heir = next((index for index, (source, _) in self._uncopied.items() if source == stream), None)
         if heir is not None:
-            self.server_slots.forget(slot)
             self._streams[slot.index], self._streams[heir] = self._streams[heir], stream
             del self._uncopied[heir]
+        end_slot(self.server_slots.arrays, slot.index, slot.tokens.size if copied and heir is None else 0)
+        self.server_slots.forget_lost()
 
     def preempt(self, request: KVRequest) -> None:
         """End it as `free` does: llama.cpp has no preemption, and split streams never need one.
@@ -197,7 +199,9 @@ class LlamaCppSplit(SplitStreams):
         Raises:
             ConfigError: Also if no server slot is idle.
         """
-        slot, target = self.server_slots.fork(parent, child)
+        slot, target = self.server_slots.slots_of_fork(parent, child)
+        start_slot(self.server_slots.arrays, target.index)
+        self.server_slots.start(target, child, min(slot.num_computed, parent.num_computed_tokens))
         source, size = self._uncopied.get(slot.index, (self._streams[slot.index], self.stream_cells))
         self._used[target.index] = min(size, parent.num_computed_tokens)
         if self._used[target.index]:

@@ -6,11 +6,17 @@ import numpy as np
 
 from pagedkv.allocation import Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import NO_SLOTS, Int64Array
-from pagedkv.cell_cache import CellCache, CellSequence
-from pagedkv.cell_slots import ServerSlot, ServerSlots
+from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
+from pagedkv.cell_cache import CellCache
+from pagedkv.cell_slots import ServerSlots
 from pagedkv.errors import IntegrityError
+from pagedkv.jit import fixed_types
 from pagedkv.kv_request import KVRequest
+from pagedkv.slot_cells import SlotCells, leave_slot, share_cells, take_cells
+
+# Their arguments have the same types in every allocator.
+_take_cells = fixed_types(take_cells)
+_leave_slot = fixed_types(leave_slot)
 
 
 @ALLOCATORS.register("llama-cpp-unified")
@@ -37,8 +43,7 @@ class LlamaCppUnified:
         self.server_slots = ServerSlots(settings, settings.max_num_seqs if size > 0 else 0)
         self.cells = CellCache(max(size, 0))
         self.usable_slots = self.cells.size + len(self.server_slots.slots) * self.state_slots
-        self._sequences = [CellSequence() for _ in self.server_slots.slots]
-        """By server slot: the cells of what runs in it, or of what it remembers."""
+        self.arrays = SlotCells.over(self.cells.arrays, self.server_slots.arrays, self.max_model_len)
 
     @property
     def n_kv(self) -> int:
@@ -70,32 +75,14 @@ class LlamaCppUnified:
             slot, num_cached = chosen
         num_kept = request.num_computed_tokens + num_cached
         request.check_length(num_kept + num_new_tokens, self.max_model_len)
-        if not self._fits(slot, num_kept, num_new_tokens):
+        if not _take_cells(self.arrays, slot.index, int(num_kept), int(num_new_tokens)):
             return None
-        sequence = self._sequences[slot.index]
         if slot.request is None:
-            self.cells.wake(sequence.cells)
             self.server_slots.start(slot, request, num_cached)
-        self._cut(slot, num_kept)
+        else:
+            self.server_slots.forget_lost()
         slot.num_computed = min(slot.num_computed, num_kept)
-        for idle in self.server_slots.idle():
-            if self.cells.num_empty >= num_new_tokens:
-                break
-            self._purge(idle)
-        sequence.extend(self.cells.place(num_new_tokens))
         return Grant(num_cached_tokens=num_cached)
-
-    @property
-    def num_empty_slots(self) -> int:
-        """Cells that carry nothing: nobody need be purged for them."""
-        return self.cells.num_empty
-
-    def take_in_turn(self, requests: Sequence[KVRequest], num_tokens: int) -> None:
-        """Take empty cells from the head on, for one token of each of `requests` after the other. O(cells passed)."""
-        cells = self.cells.place_in_turn(num_tokens * len(requests)).reshape(num_tokens, len(requests))
-        for i, request in enumerate(requests):
-            request.check_length(request.num_computed_tokens + num_tokens, self.max_model_len)
-            self._sequences[self.server_slots.running_slot(request).index].extend(cells[:, i])
 
     def note_computed(self, request: KVRequest) -> None:
         """Note what may stay in its slot when it ends."""
@@ -104,8 +91,7 @@ class LlamaCppUnified:
     def free(self, request: KVRequest) -> None:
         """Make its server slot idle. Its computed tokens stay until the slot gets another request or is purged. O(its cells)."""
         slot = self.server_slots.end(request)
-        self._cut(slot, slot.tokens.size)
-        self.cells.park(self._sequences[slot.index].cells)
+        _leave_slot(self.arrays, slot.index, slot.tokens.size)
 
     def preempt(self, request: KVRequest) -> None:
         """End it as `free` does: llama.cpp has no preemption, it ends all requests with an error when cells run out.
@@ -123,11 +109,9 @@ class LlamaCppUnified:
         Raises:
             ConfigError: Also if no server slot is idle.
         """
-        slot, target = self.server_slots.fork(parent, child)
-        self._purge(target)
-        shared = self._sequences[slot.index].cells[: parent.num_computed_tokens]
-        self.cells.share(shared)
-        self._sequences[target.index].extend(shared)
+        slot, target = self.server_slots.slots_of_fork(parent, child)
+        share_cells(self.arrays, slot.index, target.index, parent.num_computed_tokens)
+        self.server_slots.start(target, child, min(slot.num_computed, parent.num_computed_tokens))
 
     def live_requests(self) -> Sequence[KVRequest]:
         """Return the requests that run in a server slot."""
@@ -136,19 +120,17 @@ class LlamaCppUnified:
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the number of its cells."""
         slot = self.server_slots.of(request)
-        return 0 if slot is None else self._sequences[slot.index].size
+        return 0 if slot is None else int(self.arrays.held[slot.index])
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return its cells."""
         slot = self.server_slots.of(request)
-        return NO_SLOTS if slot is None else self._sequences[slot.index].cells.copy()
+        return NO_SLOTS if slot is None else self.arrays.of(slot.index).astype(np.int64)
 
     def cached_slots(self) -> Int64Array:
         """Return the cells of what idle slots remember, without those that a fork still runs on. O(n log n) in these cells."""
-        cells: Int64Array = np.unique(
-            np.concatenate([NO_SLOTS, *(self._sequences[s.index].cells for s in self.server_slots.idle())])
-        )
-        unheld: Int64Array = cells[self.cells.num_live[cells] == 0]
+        cells = np.unique(np.concatenate([NO_SLOTS, *(self.arrays.of(slot.index) for slot in self.server_slots.idle())]))
+        unheld: Int64Array = cells[self.arrays.cells.num_live[cells] == 0]
         return unheld
 
     @property
@@ -165,36 +147,10 @@ class LlamaCppUnified:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless cells, sequences and server slots fit together."""
         self.server_slots.check_integrity()
-        parts: tuple[list[Int64Array], list[Int64Array]] = ([], [])
-        for slot, sequence in zip(self.server_slots.slots, self._sequences, strict=True):
-            parts[slot.request is None].append(sequence.cells)
-            if slot.num_computed > sequence.size or (slot.request is None and slot.tokens.size != sequence.size):
-                raise IntegrityError(f"{slot} has cells {sequence.cells.tolist()}")
+        parts: tuple[list[Int32Array], list[Int32Array]] = ([], [])
+        for slot in self.server_slots.slots:
+            cells = self.arrays.of(slot.index)
+            parts[slot.request is None].append(cells)
+            if slot.num_computed > cells.size or (slot.request is None and self.arrays.held[slot.index]):
+                raise IntegrityError(f"{slot} has cells {cells.tolist()}")
         self.cells.check_integrity(*parts)
-
-    def _fits(self, slot: ServerSlot, num_kept: int, count: int) -> bool:
-        """Whether `count` cells can be had for `slot`, which keeps its first `num_kept`, if all other idle slots may be purged."""
-        if self.cells.num_empty >= count:
-            return True
-        kept, dropped = np.split(self._sequences[slot.index].cells, [num_kept])
-        num_live = self.cells.num_live
-        if slot.request is None:
-            held = self.cells.num_held + np.count_nonzero(num_live[kept] == 0)
-        else:
-            held = self.cells.num_held - np.count_nonzero(num_live[dropped] == 1)
-        return bool(self.cells.size - held >= count)
-
-    def _cut(self, slot: ServerSlot, size: int) -> None:
-        """Give back the cells of a running slot but for its first `size`."""
-        sequence = self._sequences[slot.index]
-        dropped = sequence.cells[size:]
-        if dropped.size:
-            self.cells.park(dropped)
-            self.cells.remove(dropped)
-            sequence.cut(size)
-
-    def _purge(self, slot: ServerSlot) -> None:
-        """Give back all cells of an idle slot, and forget what they held."""
-        self.cells.remove(self._sequences[slot.index].cells)
-        self._sequences[slot.index].cut(0)
-        self.server_slots.forget(slot)

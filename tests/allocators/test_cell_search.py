@@ -52,18 +52,18 @@ def test_search_and_head_agree_with_a_plain_model(size: int, operations: list[tu
                 held += found or []
         elif operation == "share" and not sequences[count % 5]:
             sequences[count % 5] = list(held)
-            cache.share(np.array(held, np.int64))
+            cache.share(np.array(held, np.int32))
             for cell in held:
                 model.cells[cell].add(count % 5)
         elif operation in ("cut", "end"):
             dropped = held[count:] if operation == "cut" else list(held)
-            cache.park(np.array(dropped, np.int64))
-            cache.remove(np.array(dropped, np.int64))
+            cache.park(np.array(dropped, np.int32))
+            cache.remove(np.array(dropped, np.int32))
             model.remove(sequence, dropped)
             del held[len(held) - len(dropped) :]
-        cache.check_integrity([np.array(s, np.int64) for s in sequences], [])
-        assert cache.counters[0] % size == model.head % size
-        assert cache.num_seqs.tolist() == [len(cell) for cell in model.cells]
+        cache.check_integrity([np.array(s, np.int32) for s in sequences], [])
+        assert cache.arrays.counters[0] % size == model.head % size
+        assert cache.arrays.num_seqs.tolist() == [len(cell) for cell in model.cells]
         assert cache.num_held == cache.size - cache.num_empty == sum(map(bool, model.cells))
 
 
@@ -88,7 +88,7 @@ def test_search_goes_on_behind_the_last_cell_taken_and_wraps() -> None:
     assert cache.place(2).tolist() == [2, 6]
     cache.park(first[:1])
     cache.remove(first[:1])
-    cache.counters[0] = 7
+    cache.arrays.counters[0] = 7
     assert cache.place(2).tolist() == [7, 0]
 
 
@@ -96,7 +96,7 @@ def test_search_goes_on_behind_the_last_cell_taken_and_wraps() -> None:
 def test_search_starts_over_if_the_head_is_more_than_twice_the_request_above_the_used_cells(count: int, cell: int) -> None:
     cache = CellCache(20)
     cache.place(5)
-    cache.counters[0] = 10  # 5 used: 10 > 5 + 2 * 2, but not 10 > 5 + 2 * 3
+    cache.arrays.counters[0] = 10  # 5 used: 10 > 5 + 2 * 2, but not 10 > 5 + 2 * 3
     assert cache.place(count)[0] == (cell or 5)
 
 
