@@ -55,6 +55,8 @@ class ServerSlots:
     def __init__(self, settings: KVPoolSettings, num_server_slots: int) -> None:
         self.slots = tuple(ServerSlot(index=i) for i in range(num_server_slots))
         self.arrays = SlotArrays.empty(num_server_slots)
+        self.remembers = bool(settings.enable_prefix_caching)
+        """Whether idle slots keep what they have computed."""
         self._settings = settings
         self._running: dict[KVRequest, ServerSlot] = {}
 
@@ -170,7 +172,7 @@ class ServerSlots:
 
     def _tokens(self, request: KVRequest, num_tokens: int) -> Int32Array:
         """Return its first `num_tokens` tokens, none if it shares nothing."""
-        if not self._settings.enable_prefix_caching or not request.token_ids.size:
+        if not self.remembers or not request.token_ids.size:
             return NO_TOKENS
         if request.token_ids.size < num_tokens:
             raise request.error(

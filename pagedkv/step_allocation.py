@@ -80,8 +80,8 @@ class StepAllocator(RowMemory, Protocol):
 
 
 @runtime_checkable
-class CompiledMemory(StepAllocator, Protocol):
-    """A step allocator whose `arrays` and `rules` are of a kind that compiled code knows: `pagedkv.step_memory`."""
+class CompiledMemory(RowMemory, Protocol):
+    """Memory whose `arrays` and `rules` are of a kind that compiled code knows: `pagedkv.step_memory`."""
 
     arrays: Any
     rules: Any

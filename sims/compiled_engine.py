@@ -17,6 +17,7 @@ from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.sims.clock import Clock
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance
+from pagedkv.sims.engine import submit_in_time
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.run_steps import (
@@ -93,6 +94,9 @@ class CompiledEngine:
     ) -> None:
         """Let requests arrive at these times, ascending; nobody waits for their end. Call it once, before anything has arrived."""
         del models
+        if not self._scheduler.takes_future_requests:
+            self._env.process(submit_in_time(self._env, self, arrival_s, prompt_tokens, output_tokens, contents))
+            return
         first = self._scheduler.requests.size
         accepted = self._scheduler.add_all(prompt_tokens, output_tokens, contents=contents)
         self._recorder.expect(first, arrival_s[accepted])

@@ -15,7 +15,7 @@ from pagedkv.scheduling.roster import Roster
 from pagedkv.scheduling.step import Step
 from pagedkv.scheduling.step_path import StepArrays, StepPath
 from pagedkv.scheduling.waiting import SchedulerArrays
-from pagedkv.step_allocation import StepAllocator
+from pagedkv.step_allocation import RowMemory
 from pagedkv.step_batch import StepBatch
 from pagedkv.step_memory import NEVER
 
@@ -24,9 +24,10 @@ class BatchScheduler(ABC):
     """A `StepScheduler` but for `add`, which says what an engine takes."""
 
     def __init__(
-        self, roster: Roster, allocator: StepAllocator, path: StepPath, step_arrays: StepArrays, *, max_model_len: int
+        self, roster: Roster, allocator: RowMemory, path: StepPath, step_arrays: StepArrays, *, max_model_len: int
     ) -> None:
-        self._roster, self.allocator, self._path, self.step_arrays = roster, allocator, path, step_arrays
+        self._roster, self._path, self.step_arrays = roster, path, step_arrays
+        self.allocator: RowMemory = allocator
         self.max_model_len = max_model_len
         self._step = Step(step_arrays.batch)
         self._num_sampled = self._num_finished = self.num_output_tokens = 0
@@ -35,6 +36,11 @@ class BatchScheduler(ABC):
     def compiled(self) -> CompiledPath | None:
         """What decides, if it is compiled: then `pagedkv.sims.run_steps` can run steps without asking."""
         return self._path if isinstance(self._path, CompiledPath) else None
+
+    @property
+    def takes_future_requests(self) -> bool:
+        """Whether `add_all` may be used: who is refused is known before it arrives."""
+        return self.compiled is not None
 
     @property
     def caches_prefixes(self) -> bool:
@@ -105,12 +111,12 @@ class BatchScheduler(ABC):
         return fits
 
     def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
-        """Make requests known that will arrive later, in this order; return which of them can run here. Compiled memory only.
+        """Make requests known that will arrive later, in this order; return which of them can run here.
 
         Raises:
-            ConfigError: If a length is below 1, or there are not as many `contents`.
+            ConfigError: If it does not take such, a length is below 1, or there are not as many `contents`.
         """
-        if self.compiled is None:
+        if self.compiled is None or not self.takes_future_requests:
             raise ConfigError(f"{self.allocator.name} does not take requests all at once: add them one by one")
         if prompt_tokens.size and min(prompt_tokens.min(), output_tokens.min()) < 1:
             raise ConfigError("requests need 1 or more prompt and output tokens")

@@ -1,16 +1,19 @@
 """The scheduler of llama.cpp's server, and of Ollama, which runs that server: requests wait for a server slot, never for memory."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from pagedkv.allocators.llama_cpp_split import SplitStreams
 from pagedkv.allocators.llama_cpp_unified import LlamaCppUnified
-from pagedkv.errors import ConfigError
-from pagedkv.scheduling.content import Segments
-from pagedkv.scheduling.request_scheduler import RequestScheduler
-from pagedkv.scheduling.step import Blocker, Step
-from pagedkv.scheduling.ubatches import equal_split, simple_split
-from pagedkv.step_batch import StepBatch
+from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.scheduling.batch_scheduler import BatchScheduler
+from pagedkv.scheduling.compiled_path import CompiledPath
+from pagedkv.scheduling.content import Segments, content_of
+from pagedkv.scheduling.llama_cpp_step import NUM_ASSIGNED, NUM_PENDING, ServerBatch
+from pagedkv.scheduling.roster import Roster
+from pagedkv.scheduling.slot_steps import SlotStepAllocator
+from pagedkv.scheduling.step_path import StepArrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ OLLAMA = LlamaCppSettings(max_queue=512)
 """Source: Ollama, OLLAMA_MAX_QUEUE. What it reserves at load, context x parallel, is the allocator `ollama`."""
 
 
-class LlamaCppScheduler(RequestScheduler):
+class LlamaCppScheduler(BatchScheduler):
     """Decides as llama-server does, with as many requests at once as `allocator` has server slots.
 
     A batch has one token of each slot that generates, then prompts, those begun before others, up to n_batch tokens. Who waits gets
@@ -68,24 +71,52 @@ class LlamaCppScheduler(RequestScheduler):
 
     def __init__(self, settings: LlamaCppSettings, allocator: LlamaCppUnified | SplitStreams) -> None:
         num_slots = len(allocator.server_slots.slots)
-        super().__init__(allocator, max_num_seqs=num_slots, max_model_len=allocator.max_model_len, shares=settings.cache_prompt)
         if settings.n_batch < num_slots:
             raise ConfigError(f"n_batch is {settings.n_batch}: needs {num_slots} or more, a token of each server slot")
         self.settings = settings
         self.num_turned_away = 0
         """Requests refused because too many waited."""
-        self._server_slots = allocator.server_slots
-        self._cells = allocator.cells if isinstance(allocator, LlamaCppUnified) else None
-        self._batch: list[tuple[int, int]] = []
-        """(request, tokens) of the batch that are still to be computed."""
-        self._num_assigned = 0
-        """How many at the head of the queue have been promised a server slot."""
+        self._server = ServerBatch.empty(
+            n_batch=settings.n_batch,
+            n_ubatch=settings.n_ubatch,
+            cont_batching=settings.cont_batching,
+            equal_sequences=not isinstance(allocator, LlamaCppUnified),
+            num_server_slots=num_slots,
+        )
+        self._memory, roster = SlotStepAllocator(allocator), Roster(max_num_seqs=num_slots, by_priority=False)
+        self._caches = settings.cache_prompt and allocator.server_slots.remembers
+        most = most_passes(settings, num_slots)
+        super().__init__(
+            roster,
+            self._memory,
+            CompiledPath(roster, self._memory, self._server),
+            StepArrays.empty(num_slots, max_pass_entries=min(settings.n_batch, most * num_slots), max_passes=most),
+            max_model_len=allocator.max_model_len,
+        )
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether requests find what those before them in their slot have computed."""
+        return self._caches
+
+    @property
+    def takes_future_requests(self) -> bool:
+        """Whether `add_all` may be used: not if who comes may find the queue full."""
+        return self.settings.max_queue is None
 
     def add(self, *, prompt_tokens: int, output_tokens: int, priority: int = 0, content: Segments | None = None) -> int | None:
-        """Queue a request as `RequestScheduler.add` does, first come first served; None also if the queue is full.
+        """Put a request into the queue, first come first served, and return its index; None if it is refused.
+
+        It is, if it could never run here, or if the queue is full.
+
+        Args:
+            prompt_tokens: Length of the prompt.
+            output_tokens: Tokens that it will generate.
+            priority: 0.
+            content: What it shares with others, from its start on; the rest is its own. Not looked at where nothing is kept.
 
         Raises:
-            ConfigError: Also if it has a priority.
+            ConfigError: If a length is below 1, it has a priority, or the content is out of order.
         """
         if priority:
             raise ConfigError(f"priority {priority}: llama.cpp serves in order of arrival, so it must be 0")
@@ -93,133 +124,42 @@ class LlamaCppScheduler(RequestScheduler):
         if self.settings.max_queue is not None and self.num_waiting - num_idle >= self.settings.max_queue:
             self.num_turned_away += 1
             return None
-        return super().add(prompt_tokens=prompt_tokens, output_tokens=output_tokens, content=content)
-
-    def schedule(self) -> Step:
-        """Decide the next step and take its cells. The returned object is overwritten by the next call.
-
-        It is empty where `failed` is not.
-        """
-        self._begin()
-        if not self._batch:
-            self._fill_batch()
-        if not self._batch:
-            return self._end(Blocker.NONE)
-        size = self.settings.n_batch
-        while not self._fits(part := _head(self._batch, size)):
-            size //= 2
-        done = 0
-        for request, num_tokens in part:
-            if not (self._grant(request, num_tokens) if self.is_running(request) else self._assign(request, num_tokens)):
-                break
-            done += num_tokens
-        if not done:
-            self._fail_all()
-            return self._end(Blocker.KV_MEMORY)
-        self._batch = _tail(self._batch, done)
-        return self._end(self._blocker(cut=bool(self._batch)))
-
-    def forward_passes(self) -> Iterator[StepBatch]:
-        """Yield the micro-batches of the step decided last, one after the other."""
-        entries = self._step.batch[: self._step.num_entries]
-        places = sorted(
-            (not self._generates(request), self._slot(request), i) for i, request in enumerate(entries["request"].tolist())
+        if prompt_tokens < 1 or output_tokens < 1:
+            raise ConfigError(f"a request needs 1 or more prompt and output tokens, not {prompt_tokens} and {output_tokens}")
+        content = content_of(content, None, num_tokens=prompt_tokens, block_size=1, caches_prefixes=self._caches)
+        admission_slots = self._memory.admission_slots(prompt_tokens, output_tokens)
+        if admission_slots is None or prompt_tokens + output_tokens > self.max_model_len:
+            return None
+        request = self.requests.add(
+            prompt_tokens=prompt_tokens, output_tokens=output_tokens, admission_slots=admission_slots, content=content
         )
-        entries = entries[[i for *_, i in places]]  # the order of the server's batch
-        num_tokens = entries["num_scheduled_tokens"].tolist()
-        if self._cells is not None:
-            parts = simple_split(num_tokens, self.settings.n_ubatch)
-        else:
-            parts = equal_split(num_tokens, [slot for _, slot, _ in places], self.settings.n_ubatch)
-        computed = (entries["num_slots_needed"] - entries["num_scheduled_tokens"]).tolist()
-        for part in parts:
-            batch = entries[[entry for entry, _ in part]]
-            for i, (entry, size) in enumerate(part):
-                computed[entry] += size
-                batch["num_scheduled_tokens"][i], batch["num_slots_needed"][i] = size, computed[entry]
-            yield batch
+        self._roster.queue(request)
+        return request
 
-    def _goes_on(self, step: Step) -> bool:
-        """Nobody joins while all server slots are taken, and a batch that was cut is finished first."""
-        entries = step.batch["request"][: step.num_entries]
-        requests = self.requests.arrays[entries]
-        generate = bool((requests["num_known_tokens"] > requests["prompt_tokens"]).all())
-        return generate and not self._batch and (not self.queue or self.num_running == self.arrays.running.size)
-
-    def _fill_batch(self) -> None:
-        running = sorted(self.running(), key=self._slot)
-        self._batch = [(request, 1) for request in running if self._generates(request)]
-        self._num_assigned = min(self.arrays.running.size - len(running), self.num_waiting)
-        if self._batch and not self.settings.cont_batching:
-            return
-        room = self.settings.n_batch - len(self._batch)
-        begun = [request for request in running if not self._generates(request)]
-        for request in [*begun, *(request for _, request in self.queue[: self._num_assigned])]:
-            if not room:
-                break
-            num_tokens = min(self.num_remaining(request) - self._num_cached(request), room)
-            self._batch.append((request, num_tokens))
-            room -= num_tokens
-
-    def _fits(self, part: list[tuple[int, int]]) -> bool:
-        """Whether cells can be had for `part`, if all idle slots may be purged but for those that it needs."""
-        if self._cells is None:
-            return True
-        needed = sum(num_tokens + self._num_cached(request) for request, num_tokens in part)
-        return needed <= self._cells.size - self._cells.num_held
-
-    def _assign(self, request: int, num_tokens: int) -> bool:
-        """Give `request` a server slot, and cells for `num_tokens` behind what the slot has of it, or for all that are left."""
-        left = self.num_remaining(request) - self._num_cached(request)
-        if not self._admit(request, min(num_tokens, left)):
-            return False
-        self._num_assigned -= 1
-        return True
-
-    def _fail_all(self) -> None:
-        assigned = [request for _, request in self.queue[: self._num_assigned]]
-        for request in [*sorted(self.running(), key=self._slot), *assigned]:
-            self._fail(request)
-        self._batch, self._num_assigned = [], 0
-
-    def _blocker(self, *, cut: bool) -> Blocker:
-        if cut:
-            return Blocker.KV_MEMORY
-        return Blocker.MAX_NUM_SEQS if self.num_running == self.arrays.running.size else Blocker.TOKEN_BUDGET
-
-    def _num_cached(self, request: int) -> int:
-        """Return what a waiting `request` would find in the slot that it would get now."""
-        if not self._shares or self.is_running(request):
-            return 0
-        return self.allocator.allocator.get_computed_tokens(self.kv_request(request))
-
-    def _generates(self, request: int) -> bool:
-        record = self.requests.arrays[request]
-        return bool(record["num_known_tokens"] > record["prompt_tokens"])
-
-    def _slot(self, request: int) -> int:
-        slot = self._server_slots.of(self.kv_request(request))
-        assert slot is not None
-        return slot.index
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless slots, queue, running and pending requests fit together, and each has its cells."""
+        super().check_integrity()
+        requests, slots, server = self.requests.arrays, self._memory.slots, self._server
+        running, waiting = self._roster.running(), self.waiting()
+        num_pending, num_assigned = server.counts[NUM_PENDING], server.counts[NUM_ASSIGNED]
+        pending = server.requests[:num_pending]
+        promised = waiting[:num_assigned]
+        if (
+            not np.array_equal(np.sort(running), np.sort(slots.requests[slots.runs > 0]))
+            or not np.array_equal(slots.requests[requests["row"][running]], running)
+            or not 0 <= num_assigned <= slots.runs.size - running.size
+            or not np.isin(pending, [*running, *promised]).all()
+            or (server.num_tokens[:num_pending] < 1).any()
+        ):
+            raise IntegrityError(
+                f"running {running.tolist()}, waiting {waiting.tolist()}, pending {pending.tolist()}, {num_assigned} promised a "
+                f"slot; slots {slots}"
+            )
 
 
-def _head(batch: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Return the first `size` tokens of `batch`."""
-    head = []
-    for request, num_tokens in batch:
-        if not size:
-            break
-        head.append((request, min(num_tokens, size)))
-        size -= head[-1][1]
-    return head
+def most_passes(settings: LlamaCppSettings, num_server_slots: int) -> int:
+    """Return how many micro-batches a batch has at most.
 
-
-def _tail(batch: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Return `batch` without its first `size` tokens."""
-    tail = []
-    for request, num_tokens in batch:
-        gone = min(num_tokens, size)
-        size -= gone
-        if num_tokens > gone:
-            tail.append((request, num_tokens - gone))
-    return tail
+    Each but the last ends a sequence, or computes more than half of the tokens that it may.
+    """
+    return num_server_slots + 2 * -(-settings.n_batch // settings.n_ubatch) + 1

@@ -41,6 +41,8 @@ class Scheduler(BatchScheduler):
         ([0], [])
     """
 
+    allocator: StepAllocator
+
     def __init__(self, settings: SchedulerSettings, allocator: StepAllocator) -> None:
         for name, room in (("max_num_seqs", allocator.units_held.size), ("max_model_len", allocator.max_model_len)):
             if getattr(settings, name) > room:

@@ -14,6 +14,7 @@ from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.kv_rows import KVRows
 from pagedkv.scheduling.radix_rows import RadixRows
+from pagedkv.scheduling.slot_steps import SlotStepAllocator
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.snapshot import Mapped
 from pagedkv.step_allocation import RequestByRequest, RowMemory
@@ -37,6 +38,8 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
         return _RadixRows(scheduler, allocator)
     if isinstance(allocator, GrowingStepAllocator | IntervalStepAllocator | VirtualStepAllocator):
         return _UnsharedRows(scheduler, allocator)
+    if isinstance(allocator, SlotStepAllocator):
+        return _SlotRows(scheduler, allocator)
     raise ConfigError(f"no memory map of {allocator.name}: it does not say where tokens lie")
 
 
@@ -119,6 +122,19 @@ class _UnsharedRows(_Rows):
     def taken_slots(self) -> Int64Array:
         """Return the slots that somebody holds, be it for state or rounding."""
         return self._allocator.taken_slots()
+
+    def _slots_of(self, row: int) -> Int64Array:
+        return self._allocator.slots_of_row(row)
+
+
+class _SlotRows(_Rows):
+    def __init__(self, scheduler: StepScheduler, allocator: SlotStepAllocator) -> None:
+        super().__init__(scheduler, allocator, num_slots=allocator.num_slots)
+        self._allocator = allocator
+
+    def cached_slots(self) -> Int64Array:
+        """Return the cells of what idle server slots remember."""
+        return self._allocator.kept_slots()
 
     def _slots_of(self, row: int) -> Int64Array:
         return self._allocator.slots_of_row(row)
