@@ -11,10 +11,11 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.content import NO_SEGMENTS, keyed_segments, shared_segments
-from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler, LlamaCppSettings
+from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler, LlamaCppSettings, most_passes
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.stream_tokens import token_ids
 from pagedkv.scheduling.ubatches import equal_split, simple_split
+from pagedkv.step_batch import empty_batch
 
 
 def server(
@@ -59,8 +60,10 @@ def finish(one: LlamaCppScheduler) -> list[list[tuple[int, int]]]:
 
 
 def slot_of(one: LlamaCppScheduler, request: int) -> int:
-    slots = {slot.request.request_id: slot.index for slot in one._server_slots.slots if slot.request is not None}
-    return slots[request]
+    slots = one._memory.slots
+    slot = int(one.requests.arrays["row"][request])
+    assert (slots.runs[slot], slots.requests[slot]) == (1, request)
+    return slot
 
 
 # --- batches
@@ -162,6 +165,16 @@ def test_cells_that_a_prompt_finds_cannot_be_purged_for_it() -> None:
     assert advance(one) == [(1, 1), (2, 1)]  # 11 cells are not in use; 8 are kept, so of 1 + 5 tokens 2 fit, and 4 do not
 
 
+def test_who_finds_more_than_the_batch_was_made_for_computes_no_more_than_it_knows() -> None:
+    """Request 1 ends within a batch that was cut, and leaves its slot to request 2, which is cut again."""
+    one = server(cells=20, slots=3)
+    add(one, (6, 2))
+    advance(one)
+    chat(one, 1, 7, 1)
+    chat(one, 1, 14, 3)
+    assert finish(one) == [[(0, 1), (1, 7)], [(2, 7)], [(2, 1)], [(2, 1)]]  # 14 tokens were due, 7 are found
+
+
 def test_what_is_found_takes_no_place_in_a_batch() -> None:
     one = server(cells=100, n_batch=8)
     chat(one, 1, 12, 1)
@@ -187,11 +200,10 @@ def test_idle_slots_are_purged_one_by_one_before_anything_is_halved() -> None:
         chat(one, stream, 6, 1)
     assert len(finish(one)) == 1
     remembered = one.cached_slots
-    slots = [slot.tokens.size for slot in one._server_slots.slots]
-    assert (remembered, slots) == (18, [6, 6, 6])
+    assert (remembered, one._memory.slots.num_kept.tolist()) == (18, [6, 6, 6])
     chat(one, 2, 20, 1)
     assert advance(one) == [(3, 14)]  # 12 empty cells: the first idle slot goes, and that is enough
-    assert [slot.tokens.size for slot in one._server_slots.slots] == [0, 20, 6]
+    assert one._memory.slots.num_kept.tolist() == [0, 20, 6]
 
 
 def test_split_slots_never_run_out() -> None:
@@ -287,7 +299,28 @@ def ubatches(one: LlamaCppScheduler) -> list[list[tuple[int, int, int]]]:
     return [list(zip(*(batch[field].tolist() for field in fields), strict=True)) for batch in one.forward_passes()]
 
 
+def parts(split: str, num_tokens: list[int], slots: list[int], n_ubatch: int) -> list[list[tuple[int, int]]]:
+    """Cut a batch of so many tokens by entry, in these slots; return (entry, tokens) of each micro-batch."""
+    size = len(num_tokens)
+    settings = LlamaCppSettings(n_batch=sum(num_tokens), n_ubatch=n_ubatch)
+    batch, passes, ends = empty_batch(size), empty_batch(sum(num_tokens)), np.zeros(most_passes(settings, size), np.int64)
+    batch["request"], batch["row"], batch["num_scheduled_tokens"] = np.arange(size), slots, num_tokens
+    batch["num_slots_needed"] = batch["num_scheduled_tokens"] + 100
+    order = np.arange(size)
+    if split == "simple":
+        number = simple_split(batch, order, n_ubatch, passes, ends)
+    else:
+        number = equal_split(batch, order, n_ubatch, np.zeros(size, np.int64), passes, ends)
+    cut = np.split(passes[: ends[number - 1]], ends[: number - 1])
+    computed = dict.fromkeys(range(size), 100)
+    for entry, tokens, needed in ((*row,) for part in cut for row in part[["request", "num_scheduled_tokens", "num_slots_needed"]]):
+        computed[entry] += tokens
+        assert needed == computed[entry]
+    return [list(zip(part["request"].tolist(), part["num_scheduled_tokens"].tolist(), strict=True)) for part in cut]
+
+
 def test_one_stream_is_cut_every_n_ubatch_tokens() -> None:
+    assert parts("simple", [1, 5], [0, 1], 4) == [[(0, 1), (1, 3)], [(1, 2)]]
     one = server(cells=100, n_ubatch=4)
     add(one, (2, 3))
     advance(one)
@@ -304,7 +337,8 @@ def test_split_streams_are_as_long_as_each_other_in_a_micro_batch() -> None:
     one.schedule()
     # The first request got slot 1, the second slot 0: a gap in the order of the batch.
     assert ubatches(one) == [[(0, 1, 3)], [(1, 5, 5)]]
-    assert equal_split([1, 1, 1], [0, 2, 3], 512) == [[(0, 1)], [(1, 1), (2, 1)]]
+    assert parts("equal", [1, 1, 1], [0, 2, 3], 512) == [[(0, 1)], [(1, 1), (2, 1)]]
+    assert parts("equal", [1, 1, 5], [0, 1, 2], 512) == [[(0, 1), (1, 1), (2, 1)], [(2, 4)]]
     one = server(cells=200, allocator="llama-cpp-split", n_ubatch=6)
     add(one, (9, 1), (4, 1))
     one.schedule()
@@ -315,14 +349,14 @@ def test_split_streams_are_as_long_as_each_other_in_a_micro_batch() -> None:
 def test_every_token_is_in_one_micro_batch(sizes: list[tuple[int, bool]], n_ubatch: int) -> None:
     tokens = [size for size, _ in sizes]
     slots = np.cumsum([1 + gap for _, gap in sizes]).tolist()
-    for parts in (simple_split(tokens, n_ubatch), equal_split(tokens, slots, n_ubatch)):
+    for split in ("simple", "equal"):
         done = [0] * len(tokens)
-        for part in parts:
+        for part in parts(split, tokens, slots, n_ubatch):
             assert 0 < sum(size for _, size in part) <= n_ubatch
             for entry, size in part:
                 done[entry] += size
         assert done == tokens
-    for part in equal_split(tokens, slots, n_ubatch):
+    for part in parts("equal", tokens, slots, n_ubatch):
         assert len({size for _, size in part}) == 1
 
 
@@ -408,4 +442,4 @@ def test_every_request_is_served_or_fails_and_no_slot_is_lost(
     assert sorted([*served, *failed]) == accepted
     assert started == sorted(set(started))  # in order of arrival, each once
     assert one.allocator.free_slots == one.allocator.usable_slots
-    assert all(slot.request is None for slot in one._server_slots.slots)
+    assert not one._memory.slots.runs.any()

@@ -242,6 +242,8 @@ def place(run: Run) -> list[Any]:
     memory: Any = allocator.allocator if isinstance(allocator, RequestByRequest) else allocator
     if allocator.placement == "page":
         where = [array.tolist() for array in memory.pages.arrays]
+    elif allocator.placement == "cell":
+        where = [array.tolist() for part in memory.arrays for array in (part if isinstance(part, tuple) else (part,))]
     elif allocator.placement == "growing":
         where = [memory.heap.intervals(), memory.heap.moved_slots]
     else:
@@ -250,9 +252,9 @@ def place(run: Run) -> list[Any]:
 
 
 def all_ways_are_one(case: Case) -> Run:
-    """Static batches run over compiled memory only; all others over any."""
+    """Static batches and server slots run over compiled memory only; all others over any."""
     compiled, slow = served(case, step_by_step=False), served(case, step_by_step=True)
-    for other in (slow, *(() if case.engine == "naive" else (request_by_request(case),))):
+    for other in (slow, *(() if case.engine in ("naive", "llama-cpp", "ollama") else (request_by_request(case),))):
         records_agree(compiled, other)
         assert place(compiled) == place(other)
     return slow
