@@ -93,7 +93,8 @@ class CellCache:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.arrays = CellArrays(*np.zeros((2, size), np.int32), np.zeros(NUM_COUNTERS, np.int64))
+        num_seqs, num_live = np.zeros((2, size), np.int32)
+        self.arrays = CellArrays(num_seqs, num_live, np.zeros(NUM_COUNTERS, np.int64))
 
     @property
     def num_empty(self) -> int:

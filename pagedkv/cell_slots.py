@@ -145,7 +145,7 @@ class ServerSlots:
         slot.num_computed = request.num_computed_tokens
 
     def end(self, request: KVRequest) -> ServerSlot:
-        """Note that the slot of `request` is idle and return it. All tokens known to be computed stay, if they can be told to others.
+        """Note that the slot of `request` is idle; return it. All tokens known to be computed stay, if others can be told them.
 
         Raises:
             ConfigError: If it does not run, or knows fewer token_ids than stay.

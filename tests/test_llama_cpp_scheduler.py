@@ -290,6 +290,13 @@ def test_ollama_turns_away_who_finds_the_queue_full() -> None:
     assert len(finish(one)) == 6
 
 
+def test_only_a_queue_without_limit_can_be_told_who_will_come() -> None:
+    lengths = np.array([4, 90, 4]), np.array([2, 20, 2])
+    assert server(cells=100).add_all(*lengths).tolist() == [True, False, True]
+    with pytest.raises(ConfigError, match="add them one by one"):
+        ollama(context=16, parallel=1).add_all(*lengths)
+
+
 # --- micro-batches
 
 

@@ -17,7 +17,7 @@ from pagedkv.scheduling.common_prefix import common_tokens
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.slot_arrays import NUM_BUSY, SlotArrays, choose_slot, end_slot, start_slot
-from pagedkv.slot_cells import SlotCells, leave_slot, purge_slot, take_cells
+from pagedkv.slot_cells import SlotCells, leave_slot, take_cells
 from pagedkv.step_memory import NEVER, admit, grant, rows_of, slots_of
 
 NO_END = np.iinfo(np.int64).max
@@ -54,9 +54,7 @@ def end_row(memory: Any, rules: Any, row: int, num_kept: int) -> Any:
 
 
 @lean_jit
-def find_slot(
-    slots: SlotArrays, rules: SlotRules, requests: RequestArrays, segments: Segments, request: int
-) -> tuple[int, int]:
+def find_slot(slots: SlotArrays, rules: SlotRules, requests: RequestArrays, segments: Segments, request: int) -> tuple[int, int]:
     """Return the slot that waiting `request` would get now and the leading tokens that it would find there, never all.
 
     One must be idle. O(server slots × segments).

@@ -45,9 +45,7 @@ def simple_split(batch: StepBatch, order: Int64Array, n_ubatch: int, passes: Ste
 
 
 @lean_jit
-def equal_split(
-    batch: StepBatch, order: Int64Array, n_ubatch: int, left: Int64Array, passes: StepBatch, ends: Int64Array
-) -> int:
+def equal_split(batch: StepBatch, order: Int64Array, n_ubatch: int, left: Int64Array, passes: StepBatch, ends: Int64Array) -> int:
     """Cut a batch so that sequences are as long as each other in a micro-batch: what llama.cpp does with a stream for each slot.
 
     A micro-batch begins with the first entry that has tokens left, and takes in those of the server slots (rows) that follow its

@@ -23,6 +23,7 @@ from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, Si
 from pagedkv.sims.engine import Engine
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import CACHED, EXTERNAL
+from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import simulate
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run, run
@@ -295,3 +296,42 @@ def test_whoever_waits_for_an_interval_is_said_to_wait_for_one() -> None:
         max_num_batched_tokens=96,
     )
     assert all_ways_are_one(case).recorder.integrals.gauges[EXTERNAL] > 0
+
+
+def test_the_law_holds_where_cells_run_out() -> None:
+    """All who have a slot end with an error then, more than once; who asks again finds an empty slot."""
+    case = Case(
+        engine="llama-cpp",
+        allocator="llama-cpp-unified",
+        variant={"ubatch_size": 7},
+        users=tuple((Question(0.01 * i, i % 3, 16, 3 + i, 2 + 3 * i),) * 3 for i in range(8)),
+        num_blocks=10,
+        block_size=8,
+        max_num_seqs=3,
+        max_num_batched_tokens=96,
+    )
+    log = all_ways_are_one(case).log
+    failed = log.num_output_tokens < log.output_tokens
+    assert 3 < failed.sum() < failed.size
+
+
+@pytest.mark.parametrize(
+    ("serving", "outcome"),
+    [
+        ({"engine": "ollama", "parallel": 2, "ctx_size": 4096, "max_queue": 3}, Outcome.REJECTED),
+        ({"engine": "llama-cpp", "parallel": 4, "ctx_size": 1280, "kv_unified": True}, Outcome.FAILED),
+    ],
+)
+def test_the_law_holds_for_arrivals_that_are_turned_away_or_given_up(serving: dict[str, Any], outcome: Outcome) -> None:
+    """Who may find a queue full is asked when it arrives; who may not is known from the start."""
+    lengths = {"random_input_len": 300, "random_output_len": 120, "random_range_ratio": 0.9}
+    case = resolve(
+        SimulationConfig(
+            load=LoadConfig(request_rate=6.0, num_prompts=60, **lengths),
+            serving=ServingConfig(quantization="q4_k_m", **serving),
+        )
+    )
+    compiled, slow = (run(case, case.allocators[0], seed=1, step_by_step=each) for each in (False, True))
+    records_agree(compiled, slow)
+    assert place(compiled) == place(slow)
+    assert 5 < (compiled.log.outcome == outcome).sum() < 60
