@@ -85,7 +85,7 @@ def carry_cells(cells: CellArrays, which: Int32Array, seqs: int, live: int) -> N
 
 
 class CellCache:
-    """One stream of `size` cells, filled from a moving head.
+    """One stream of `size` cells, filled from a moving head by `place_cells` and `carry_cells`.
 
     llama.cpp lays the micro-batches of a batch down tentatively and rolls them back if one finds no cells. Any empty cells will do,
     so a count of the empty ones tells the same beforehand: whoever has asked `num_empty` needs no rollback.
@@ -110,25 +110,6 @@ class CellCache:
     def n_kv(self) -> int:
         """Cells that attention reads: up to the highest used one, padded. Scattered sequences cost compute, not capacity."""
         return padded(int(self.arrays.counters[TOP]), self.size)
-
-    def place(self, count: int) -> Int32Array:
-        """Take `count` empty cells, of which there must be so many, for a running sequence: see `place_cells`."""
-        assert count <= self.num_empty
-        found: Int32Array = np.empty(count, np.int32)
-        place_cells(self.arrays, found)
-        return found
-
-    def share(self, which: Int32Array) -> None:
-        """Let one more running sequence be carried by `which`."""
-        carry_cells(self.arrays, which, 1, 1)
-
-    def park(self, which: Int32Array) -> None:
-        """Note that one of the running sequences that `which` carry is idle now."""
-        carry_cells(self.arrays, which, 0, -1)
-
-    def remove(self, which: Int32Array) -> None:
-        """Take an idle sequence off `which`."""
-        carry_cells(self.arrays, which, -1, 0)
 
     def check_integrity(self, running: Sequence[Int32Array], idle: Sequence[Int32Array]) -> None:
         """Raise IntegrityError unless the cells carry exactly these sequences and the counters are right. O(size)."""

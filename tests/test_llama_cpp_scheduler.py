@@ -11,7 +11,9 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.content import NO_SEGMENTS, keyed_segments, shared_segments
-from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler, LlamaCppSettings, most_passes
+from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler, LlamaCppSettings
+from pagedkv.scheduling.llama_cpp_step import most_passes
+from pagedkv.scheduling.server_batch import ServerBatch
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.stream_tokens import token_ids
 from pagedkv.scheduling.ubatches import equal_split, simple_split
@@ -309,8 +311,10 @@ def ubatches(one: LlamaCppScheduler) -> list[list[tuple[int, int, int]]]:
 def parts(split: str, num_tokens: list[int], slots: list[int], n_ubatch: int) -> list[list[tuple[int, int]]]:
     """Cut a batch of so many tokens by entry, in these slots; return (entry, tokens) of each micro-batch."""
     size = len(num_tokens)
-    settings = LlamaCppSettings(n_batch=sum(num_tokens), n_ubatch=n_ubatch)
-    batch, passes, ends = empty_batch(size), empty_batch(sum(num_tokens)), np.zeros(most_passes(settings, size), np.int64)
+    server = ServerBatch.empty(
+        n_batch=sum(num_tokens), n_ubatch=n_ubatch, cont_batching=True, equal_sequences=split == "equal", num_server_slots=size
+    )
+    batch, passes, ends = empty_batch(size), empty_batch(server.n_batch), np.zeros(most_passes(server), np.int64)
     batch["request"], batch["row"], batch["num_scheduled_tokens"] = np.arange(size), slots, num_tokens
     batch["num_slots_needed"] = batch["num_scheduled_tokens"] + 100
     order = np.arange(size)

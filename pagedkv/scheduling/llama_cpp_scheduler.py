@@ -10,8 +10,9 @@ from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.compiled_path import CompiledPath
 from pagedkv.scheduling.content import Segments, content_of
-from pagedkv.scheduling.llama_cpp_step import NUM_ASSIGNED, NUM_PENDING, ServerBatch
+from pagedkv.scheduling.llama_cpp_step import most_passes
 from pagedkv.scheduling.roster import Roster
+from pagedkv.scheduling.server_batch import NUM_ASSIGNED, NUM_PENDING, ServerBatch
 from pagedkv.scheduling.slot_steps import SlotStepAllocator
 from pagedkv.scheduling.step_path import StepArrays
 
@@ -85,7 +86,7 @@ class LlamaCppScheduler(BatchScheduler):
         )
         self._memory, roster = SlotStepAllocator(allocator), Roster(max_num_seqs=num_slots, by_priority=False)
         self._caches = settings.cache_prompt and allocator.server_slots.remembers
-        most = most_passes(settings, num_slots)
+        most = most_passes(self._server)
         super().__init__(
             roster,
             self._memory,
@@ -155,11 +156,3 @@ class LlamaCppScheduler(BatchScheduler):
                 f"running {running.tolist()}, waiting {waiting.tolist()}, pending {pending.tolist()}, {num_assigned} promised a "
                 f"slot; slots {slots}"
             )
-
-
-def most_passes(settings: LlamaCppSettings, num_server_slots: int) -> int:
-    """Return how many micro-batches a batch has at most.
-
-    Each but the last ends a sequence, or computes more than half of the tokens that it may.
-    """
-    return num_server_slots + 2 * -(-settings.n_batch // settings.n_ubatch) + 1

@@ -6,7 +6,21 @@ from cell_requests import SPLIT, UNIFIED, admit, allocator_of, request_of, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedkv.cell_cache import CellCache
+from pagedkv.arrays import Int32Array
+from pagedkv.cell_cache import CellCache, carry_cells, place_cells
+
+
+def place(cache: CellCache, count: int) -> Int32Array:
+    found = np.zeros(count, np.int32)
+    place_cells(cache.arrays, found)
+    return found
+
+
+def give_back(cache: CellCache, cells: list[int] | Int32Array) -> None:
+    """Let the running sequence that `cells` carry be idle, then gone."""
+    which = np.array(cells, np.int32)
+    carry_cells(cache.arrays, which, 0, -1)
+    carry_cells(cache.arrays, which, -1, 0)
 
 
 class PlainCells:
@@ -48,17 +62,16 @@ def test_search_and_head_agree_with_a_plain_model(size: int, operations: list[tu
             assert (cache.num_empty >= count) == (sum(not cell for cell in model.cells) >= count)
             if cache.num_empty >= count:
                 found = model.place(sequence, count)
-                assert cache.place(count).tolist() == found
+                assert place(cache, count).tolist() == found
                 held += found or []
         elif operation == "share" and not sequences[count % 5]:
             sequences[count % 5] = list(held)
-            cache.share(np.array(held, np.int32))
+            carry_cells(cache.arrays, np.array(held, np.int32), 1, 1)
             for cell in held:
                 model.cells[cell].add(count % 5)
         elif operation in ("cut", "end"):
             dropped = held[count:] if operation == "cut" else list(held)
-            cache.park(np.array(dropped, np.int32))
-            cache.remove(np.array(dropped, np.int32))
+            give_back(cache, dropped)
             model.remove(sequence, dropped)
             del held[len(held) - len(dropped) :]
         cache.check_integrity([np.array(s, np.int32) for s in sequences], [])
@@ -81,23 +94,21 @@ def test_cells_need_not_be_adjacent_so_holes_are_as_good_as_any_room() -> None:
 
 def test_search_goes_on_behind_the_last_cell_taken_and_wraps() -> None:
     cache = CellCache(8)
-    first = cache.place(6)
-    cache.park(first[1:3])
-    cache.remove(first[1:3])
-    assert cache.place(1).tolist() == [1]  # emptied cells pull the head down
-    assert cache.place(2).tolist() == [2, 6]
-    cache.park(first[:1])
-    cache.remove(first[:1])
+    first = place(cache, 6)
+    give_back(cache, first[1:3])
+    assert place(cache, 1).tolist() == [1]  # emptied cells pull the head down
+    assert place(cache, 2).tolist() == [2, 6]
+    give_back(cache, first[:1])
     cache.arrays.counters[0] = 7
-    assert cache.place(2).tolist() == [7, 0]
+    assert place(cache, 2).tolist() == [7, 0]
 
 
 @pytest.mark.parametrize(("count", "cell"), [(3, 10), (2, 0)])
 def test_search_starts_over_if_the_head_is_more_than_twice_the_request_above_the_used_cells(count: int, cell: int) -> None:
     cache = CellCache(20)
-    cache.place(5)
+    place(cache, 5)
     cache.arrays.counters[0] = 10  # 5 used: 10 > 5 + 2 * 2, but not 10 > 5 + 2 * 3
-    assert cache.place(count)[0] == (cell or 5)
+    assert place(cache, count)[0] == (cell or 5)
 
 
 def test_attention_reads_up_to_the_highest_used_cell_padded_to_256() -> None:
