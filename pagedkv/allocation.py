@@ -178,21 +178,6 @@ class GrowsWhileFree(Protocol):
 
 
 @runtime_checkable
-class TakesInTurn(Protocol):
-    """An allocator with slots of one token that hands out those of many steps at once."""
-
-    @property
-    def num_empty_slots(self) -> int:
-        """Slots that can be had without taking content from anybody."""
-
-    def take_in_turn(self, requests: Sequence[KVRequest], num_tokens: int) -> None:
-        """Give each of `requests` slots for `num_tokens` more, as if they asked for one token after the other, in turn.
-
-        There must be so many empty slots, and each must run. O(slots taken).
-        """
-
-
-@runtime_checkable
 class Grouped(Protocol):
     """An allocator whose layer groups keep slots of their own, so that one token takes several."""
 

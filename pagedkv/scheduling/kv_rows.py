@@ -5,7 +5,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from pagedkv.allocation import Allocator, GrowsWhileFree, TakesInTurn
+from pagedkv.allocation import Allocator, GrowsWhileFree
 from pagedkv.arrays import Int32Array
 from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
 from pagedkv.errors import IntegrityError
@@ -30,7 +30,6 @@ class KVRows:
         """Slots that each row holds for tokens, shared ones included."""
         self._requests: list[KVRequest | None] = [None] * num_rows
         # What it is, is asked once: asking costs as much as a step.
-        self._in_turn = allocator if isinstance(allocator, TakesInTurn) else None
         self._grows_while_free = isinstance(allocator, GrowsWhileFree)
         self._num_live = 0
         self._noted = [0] * num_rows
@@ -69,8 +68,6 @@ class KVRows:
     def decode_run(self, batch: StepBatch, num_steps: int) -> DecodeRun:
         """Return how many steps, of `num_steps`, the rows of `batch` get through before memory is a question."""
         unit, held = self.allocator.unit_slots, self.units_held
-        if self._in_turn is not None:
-            return DecodeRun(num_steps, 1, self._in_turn.num_empty_slots)
         if not self._grows_while_free:
             return DecodeRun(min(num_steps, steps_within(batch, held)))
         if (held[batch["row"]] - batch["num_slots_needed"] >= unit).any():
@@ -83,20 +80,11 @@ class KVRows:
             self._grow_by_units(batch, num_steps)
             return
         rows = batch["row"].tolist()
-        pass_on = self._grow_within if self._in_turn is None else self._pass_on
-        if self._in_turn is not None:
-            requests = [self.of(row) for row in rows]
-            self._in_turn.take_in_turn(requests, num_steps)
-            self.units_held[rows] = [self.allocator.num_slots_held(request) for request in requests]
         for row in rows:
             if num_steps > 1:
-                pass_on(row, num_steps - 1)
+                self._grow_within(row, num_steps - 1)
             self.note_computed(row, self.of(row).num_computed_tokens + 1)
-            pass_on(row, 1)
-
-    def _pass_on(self, row: int, num_tokens: int) -> None:
-        """Count `num_tokens` more that have slots already."""
-        self.of(row).num_computed_tokens += num_tokens
+            self._grow_within(row, 1)
 
     def _grow_within(self, row: int, num_tokens: int) -> None:
         """Use `num_tokens` of the slots that `row` holds."""
@@ -130,11 +118,9 @@ class KVRows:
             self.allocator.note_computed(request)
             self._noted[row] = request.num_computed_tokens
 
-    def free(self, row: int, *, forget: bool = False) -> None:
-        """Take back all that `row` holds. Its content may stay for others, but not if it is to `forget`."""
+    def free(self, row: int) -> None:
+        """Take back all that `row` holds. Its content may stay for others."""
         request = self.of(row)
-        if forget:
-            request.num_computed_tokens = 0
         self.allocator.note_computed(request)
         self.allocator.free(request)
         request.num_computed_tokens = 0

@@ -76,6 +76,8 @@ class NaiveScheduler(BatchScheduler):
         [10, 10] [0, 1] [0, 1]
     """
 
+    allocator: StepAllocator
+
     def __init__(self, settings: NaiveSettings, allocator: StepAllocator) -> None:
         """Run batches over `allocator`.
 

@@ -28,7 +28,7 @@ _COMPUTED, _KNOWN, _ADMISSION, _ROW = (
 class RequestScheduler:
     """What schedulers of other engines than vLLM have in common, with the surface of `pagedkv.scheduling.scheduler.Scheduler`.
 
-    An engine's scheduler decides in `schedule`, between `_begin` and `_end`, by `_grant`, `_admit`, `_preempt` and `_fail`. The
+    An engine's scheduler decides in `schedule`, between `_begin` and `_end`, by `_grant`, `_admit` and `_preempt`. The
     entries of a step are the head of the running list, in its order, admissions last; those who run but are left out follow them.
     """
 
@@ -50,7 +50,6 @@ class RequestScheduler:
         self._waiting: dict[int, KVRequest] = {}
         self._step = Step(empty_batch(max_num_seqs))
         self._preempted: list[int] = []
-        self._failed: list[int] = []
         self._sampled, self._finished = np.zeros((2, max_num_seqs), np.int64)
         self._num_sampled = self._num_finished = self.num_output_tokens = 0
 
@@ -96,8 +95,8 @@ class RequestScheduler:
 
     @property
     def failed(self) -> Int64Array:
-        """Requests that the last `schedule` ended with an error, in order: they hold nothing and never come back."""
-        return np.array(self._failed, np.int64)
+        """Requests that the last `schedule` ended with an error: none, here whoever does not fit is preempted or refused."""
+        return np.zeros(0, np.int64)
 
     def add(self, *, prompt_tokens: int, output_tokens: int, priority: int = 0, content: Segments | None = None) -> int | None:
         """Put a request into the queue and return its index; None if it is refused, because it could never run here.
@@ -137,7 +136,7 @@ class RequestScheduler:
         """Return how often the step decided last would be decided again, for every request one token further on."""
         step = self._step
         batch = step.batch[: step.num_entries]
-        if step.num_preempted or self._failed or step.num_running_before < batch.size or not decodes_all(batch, self.num_running):
+        if step.num_preempted or step.num_running_before < batch.size or not decodes_all(batch, self.num_running):
             return ONE_STEP
         if not self._goes_on(step):
             return ONE_STEP
@@ -218,7 +217,7 @@ class RequestScheduler:
 
     def _begin(self) -> None:
         self._step.num_entries = self._step.num_running_before = 0
-        self._preempted, self._failed = [], []
+        self._preempted = []
 
     def _grant(self, request: int, num_tokens: int) -> bool:
         """Let a running `request` compute `num_tokens` more in this step, if they get slots."""
@@ -247,18 +246,10 @@ class RequestScheduler:
     def _preempt(self, request: int) -> None:
         """Let a running `request` give its slots back. It is in no queue until `_end`."""
         requests = self.requests.arrays
-        self._stop(request, forget=False)
+        self._stop(request)
         requests["num_computed_tokens"][request] = 0
         requests["num_preemptions"][request] += 1
         self._preempted.append(request)
-
-    def _fail(self, request: int) -> None:
-        """End `request` with an error; what it computed is forgotten."""
-        if self.is_running(request):
-            self._stop(request, forget=True)
-        else:
-            self._leave_queue(request)
-        self._failed.append(request)
 
     def _end(self, blocker: Blocker) -> Step:
         """Put the running list in order and return the step; `blocker` is what holds up the queue, if anybody is in it."""
@@ -294,10 +285,10 @@ class RequestScheduler:
         self.arrays.counts[NUM_WAITING] = len(self.queue)
         self._waiting.pop(request, None)
 
-    def _stop(self, request: int, *, forget: bool) -> None:
+    def _stop(self, request: int) -> None:
         running, last, row = self.running(), self.num_running - 1, int(self.requests.arrays["row"][request])
         running.remove(request)
-        self.allocator.free(row, forget=forget)
+        self.allocator.free(row)
         self.arrays.running[:last], self.arrays.free_rows[last] = running, row
         self.arrays.counts[NUM_RUNNING] = last
         self.requests.arrays["row"][request] = NO_ROW

@@ -18,7 +18,7 @@ from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.slot_arrays import NUM_BUSY, SlotArrays, choose_slot, end_slot, start_slot
 from pagedkv.slot_cells import SlotCells, leave_slot, take_cells
-from pagedkv.step_memory import NEVER, admit, grant, rows_of, slots_of
+from pagedkv.step_memory import admit, each_admission_slots, grant, rows_of, slots_of
 
 NO_END = np.iinfo(np.int64).max
 """In place of a number of cells: as many as anybody asks for."""
@@ -205,8 +205,7 @@ class SlotStepAllocator:
 
     def all_admission_slots(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64Array:
         """Return `admission_slots` for many requests at once, NEVER where it is None."""
-        slots = map(self.admission_slots, prompt_tokens.tolist(), output_tokens.tolist())
-        return np.array([NEVER if each is None else each for each in slots], np.int64)
+        return each_admission_slots(self.admission_slots, prompt_tokens, output_tokens)
 
     def slots_of_row(self, row: int) -> Int64Array:
         """Return the cells of `row`: in a stream, those behind its tokens too."""
