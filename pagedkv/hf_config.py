@@ -92,6 +92,7 @@ def model_from_config(
         num_experts=experts.total if routed else 0,
         experts_per_token=experts.per_token if routed else 0,
         expert_params=routed,
+        num_parts=linear.mixer_layers + linear.feed_forward_layers,
         native_format=weights,
     )
 

@@ -58,6 +58,8 @@ class ModelSpec:
     """Routed experts that one token uses in a layer."""
     expert_params: int = 0
     """Parameters of the routed experts of all layers."""
+    num_parts: int = 0
+    """Mixers and feed-forward parts of all layers; 0: each layer has one of both."""
     native_format: WeightFormat
     """How the published weights are stored."""
 
@@ -68,6 +70,11 @@ class ModelSpec:
             raise ConfigError(f"layer_groups of {self.name} have more than its {self.num_layers} layers")
         if not 0 <= self.experts_per_token <= self.num_experts or bool(self.num_experts) != bool(self.expert_params):
             raise ConfigError(f"num_experts, experts_per_token and expert_params of {self.name} contradict each other")
+
+    @property
+    def whole_layers(self) -> float:
+        """Layers of a mixer and a feed-forward part each, as of which kernels are launched: half of Nemotron-H's blocks."""
+        return self.num_parts / 2 if self.num_parts else float(self.num_layers)
 
     @property
     def linear_params(self) -> int:
@@ -83,6 +90,11 @@ class ModelSpec:
         """
         tied_head = self.head_params if self.tied_embeddings else 0
         return 2.0 * (self.params_active - self.embedding_params + tied_head)
+
+    @property
+    def expert_flops_per_token(self) -> float:
+        """What of `flops_per_token` routed experts are."""
+        return 2.0 * self.expert_params * self.experts_per_token / self.num_experts if self.num_experts else 0.0
 
     @property
     def attention_flops_per_pair(self) -> float:

@@ -16,7 +16,7 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.calibration import FILE
 from pagedkv.sims.step_constants import StepConstants, catalogue_constants
 from pagedkv.sims.step_groups import IN_GROUPS, toml_lines
-from pagedkv.sims.validation.benchmark_rows import read_rows
+from pagedkv.sims.validation.benchmark_rows import FURTHER, read_rows
 from pagedkv.sims.validation.fitting import OFFSET_SPREAD, PLANS, Fit, Plan, fit
 from pagedkv.sims.validation.left_out import WIDENED, Spreads, Trial, trials
 from pagedkv.sims.validation.log_replay import FIT_S, FREE, fit_to_beginning, machine_of, scenario_of
@@ -86,7 +86,8 @@ def document(
 
 def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) -> Iterator[str]:
     engine, points = each.plan.engine, each.points
-    rows = {point.row.line for point in points}
+    rows = {(point.row.file, point.row.line) for point in points}
+    files = ", ".join(sorted({file for file, _ in rows}))
     models = {fmt: {p.subject.model.name for p in points if p.subject.weight_format.name == fmt} for fmt in each.fit.formats}
     yield ""
     yield "[[group]]"
@@ -96,7 +97,7 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
             "machine": hardware.name,
             "engine": engine,
             "kv_cache_dtypes": sorted({point.kv_cache_dtype for point in points}),
-            "source": f"{len(rows)} published rows ({ROWS})",
+            "source": f"{len(rows)} published rows ({files})",
             "date": date,
             "num_rows": len(rows),
             "num_figures": len(points),
@@ -188,7 +189,7 @@ def main() -> None:
         sys.exit("usage: python -m pagedkv.sims.fit_step_time FOLDER DATE")
     hardware = load_hardware(MACHINE)
     folder, date = Path(sys.argv[1]), sys.argv[2]
-    points, _ = points_of(read_rows(folder / ROWS))
+    points, _ = points_of([*read_rows(folder / ROWS), *read_rows(FURTHER)])
     lines = list(document(fit_all(points, hardware), catalogue_spread(points, hardware), hardware, date, folder / LOG))
     FILE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

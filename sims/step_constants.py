@@ -44,6 +44,10 @@ class StepConstants:
     """The p of (read^p + compute^p)^(1/p): 1 is their sum, infinite the longer of both."""
     routing_exponent: float = 1.0
     """n tokens touch as many experts as n to this power that choose independently."""
+    expert_rate: float = 1.0
+    """Rate of products with routed experts as a share of `linear_flops`: each has few of a step's tokens, gathered first."""
+    latent_attention: float = 0.0
+    """1: MLA's queries meet latents where prompts are read too (llama.cpp); 0: keys and values are expanded first."""
     row_rates: RowRates | None = None
     """What products of a few rows reach with these weights, reading them included; `linear_flops` is then the rate of many. None: a
     product takes what its operations take at that rate, or reading the weights, by `overlap`."""

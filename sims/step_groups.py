@@ -19,6 +19,8 @@ OF_WEIGHTS = ("weight_read_bytes_per_s", "linear_flops")
 """Constants that each weight type has of its own."""
 SHARED = tuple(name for name in IN_GROUPS if name not in OF_WEIGHTS)
 """Constants that all weight types share."""
+_SINCE = ("expert_rate", "latent_attention")
+"""Constants that groups written before they came lack: then a group has what `StepConstants` has without it."""
 SPREADS = ("decode", "prefill", "state_decode", "state_prefill")
 _WORDS = ("engine", "machine", "source", "date")
 _COUNTS = ("num_figures", "num_models", "num_constants")
@@ -72,7 +74,7 @@ def _checked(group: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     ):
         if type(group[name]) is not kind:
             raise ConfigError(f"{where}.{name} is {group[name]!r}: it must be {needed}")
-    _numbers(group["constants"], SHARED, f"{where}.constants")
+    _numbers(group["constants"], [name for name in SHARED if name not in _SINCE], f"{where}.constants")
     _numbers(group["spread"], SPREADS, f"{where}.spread")
     _numbers(group.get("own_spread", {}), (), f"{where}.own_spread")
     if not group["weights"]:
@@ -94,5 +96,5 @@ def _numbers(table: Mapping[str, Any], needed: Sequence[str], where: str) -> Non
             raise unknown_name("constant", f"{where}.{name}", (f"{where}.{each}" for each in SHARED))
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
             raise ConfigError(f"{where}.{name} is {value!r}: it must be a number of 0 or more, in SI units")
-        if value == 0 and name.endswith(("_per_s", "_flops", "overlap", "exponent")):
+        if value == 0 and name.endswith(("_per_s", "_flops", "overlap", "exponent", "_rate")):
             raise ConfigError(f"{where}.{name} is 0: it must be above 0")

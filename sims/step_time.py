@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pagedkv.arrays import Float64Array
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.model_spec import ModelSpec
@@ -56,6 +57,21 @@ def _most_tokens_read(group: LayerGroup) -> int:
     return min(group.window or NO_WINDOW, selected)
 
 
+def _slowed_by_experts(model: ModelSpec, constants: StepConstants) -> float:
+    """Return how many times as long as at `linear_flops` the products for a token take, its output head aside."""
+    if not model.num_experts:
+        return 1.0
+    share = model.expert_flops_per_token / (model.flops_per_token - 2 * model.head_params)
+    return 1.0 + share * (1.0 / constants.expert_rate - 1.0)
+
+
+def attention_flops_per_pair(model: ModelSpec, latent: float) -> Float64Array:
+    """Return operations of a query-key pair by layer group; with `latent`, MLA's queries meet latents, keys and values in one."""
+    expanded = np.array(model.group_attention_flops_per_pair)
+    wider = [2 * group.key_dim / group.query_dim if group.kind == "mla" else 1.0 for group in model.layer_groups]
+    return expanded * (1.0 + latent * (np.array(wider) - 1.0))
+
+
 def coefficients(
     model: ModelSpec, *, weight_format: WeightFormat, kv_spec: KVCacheSpec, constants: StepConstants
 ) -> RooflineCoefficients:
@@ -66,12 +82,13 @@ def coefficients(
     by_rows = constants.row_rates if model.num_experts == 0 else None
     read_s_per_byte, flop_s = 1 / constants.weight_read_bytes_per_s, 1 / constants.linear_flops
     state_bytes = 2 * kv_spec.state_bytes_per_sequence
+    linear_flops = model.flops_per_token - 2 * model.head_params
     return RooflineCoefficients(
         dense_weight_s=model.dense_streamed_bytes(weight_format) * read_s_per_byte,
         expert_weight_s=model.expert_bytes(weight_format) * read_s_per_byte,
         expert_share=model.experts_per_token / model.num_experts if model.num_experts else 0.0,
         routing_exponent=constants.routing_exponent,
-        linear_s_per_token=(model.flops_per_token - 2 * model.head_params) * flop_s,
+        linear_s_per_token=linear_flops * _slowed_by_experts(model, constants) * flop_s,
         head_s_per_sequence=2 * model.head_params * flop_s,
         effective_rows=np.zeros(0) if by_rows is None else by_rows.effective_rows(),
         linear_overlap=constants.overlap if by_rows is None else np.inf,  # what was measured has reading in it
@@ -80,9 +97,9 @@ def coefficients(
         state_s=state_bytes / constants.state_bytes_per_s,
         further_state_s=state_bytes / constants.further_state_bytes_per_s,
         state_s_per_token=state_bytes / constants.state_scan_bytes_per_s,
-        attention_s_per_pair=np.array(model.group_attention_flops_per_pair) / constants.attention_flops,
+        attention_s_per_pair=attention_flops_per_pair(model, constants.latent_attention) / constants.attention_flops,
         step_overhead_s=0.0,
-        batched_overhead_s=constants.batched_layer_overhead_s * model.num_layers,
+        batched_overhead_s=constants.batched_layer_overhead_s * model.whole_layers,
         sequence_overhead_s=0.0,
         token_overhead_s=0.0,
         overlap=constants.overlap,
@@ -97,6 +114,7 @@ def coefficients(
 
 def _of_datasheet(
     c: RooflineCoefficients,
+    model: ModelSpec,
     hardware: HardwareSpec,
     *,
     weight_format: WeightFormat,
@@ -109,7 +127,7 @@ def _of_datasheet(
         weights_reach=constants.weight_read_bytes_per_s / bandwidth,
         kv_reach=constants.kv_read_bytes_per_s / bandwidth,
         state_traffic_s=2 * kv_spec.state_bytes_per_sequence / bandwidth,
-        linear_reach=constants.linear_flops / hardware.peak_flops(weight_format),
+        linear_reach=constants.linear_flops / _slowed_by_experts(model, constants) / hardware.peak_flops(weight_format),
         attention_reach=constants.attention_flops / hardware.peak_flops(None),
     )
 
@@ -137,12 +155,12 @@ class RooflineStepTime:
             constants = catalogue_constants(hardware, weight_format)
         layer_s = constants.layer_overhead_s + (EAGER_S_PER_LAYER if enforce_eager else 0.0)
         whole = coefficients(model, weight_format=weight_format, kv_spec=kv_spec, constants=constants)._replace(
-            step_overhead_s=constants.step_overhead_s + layer_s * model.num_layers,
+            step_overhead_s=constants.step_overhead_s + layer_s * model.whole_layers,
             sequence_overhead_s=constants.sequence_overhead_s,
             token_overhead_s=constants.token_overhead_s,
             most_drafts=0 if drafting is None else drafting.num_tokens,
         )
-        whole = _of_datasheet(whole, hardware, weight_format=weight_format, kv_spec=kv_spec, constants=constants)
+        whole = _of_datasheet(whole, model, hardware, weight_format=weight_format, kv_spec=kv_spec, constants=constants)
         self._drafting = drafting
         draft, passes = whole, 0
         if drafting is not None and drafting.model is not None:
@@ -151,8 +169,10 @@ class RooflineStepTime:
             if drafting.weight_format != weight_format:
                 its = replace(constants, linear_flops=hardware.effective_flops(drafting.weight_format), row_rates=None)
             draft = coefficients(drafting.model, weight_format=drafting.weight_format, kv_spec=spec, constants=its)
-            draft = draft._replace(step_overhead_s=layer_s * drafting.model.num_layers)
-            draft = _of_datasheet(draft, hardware, weight_format=drafting.weight_format, kv_spec=spec, constants=its)
+            draft = draft._replace(step_overhead_s=layer_s * drafting.model.whole_layers)
+            draft = _of_datasheet(
+                draft, drafting.model, hardware, weight_format=drafting.weight_format, kv_spec=spec, constants=its
+            )
             passes = drafting.num_passes
         self.coefficients = StepCoefficients(whole, draft, passes)
 

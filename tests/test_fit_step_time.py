@@ -17,8 +17,9 @@ from pagedkv.sims.fit_step_time import LOG, MACHINE, ROWS, catalogue_spread, doc
 from pagedkv.sims.step_constants import catalogue_constants
 from pagedkv.sims.step_formula import overlapped, touched_experts
 from pagedkv.sims.step_time import RooflineStepTime
-from pagedkv.sims.validation.benchmark_rows import BenchmarkRow, read_rows
+from pagedkv.sims.validation.benchmark_rows import FURTHER, BenchmarkRow, read_rows
 from pagedkv.sims.validation.fitting import PLANS, Plan, fit
+from pagedkv.sims.validation.least_error import least_mean_error
 from pagedkv.sims.validation.least_squares import least_squares, softened
 from pagedkv.sims.validation.points import Point, points_of
 from pagedkv.sims.validation.work import Work, as_row
@@ -69,9 +70,12 @@ def at_rates(made: list[Point], **factors: float) -> list[Point]:
 
 
 def test_a_figure_is_priced_as_a_simulation_prices_its_steps() -> None:
-    made = points()
+    made = points_of(rows(("llama-3.1-8b", "gpt-oss-20b", "glm-4.7-flash", "nemotron-3-nano-4b")))[0]
     constants = [catalogue_constants(SPARK, point.subject.weight_format) for point in made]
-    constants = [replace(each, overlap=2.5, routing_exponent=0.7, batched_layer_overhead_s=1e-4) for each in constants]
+    constants = [
+        replace(each, overlap=2.5, routing_exponent=0.7, batched_layer_overhead_s=1e-4, expert_rate=0.6, latent_attention=1.0)
+        for each in constants
+    ]
     rates = Work.of(made).rates(np.stack([as_row(each) for each in constants]))
     for point, its, rate in zip(made, constants, rates, strict=True):
         model = point.subject.model
@@ -84,6 +88,36 @@ def test_a_figure_is_priced_as_a_simulation_prices_its_steps() -> None:
         )
         seconds = sum(steps.count * step_time.cost(steps.batch, steps.batch.size).total_s for steps in point.steps)
         assert rate == pytest.approx(point.tokens / seconds)
+
+
+@pytest.mark.parametrize(
+    ("model", "constant", "slower"),
+    [
+        ("gpt-oss-20b", "expert_rate", True),
+        ("llama-3.1-8b", "expert_rate", False),
+        ("glm-4.7-flash", "latent_attention", True),
+        ("gpt-oss-20b", "latent_attention", False),
+    ],
+)
+def test_experts_and_latents_cost_only_models_that_have_them(model: str, constant: str, slower: bool) -> None:
+    (point,) = (each for each in points_of(rows((model,))[1:2])[0] if each.kind == "prefill")
+    prior = catalogue_constants(SPARK, point.subject.weight_format)
+    changed = replace(prior, **{constant: 0.5})
+    before, after = (Work.of([point]).rates(as_row(each)[None])[0] for each in (prior, changed))
+    assert (after < before) if slower else (after == before)
+
+
+def test_no_fit_comes_below_the_least_error() -> None:
+    plan = Plan(engine="sglang")
+    made = [point for point in at_rates(points(), weight_read_bytes_per_s=0.8) if point.subject.weight_format.name == "fp8"]
+    assert least_mean_error(plan, SPARK, made) < 0.02
+    torn = [replace(point, measured_tok_s=point.measured_tok_s * (1 + i % 2)) for i, point in enumerate([made[1]] * 4)]
+    least = least_mean_error(plan, SPARK, torn)
+    assert least == pytest.approx(0.25, abs=0.01)  # half of the figures exact, the others half too low
+    work = Work.of(torn)
+    rates = work.rates(fit(plan, SPARK, torn, work).rows(torn))
+    assert float(np.mean([abs(rate / point.measured_tok_s - 1) for rate, point in zip(rates, torn, strict=True)])) >= least - 0.01
+    assert least_mean_error(PLANS[0], SPARK, torn) is None  # too many constants to try all
 
 
 def test_the_fit_finds_the_constants_that_made_the_rates() -> None:
@@ -175,7 +209,7 @@ def numbers_of(table: Any, path: str = "") -> Mapping[str, Any]:
 
 def test_the_committed_constants_are_what_the_script_writes(shared_data: Path) -> None:
     hardware = load_hardware(MACHINE)
-    found, _ = points_of(read_rows(shared_data / ROWS))
+    found, _ = points_of([*read_rows(shared_data / ROWS), *read_rows(FURTHER)])
     lines = document(fit_all(found, hardware), catalogue_spread(found, hardware), hardware, "", shared_data / LOG)
     fresh = numbers_of(tomllib.loads("\n".join(lines)))
     committed = numbers_of(tomllib.loads(FILE.read_text(encoding="utf-8")))

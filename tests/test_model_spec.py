@@ -213,3 +213,16 @@ def test_attention_is_counted_where_it_happens() -> None:
 def test_impossible_models_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(load_model("qwen3-30b-a3b"), **change)
+
+
+def test_a_block_of_nemotron_h_is_half_a_layer() -> None:
+    assert load_model("nemotron-3-nano-4b").whole_layers == 21
+    assert load_model("nemotron-3-nano-4b").num_layers == 42
+    assert load_model("llama-3.1-8b").whole_layers == load_model("llama-3.1-8b").num_layers == 32
+
+
+def test_the_experts_of_a_token_are_part_of_its_operations() -> None:
+    model = load_model("gpt-oss-20b")
+    assert 0 < model.expert_flops_per_token < model.flops_per_token
+    assert model.expert_flops_per_token * model.num_experts == 2 * model.expert_params * model.experts_per_token
+    assert load_model("llama-3.1-8b").expert_flops_per_token == 0

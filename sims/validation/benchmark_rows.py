@@ -7,6 +7,11 @@ from pathlib import Path
 
 from pagedkv.errors import ConfigError
 
+FURTHER = Path(__file__).with_name("further_rows.csv")
+"""More rows of the DGX Spark: the other halves of two files that dgx_spark_benchmarks.csv quotes in part, all of them.
+
+Source: llama.cpp, benches/dgx-spark/dgx-spark.md and benches/nemotron/nemotron-dgx-spark.md (facts; the repository is MIT).
+"""
 COLUMNS = (
     "source",
     "engine",
@@ -51,6 +56,8 @@ class BenchmarkRow:
     """What else was said."""
     verified: bool
     """Whether whoever collected the row believes it."""
+    file: str = ""
+    """Name of the file that it is in."""
 
 
 def read_rows(path: Path) -> list[BenchmarkRow]:
@@ -103,6 +110,7 @@ def _row(path: Path, line: int, cells: Mapping[str, str | None]) -> BenchmarkRow
     if all(rate is None for rate in rates.values()):
         raise ConfigError(f"{path}, line {line}: neither prefill_tok_s nor decode_tok_s: a row needs one of them")
     return BenchmarkRow(
+        file=path.name,
         line=line,
         **{name: (cells[name] or "").strip() for name in ("source", "engine", "model", "weight_dtype", "note")},
         batch=batch,

@@ -1,7 +1,7 @@
 """Fits the constants of a step to published figures: an engine's own, and those of each weight type around the engine's mean."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -43,6 +43,8 @@ class Plan:
     """Constants of each weight type."""
     by_version: tuple[str, ...] = ()
     """Constants by which older builds differ."""
+    known: Mapping[str, float] = field(default_factory=dict)
+    """Constants that its source code tells, and no row."""
 
 
 PLANS = (
@@ -60,7 +62,9 @@ PLANS = (
             "state_scan_bytes_per_s",
             "overlap",
             "routing_exponent",
+            "expert_rate",
         ),
+        known={"latent_attention": 1.0},
         by_version=("linear_flops", "attention_flops"),
     ),
     Plan(engine="vllm", shared=("kv_read_bytes_per_s", "sequence_overhead_s")),
@@ -118,7 +122,7 @@ class Fit:
 
     def constants(self, prior: StepConstants, fmt: str, version: str = "") -> StepConstants:
         """Return the constants of a weight type; one without rows gets the engine's mean. `prior` is what is not fitted."""
-        values = {name: getattr(prior, name) for name in CONSTANTS}
+        values = {name: getattr(prior, name) for name in CONSTANTS} | dict(self.plan.known)
         mean = catalogue_constants(self.hardware, self.prior_format)
         for (name, of), x in zip(self.names, self.x, strict=True):
             if of not in ("", fmt, f"@{version}"):

@@ -1,11 +1,14 @@
 """Figures that no machine can reach: flagged, never fitted."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.step_constants import catalogue_constants
 from pagedkv.sims.step_time import coefficients
-from pagedkv.sims.validation.points import Point
+from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
+from pagedkv.sims.validation.points import NotCompared, Point, points_of
 from pagedkv.weight_format import WeightFormat
 
 _WIDER = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16"), "bf16": ("bf16",), "fp32": ("bf16",)}
@@ -50,3 +53,16 @@ def impossible(point: Point, hardware: HardwareSpec) -> str | None:
             f"the {peak / 1e12:,.0f} of {hardware.name} with {fmt.name} weights"
         )
     return None
+
+
+def believable(rows: Sequence[BenchmarkRow], hardware: HardwareSpec) -> tuple[list[Point], list[NotCompared]]:
+    """Return the figures of `rows` that can be compared, and those that cannot, such as what no machine of this kind reaches."""
+    points, not_compared = points_of(rows)
+    believed: list[Point] = []
+    for point in points:
+        reason = impossible(point, hardware)
+        if reason is None:
+            believed.append(point)
+        else:
+            not_compared.append(NotCompared(row=point.row, kind=point.kind, reason=reason))
+    return believed, not_compared

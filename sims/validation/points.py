@@ -1,6 +1,6 @@
 """What a published figure measured, as steps of an engine: the tokens of each sequence and their context."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +74,7 @@ class NotCompared:
     reason: str
 
 
-def points_of(rows: list[BenchmarkRow]) -> tuple[list[Point], list[NotCompared]]:
+def points_of(rows: Sequence[BenchmarkRow]) -> tuple[list[Point], list[NotCompared]]:
     """Return every figure of `rows` that can be compared, and those that cannot."""
     points: list[Point] = []
     left_out: list[NotCompared] = []

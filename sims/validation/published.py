@@ -1,8 +1,9 @@
 """Published rows against the constants that a simulation uses: every residual, by engine and model, and models left out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.calibration import Calibration, calibration_for
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow, read_rows
 from pagedkv.sims.validation.fitting import PLANS, fit
+from pagedkv.sims.validation.least_error import least_mean_error
 from pagedkv.sims.validation.left_out import Spreads, Trial, trials
-from pagedkv.sims.validation.peaks import impossible
-from pagedkv.sims.validation.points import Kind, NotCompared, Point, points_of
+from pagedkv.sims.validation.peaks import believable
+from pagedkv.sims.validation.points import KINDS, Kind, NotCompared, Point
 from pagedkv.sims.validation.row_models import reason_for
 from pagedkv.sims.validation.work import Work, as_row
 
@@ -60,6 +62,7 @@ class Residual:
         row = self.point.row
         return {
             "line": row.line,
+            "file": row.file,
             "source": row.source,
             "engine": self.point.engine,
             "build": self.point.version or None,
@@ -113,6 +116,10 @@ class Published:
     engines: list[EngineStatus]
     coverage: float | None
     """Share of left-out figures within the interval of the other models; None: nothing was left out."""
+    further: list[Residual]
+    """Figures of further rows, which constants were fitted to as well; no bar counts them."""
+    least: Mapping[tuple[str, Kind], float]
+    """Where an engine's figures miss the bar of their mean: the least error that any values of its constants leave, if known."""
 
     @property
     def excluded_share(self) -> float:
@@ -124,24 +131,30 @@ class Published:
         """Return the residuals of one engine and kind."""
         return [residual for residual in self.residuals if residual.point.engine == engine and residual.point.kind == kind]
 
+    def further_of(self, engine: str, kind: Kind) -> list[Residual]:
+        """Return the same of further rows."""
+        return [residual for residual in self.further if residual.point.engine == engine and residual.point.kind == kind]
 
-def compare_rows(path: Path, hardware: HardwareSpec, *, leave_out: bool = True) -> Published:
+
+def compare_rows(path: Path, hardware: HardwareSpec, *, leave_out: bool = True, further: Sequence[BenchmarkRow] = ()) -> Published:
     """Return the residuals of a file of rows on `hardware`.
+
+    Args:
+        path: The file.
+        hardware: The machine.
+        leave_out: Whether to fit constants without each model as well, which takes seconds.
+        further: Rows of the same machine that count as evidence, and that no bar is about.
 
     Raises:
         ConfigError: If the file is not such a file, or none of its rows can be compared; with what is needed.
     """
     rows = read_rows(path)
-    points, not_compared = points_of(rows)
-    believed: list[Point] = []
-    for point in points:
-        reason = impossible(point, hardware)
-        if reason is None:
-            believed.append(point)
-        else:
-            not_compared.append(NotCompared(row=point.row, kind=point.kind, reason=reason))
+    believed, not_compared = believable(rows, hardware)
     if not believed:
         raise ConfigError(f"{path}: none of its {len(rows)} rows can be compared; the first: {not_compared[0].reason}")
+    num_own = len(believed)
+    more, more_not_compared = believable(further, hardware)
+    believed, not_compared = believed + more, not_compared + more_not_compared
     used = [
         calibration_for(
             hardware,
@@ -169,11 +182,27 @@ def compare_rows(path: Path, hardware: HardwareSpec, *, leave_out: bool = True) 
     return Published(
         path=path,
         rows=rows,
-        residuals=residuals,
+        residuals=residuals[:num_own],
+        further=residuals[num_own:],
         not_compared=not_compared,
         engines=statuses,
         coverage=Spreads(list(tried.values())).coverage() if tried else None,
+        least=_least(residuals[:num_own], statuses, hardware) if leave_out else {},
     )
+
+
+def _least(
+    residuals: Sequence[Residual], statuses: Sequence[EngineStatus], hardware: HardwareSpec
+) -> dict[tuple[str, Kind], float]:
+    """Return what the best constants would leave, for every engine and kind whose bar is judged and missed."""
+    plans = {plan.engine: plan for plan in PLANS}
+    least: dict[tuple[str, Kind], float] = {}
+    for status, kind in product(statuses, KINDS):
+        own = [each for each in residuals if (each.point.engine, each.point.kind) == (status.engine, kind)]
+        if own and not status.doubts and mean_error(own) > MEAN_BARS[kind]:
+            found = least_mean_error(plans[status.engine], hardware, [each.point for each in own])
+            least |= {} if found is None else {(status.engine, kind): found}
+    return least
 
 
 def _statuses(points: Sequence[Point]) -> list[EngineStatus]:
@@ -190,7 +219,7 @@ def _statuses(points: Sequence[Point]) -> list[EngineStatus]:
         statuses.append(
             EngineStatus(
                 engine=engine,
-                num_rows=len({point.row.line for point in own}),
+                num_rows=len({(point.row.file, point.row.line) for point in own}),
                 num_models=len({point.subject.model.name for point in own}),
                 num_constants=count,
             )

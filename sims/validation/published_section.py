@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
 from pagedkv.sims.validation.checks import Check, Section, Table, at_most, reported
 from pagedkv.sims.validation.plots import rows_picture
 from pagedkv.sims.validation.points import KINDS, Kind
@@ -19,12 +20,12 @@ from pagedkv.sims.validation.published import (
 )
 
 NAME = "published_rows"
-_ONLY_HYBRID_BATCHES = "llama-cpp"
 
 
 def section(published: Published) -> Section:
     """Return bars per engine, tables by engine and model, and every row."""
     checks = [check for status in published.engines for check in _engine_checks(published, status)]
+    checks += [check for status in published.engines for check in _further_checks(published, status)]
     checks.append(at_most("rows left out, with reasons", published.excluded_share, EXCLUDED_BAR))
     if published.coverage is not None:
         checks.append(
@@ -57,6 +58,7 @@ def section(published: Published) -> Section:
             "coverage": published.coverage,
             "excluded_share": published.excluded_share,
             "residuals": [residual.document() for residual in published.residuals],
+            "further": [residual.document() for residual in published.further],
             "not_compared": [
                 {
                     "line": each.row.line,
@@ -81,9 +83,24 @@ def _engine_checks(published: Published, status: EngineStatus) -> Iterator[Check
         if status.doubts:
             yield reported(what, "", f"{error:.1%}", status.doubts)
             continue
-        yield at_most(what, error, MEAN_BARS[kind])
+        least = published.least.get((status.engine, kind))
+        why = "" if least is None else f"no values of its constants leave less than {least:.1%}"
+        yield at_most(what, error, MEAN_BARS[kind], why=why)
         yield _largest(status.engine, kind, own)
-        yield from _left_out(status.engine, kind, own)
+        left_out = mean_error(own, left_out=True)
+        if not math.isnan(left_out):
+            what = f"{status.engine}, {kind}: mean error of models left out"
+            yield at_most(what, left_out, LEFT_OUT_FACTOR * MEAN_BARS[kind])
+
+
+def _further_checks(published: Published, status: EngineStatus) -> Iterator[Check]:
+    """Yield what further rows came to, and what left-out models do with them."""
+    for kind in KINDS:
+        further = published.further_of(status.engine, kind)
+        if further:
+            what = f"{status.engine}, {kind}: mean error of {len(further)} further figures, and of models left out"
+            error, left_out = mean_error(further), mean_error(further, left_out=True)
+            yield reported(what, "", f"{error:.1%}, {left_out:.1%}", f"rows of {further[0].point.row.file}: evidence, not scored")
 
 
 def _largest(engine: str, kind: Kind, own: Sequence[Residual]) -> Check:
@@ -95,27 +112,6 @@ def _largest(engine: str, kind: Kind, own: Sequence[Residual]) -> Check:
     explained = sum(abs(residual.error) > ROW_BAR for residual in own if residual.reason)
     why = f"{explained} more with a stated reason" if explained else ""
     return at_most(what, worst, ROW_BAR, why=why)
-
-
-def _left_out(engine: str, kind: Kind, own: Sequence[Residual]) -> Iterator[Check]:
-    error = mean_error(own, left_out=True)
-    if math.isnan(error):
-        return
-    limit = LEFT_OUT_FACTOR * MEAN_BARS[kind]
-    batched = [residual for residual in own if _is_only_hybrid_in_batches(residual)]
-    rest = [residual for residual in own if not _is_only_hybrid_in_batches(residual)]
-    why = ""
-    if kind == "decode" and batched and rest:
-        names = " and ".join(sorted({residual.point.subject.model.title for residual in batched}))
-        why = (
-            f"{mean_error(rest, left_out=True):.1%} without {names}: the only model with states that has rows in batches, so that "
-            f"without it no row tells what a state costs there ({mean_error(batched, left_out=True):.0%})"
-        )
-    yield at_most(f"{engine}, {kind}: mean error of models left out", error, limit, why=why)
-
-
-def _is_only_hybrid_in_batches(residual: Residual) -> bool:
-    return residual.point.engine == _ONLY_HYBRID_BATCHES and residual.point.subject.model.name == "nemotron-3-nano-4b"
 
 
 def _tables(published: Published) -> Iterator[Table]:
@@ -138,9 +134,10 @@ def _tables(published: Published) -> Iterator[Table]:
 
 
 def _by_model(published: Published) -> Iterator[tuple[str, ...]]:
-    keys = sorted({_key(residual) for residual in published.residuals})
-    for key in keys:
-        own = [residual for residual in published.residuals if _key(residual) == key]
+    by_key: dict[tuple[str, str, str, str], list[Residual]] = {}
+    for residual in (*published.residuals, *published.further):
+        by_key.setdefault(_key(published, residual), []).append(residual)
+    for key, own in sorted(by_key.items()):
         largest = max(own, key=lambda residual: abs(residual.error)).error
         left_out = mean_error(own, left_out=True)
         engine, fmt, model, kind = key
@@ -158,21 +155,27 @@ def _by_model(published: Published) -> Iterator[tuple[str, ...]]:
 
 def _by_reason(published: Published) -> Iterator[tuple[str, ...]]:
     for reason in dict.fromkeys(each.reason for each in published.not_compared):
-        lines = [each.row.line for each in published.not_compared if each.reason == reason]
-        yield reason, str(len(lines)), ", ".join(map(str, dict.fromkeys(lines)))
+        lines = [_line(published, each.row) for each in published.not_compared if each.reason == reason]
+        yield reason, str(len(lines)), ", ".join(dict.fromkeys(lines))
 
 
-def _key(residual: Residual) -> tuple[str, str, str, str]:
+def _line(published: Published, row: BenchmarkRow) -> str:
+    """Return the line of a row, with an f before it if it is one of the further rows."""
+    return f"{'f' if row.file != published.path.name else ''}{row.line}"
+
+
+def _key(published: Published, residual: Residual) -> tuple[str, str, str, str]:
     point = residual.point
     engine = point.engine + (f" ({point.version})" if point.version else "")
+    engine += " (further)" if point.row.file != published.path.name else ""
     return engine, point.subject.weight_format.name, point.subject.model.title, point.kind
 
 
 def _by_row(published: Published) -> Iterator[tuple[str, ...]]:
-    for residual in published.residuals:
+    for residual in (*published.residuals, *published.further):
         row, left_out = residual.point.row, residual.left_out_error
         yield (
-            str(row.line),
+            _line(published, row),
             residual.point.engine,
             residual.point.subject.model.title,
             residual.point.kind,

@@ -71,8 +71,9 @@ def model_of(row: BenchmarkRow, engine: str) -> RowModel | Exclusion:
     except ConfigError as error:
         return Exclusion(reason=f"{error}")
     weights = (entry or {}).get("weights") or row.weight_dtype.lower()
-    if row.weight_dtype == _SIZED:
-        fmt = replace(WEIGHT_FORMATS["q4_k_m"], bits_per_weight=5.33, head_bits=5.33, embedding_bits=5.33)
+    bits = 5.33 if row.weight_dtype == _SIZED else (entry or {}).get("bits")
+    if bits is not None:
+        fmt = replace(WEIGHT_FORMATS["q4_k_m"], bits_per_weight=bits, head_bits=bits, embedding_bits=bits)
     else:
         try:
             fmt = load_weight_format(_FORMAT_NAMES.get((engine, weights), weights)) if weights else model.native_format

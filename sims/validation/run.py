@@ -7,7 +7,9 @@ from typing import Any
 
 from pagedkv.catalogue import load_hardware
 from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.validation import log_section, published_section
+from pagedkv.sims.validation.benchmark_rows import FURTHER, read_rows
 from pagedkv.sims.validation.checks import Section
 from pagedkv.sims.validation.log_section import section as section_of_log
 from pagedkv.sims.validation.published import compare_rows
@@ -18,6 +20,7 @@ from pagedkv.sims.validation.vllm_log import is_log
 SCHEMA_VERSION = 1
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 """Where the data lies beside a checkout; the product does not ship it."""
+MACHINE = "dgx-spark"
 ROWS = "dgx_spark_benchmarks.csv"
 LOG = "vllm_rtx4090_llama31_8b"
 SECTIONS = (published_section.NAME, log_section.NAME, "sosp23", "mooncake", "watermark")
@@ -76,9 +79,9 @@ def validate(
             f"(meta.json, requests.jsonl, timeseries.csv), or a folder with {ROWS} and the like"
         )
     machine = None if hardware is None else load_hardware(hardware)
-    rows_machine = machine or load_hardware("dgx-spark")
+    rows_machine = machine or load_hardware(MACHINE)
     if data is not None and data.is_file():
-        return Validation(sections=(section_of_rows(compare_rows(data, rows_machine)),))
+        return Validation(sections=(_rows_section(data, rows_machine),))
     if data is not None and is_log(data):
         return Validation(sections=(section_of_log(data, hardware),))
     folder = DATA if data is None else data
@@ -102,7 +105,7 @@ def validate(
                 )
             )
         elif name == published_section.NAME:
-            sections.append(section_of_rows(compare_rows(folder / ROWS, rows_machine)))
+            sections.append(_rows_section(folder / ROWS, rows_machine))
         elif name == log_section.NAME:
             sections.append(section_of_log(folder / LOG))
         elif name == "sosp23":
@@ -110,3 +113,9 @@ def validate(
         else:
             sections.append(mooncake_section(folder) if name == "mooncake" else watermark_section())
     return Validation(sections=tuple(sections))
+
+
+def _rows_section(path: Path, hardware: HardwareSpec) -> Section:
+    """Return the section of a file of rows; that of the Spark's comes with further rows of the machine."""
+    further = read_rows(FURTHER) if path.name == ROWS and hardware.name == MACHINE else []
+    return section_of_rows(compare_rows(path, hardware, further=further))

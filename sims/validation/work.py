@@ -13,7 +13,7 @@ from pagedkv.model_spec import ModelSpec
 from pagedkv.row_rates import RowRates
 from pagedkv.sims.step_constants import NUMBERS, StepConstants
 from pagedkv.sims.step_formula import StepParts, priced, step_parts, touched_experts
-from pagedkv.sims.step_time import coefficients
+from pagedkv.sims.step_time import attention_flops_per_pair, coefficients
 from pagedkv.sims.validation.points import Point
 from pagedkv.step_batch import StepBatch
 from pagedkv.weight_format import WeightFormat
@@ -21,11 +21,24 @@ from pagedkv.weight_format import WeightFormat
 CONSTANTS = NUMBERS
 """Every constant, in the order of the columns of `Work.seconds`."""
 _COLUMN = {name: i for i, name in enumerate(CONSTANTS)}
-_ONES: dict[str, Any] = {
-    name: 0.0 if name.endswith("overhead_s") else 1.0 for name in CONSTANTS if name not in ("overlap", "routing_exponent")
-}
-_ONE_A_SECOND = StepConstants(**_ONES, overlap=math.inf)
-(_WEIGHTS, _EXPERTS, _SHARE, _TOKENS, _LINEAR, _KV, _ATTENTION, _STATE, _SEQUENCES, _LAYERS) = range(10)
+_NOT_RATES = ("overlap", "routing_exponent", "expert_rate", "latent_attention")
+_ONES: dict[str, Any] = {name: 0.0 if name.endswith("overhead_s") else 1.0 for name in CONSTANTS if name not in _NOT_RATES}
+_ONE_A_SECOND = StepConstants(**_ONES, overlap=math.inf, expert_rate=math.inf)
+_COLUMNS = 12
+(
+    _WEIGHTS,
+    _EXPERTS,
+    _SHARE,
+    _TOKENS,
+    _LINEAR,
+    _EXPERT_LINEAR,
+    _KV,
+    _ATTENTION,
+    _LATENT_ATTENTION,
+    _STATE,
+    _SEQUENCES,
+    _LAYERS,
+) = range(_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +71,7 @@ class Work:
             counts += [float(steps.count) for steps in point.steps]
             owner += [i] * len(point.steps)
         return Work(
-            quantities=np.array(rows, np.float64).reshape(-1, 10),
+            quantities=np.array(rows, np.float64).reshape(-1, _COLUMNS),
             counts=np.array(counts, np.float64),
             point=np.array(owner, np.int64),
             tokens=np.array([point.tokens for point in points], np.float64),
@@ -76,7 +89,7 @@ class Work:
         """Return the work of single steps, each a figure; of products by rows, if those were measured. O(steps × entries)."""
         rows = _quantities(batches, model, weight_format=weight_format, kv_cache_dtype=kv_cache_dtype, row_rates=row_rates)
         return Work(
-            quantities=np.array(rows, np.float64).reshape(-1, 10),
+            quantities=np.array(rows, np.float64).reshape(-1, _COLUMNS),
             counts=np.ones(len(batches)),
             point=np.arange(len(batches)),
             tokens=np.array([float(batch["num_scheduled_tokens"].sum()) for batch in batches]),
@@ -115,21 +128,24 @@ def _quantities(
     spec, one_a_second = model.kv_spec(kv_cache_dtype), replace(_ONE_A_SECOND, row_rates=row_rates)
     unit = coefficients(model, weight_format=weight_format, kv_spec=spec, constants=one_a_second)
     dense = unit._replace(expert_weight_s=0.0, state_s=0.0, further_state_s=0.0, state_s_per_token=0.0)
+    latent = dense._replace(attention_s_per_pair=attention_flops_per_pair(model, 1.0))
     rows: list[tuple[float, ...]] = []
     for batch in batches:
-        parts = step_parts(dense, batch, batch.size)
+        parts, num_tokens = step_parts(dense, batch, batch.size), float(batch["num_scheduled_tokens"].sum())
         rows.append(
             (
                 parts.weights,
                 unit.expert_weight_s,
                 unit.expert_share,
-                float(batch["num_scheduled_tokens"].sum()),
+                num_tokens,
                 parts.products,
+                model.expert_flops_per_token * num_tokens,
                 parts.kv,
                 parts.attention,
+                step_parts(latent, batch, batch.size).attention,
                 unit.state_s,
                 float(batch.size),
-                float(model.num_layers),
+                model.whole_layers,
             )
         )
     return rows
@@ -155,6 +171,8 @@ def as_row(constants: StepConstants) -> Float64Array:
     _SCAN,
     _OVERLAP,
     _ROUTING,
+    _EXPERT_RATE,
+    _LATENT,
 ) = range(len(CONSTANTS))
 
 
@@ -167,8 +185,9 @@ def _add_seconds(
         c, n = constants[point[i]], q[i, _SEQUENCES]
         weights = q[i, _WEIGHTS] + q[i, _EXPERTS] * touched_experts(q[i, _SHARE], q[i, _TOKENS], c[_ROUTING])
         state_s = q[i, _STATE] * (1.0 / c[_STATE_READ] + (n - 1.0) / c[_FURTHER] + q[i, _TOKENS] / c[_SCAN])
-        linear_s = q[i, _LINEAR] / c[_FLOPS]
-        kv_s, attention_s = q[i, _KV] / c[_KV_READ], q[i, _ATTENTION] / c[_ATTENTION_FLOPS]
+        linear_s = (q[i, _LINEAR] + q[i, _EXPERT_LINEAR] / c[_EXPERT_RATE]) / c[_FLOPS]
+        attention = q[i, _ATTENTION] + c[_LATENT] * (q[i, _LATENT_ATTENTION] - q[i, _ATTENTION])
+        kv_s, attention_s = q[i, _KV] / c[_KV_READ], attention / c[_ATTENTION_FLOPS]
         parts = StepParts(weights / c[_READ], linear_s, linear_s, kv_s, attention_s, state_s, c[_TOKEN_S] * q[i, _TOKENS])
         memory_s, compute_s = priced(parts, max(c[_OVERLAP], least_overlap), c[_OVERLAP])
         layer_s = c[_LAYER_S] + (c[_BATCHED_S] if q[i, _TOKENS] > 1.0 else 0.0)
