@@ -4,15 +4,50 @@ Source: behaviour of SGLang 0.5.23.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
 from pagedkv.errors import IntegrityError
-from pagedkv.radix_node import edge_key
+from pagedkv.jit import fixed_types, lean_jit
+from pagedkv.radix_arrays import EVICTABLE, NO_NODE, RadixArrays, RadixRules
+from pagedkv.radix_eviction import evict_leaf
 from pagedkv.radix_rules import TreeRules
 from pagedkv.radix_tree import RadixTree
 from pagedkv.slot_allocator import SlotAllocator
+from pagedkv.slot_list import SlotList, make_place, num_listed
+
+
+class CacheArrays(NamedTuple):
+    """A tree and the free list that share one pool."""
+
+    tree: RadixArrays
+    slots: SlotList
+
+
+@lean_jit
+def num_free_slots(cache: CacheArrays, rules: RadixRules) -> int:
+    """Return the slots in the free list and in nodes that nobody locks."""
+    return num_listed(cache.slots) * rules.block_size + int(cache.tree.sizes[EVICTABLE])
+
+
+@lean_jit
+def make_room(cache: CacheArrays, rules: RadixRules, num_slots: int) -> bool:
+    """Evict whole leaves as far as the free list is short of `num_slots`; return whether that many are in it now."""
+    tree, slots, size = cache.tree, cache.slots, rules.block_size
+    while num_listed(slots) * size < num_slots:
+        leaf = evict_leaf(tree, rules)
+        if leaf == NO_NODE:
+            return False
+        number = tree.nodes["num_tokens"][leaf] // size
+        place = make_place(slots, number, size > 1)
+        block = tree.nodes["first_block"][leaf]
+        for i in range(number):
+            slots.order[place + i] = block
+            slots.is_free[block] = True
+            block = tree.next_block[block]
+    return True
 
 
 class RadixCache:
@@ -36,8 +71,12 @@ class RadixCache:
             ConfigError: If there is no block, or no such eviction policy.
         """
         self.slots = SlotAllocator(num_blocks=num_blocks, block_size=block_size)
-        self.tree = RadixTree(block_size=block_size, rules=rules, eviction=eviction)
+        self.tree = RadixTree(block_size=block_size, rules=rules, eviction=eviction, num_blocks=num_blocks)
         self.block_size = block_size
+        self.arrays = CacheArrays(self.tree.arrays, self.slots.arrays)
+        """Both, for compiled code; with `rules`."""
+        self.rules = self.tree.rules
+        self._make_room = fixed_types(make_room)  # in one cache their types are the same
 
     @property
     def free_slots(self) -> int:
@@ -50,25 +89,19 @@ class RadixCache:
 
     def peek(self, tokens: Int32Array, namespace: str = "") -> tuple[int, int]:
         """Return how many tokens a lookup would find, and how many of them nobody locks. Unlike a lookup it is no use of them."""
-        node, found, num_unlocked = self.tree.root, 0, 0
-        while found == node.depth and tokens.size - found >= self.block_size:
-            rest = tokens[found:]
-            child = node.children.get(edge_key(namespace, rest, self.block_size))
-            if child is None:
-                break
-            shared = child.num_shared(rest, self.block_size)
-            found, num_unlocked = found + shared, num_unlocked + (0 if child.lock_ref else shared)
-            node = child
-        return found, num_unlocked
+        met = self.tree.peek(tokens, extra_key=namespace)
+        return sum(number for _, number in met), sum(number for node, number in met if not node.lock_ref)
+
+    def make_room(self, num_slots: int) -> bool:
+        """Evict whole leaves as far as the free list is short of `num_slots`; return whether that many are in it now."""
+        return bool(self._make_room(self.arrays, self.rules, int(num_slots)))
 
     def take(self, num_slots: int) -> Int32Array:
         """Return so many slots in whole blocks, at most `free_slots`, evicting as far as the free list is short of them.
 
         For one request that grows by whole blocks these are the slots of `SlotAllocator.alloc_extend`, in its order.
         """
-        if num_slots > self.slots.num_free_slots:
-            for slots in self.tree.evict(num_slots - self.slots.num_free_slots):
-                self.slots.free_segment(slots)
+        self.make_room(num_slots)
         taken = self.slots.alloc(num_slots)
         assert taken is not None
         return taken

@@ -1,90 +1,112 @@
-"""What differs between SGLang's two radix trees: when a node counts as used, and how duplicate slots come back."""
+"""What differs between SGLang's two radix trees: when a node counts as used, and how duplicate slots come back.
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Protocol, TypeAlias
+Each is a kind: functions for compiled code, whose path is always `tree.path[:num_path]`, the nodes that a walk met from the top,
+the last of them perhaps only in part.
+"""
 
-from pagedkv.radix_node import TreeNode
+from typing import Any, NamedTuple, TypeAlias
 
-Clock: TypeAlias = Callable[[], float]
-"""Returns a larger number each time."""
+from pagedkv.jit import by_kind, lean_jit
+from pagedkv.radix_arrays import RadixArrays, tick
 
 CHILD_IS_NEWER = 1e-5
 """How much later than its parent a matched node counts as used, in the unified tree. Far less than one reading of the clock."""
 
 
-class TreeRules(Protocol):
-    """`path` is always the nodes that a walk met from the top, the last of them perhaps only in part."""
-
-    def met_by_match(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Stamp what a lookup met, before the last node is split."""
-
-    def met_by_insert(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Stamp what an insertion met, before the last node is split."""
-
-    def was_split(self, upper: TreeNode, lower: TreeNode, clock: Clock) -> None:
-        """Stamp the two parts of a node; `upper` is new and a copy of what the node was."""
-
-    def matched(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Stamp what a lookup found, all of it whole."""
-
-    def duplicate_spans(self, held: int, ends: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the pieces [start, end) of a sequence whose slots its caller gets back, in order.
-
-        Args:
-            held: Leading tokens that use the tree's slots already.
-            ends: Where the nodes end that were present, each within the next.
-        """
+@by_kind
+def met_by_match(stamps: Any, tree: RadixArrays, num_path: int) -> Any:
+    """Stamp what a lookup met, before the last node is split."""
 
 
-class RadixCacheRules:
-    """RadixCache: one reading stamps all that a walk meets, and a new upper part is newer than that. Duplicates are one piece."""
-
-    def met_by_match(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Stamp all with one time, also the part of a run that did not match."""
-        now = clock()
-        for node in path:
-            node.last_access = now
-
-    def met_by_insert(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """As for a lookup."""
-        self.met_by_match(path, clock)
-
-    def was_split(self, upper: TreeNode, lower: TreeNode, clock: Clock) -> None:
-        """The upper part is created now."""
-        upper.last_access = upper.created = clock()
-
-    def matched(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Nothing is left to do."""
-
-    def duplicate_spans(self, held: int, ends: Sequence[int]) -> list[tuple[int, int]]:
-        """All in one."""
-        return [(held, ends[-1])] if ends and held < ends[-1] else []
+@by_kind
+def met_by_insert(stamps: Any, tree: RadixArrays, num_path: int) -> Any:
+    """Stamp what an insertion met, before the last node is split."""
 
 
-class UnifiedRules:
-    """UnifiedRadixCache, the server's tree: the deepest is the newest. Duplicates come node by node."""
+@by_kind
+def was_split(stamps: Any, tree: RadixArrays, upper: int, lower: int) -> Any:
+    """Stamp the two parts of a node; `upper` is new and a copy of what the node was."""
 
-    def met_by_match(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Nothing yet: a lookup stamps at its end."""
 
-    def met_by_insert(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Stamp from the top down."""
-        for node in path:
-            node.last_access = clock()
+@by_kind
+def matched(stamps: Any, tree: RadixArrays, num_path: int) -> Any:
+    """Stamp what a lookup found, all of it whole."""
 
-    def was_split(self, upper: TreeNode, lower: TreeNode, clock: Clock) -> None:
-        """Both parts are used now, the lower one later; both keep their time of creation."""
-        upper.last_access = clock()
-        lower.last_access = clock()
 
-    def matched(self, path: Sequence[TreeNode], clock: Clock) -> None:
-        """Stamp from the bottom up, each a little older than its child."""
-        now = clock()
-        for node in reversed(path):
-            node.last_access = now
-            now -= CHILD_IS_NEWER
+class RadixCacheRules(NamedTuple):
+    """RadixCache: one reading stamps all that a walk meets, and a new upper part is newer than that."""
 
-    def duplicate_spans(self, held: int, ends: Sequence[int]) -> list[tuple[int, int]]:
-        """One piece per node."""
-        return [(max(held, start), end) for start, end in pairwise((0, *ends)) if held < end]
+    node_by_node: bool = False
+    """Whether an insertion gives duplicate slots back node by node; else they are one piece."""
+
+
+class UnifiedRules(NamedTuple):
+    """UnifiedRadixCache, the server's tree: the deepest is the newest."""
+
+    node_by_node: bool = True
+    """See `RadixCacheRules`."""
+
+
+TreeRules: TypeAlias = RadixCacheRules | UnifiedRules
+
+
+@met_by_match.register(RadixCacheRules)
+@lean_jit
+def _met_by_match(stamps: RadixCacheRules, tree: RadixArrays, num_path: int) -> None:
+    """Stamp all with one time, also the part of a run that did not match."""
+    now = tick(tree)
+    for i in range(num_path):
+        tree.nodes["last_access"][tree.path[i]] = now
+
+
+@met_by_insert.register(RadixCacheRules)
+@lean_jit
+def _met_by_insert(stamps: RadixCacheRules, tree: RadixArrays, num_path: int) -> None:
+    """As for a lookup."""
+    met_by_match(stamps, tree, num_path)
+
+
+@was_split.register(RadixCacheRules)
+@lean_jit
+def _was_split(stamps: RadixCacheRules, tree: RadixArrays, upper: int, lower: int) -> None:
+    """The upper part is created now."""
+    now = tick(tree)
+    tree.nodes["last_access"][upper] = tree.nodes["created"][upper] = now
+
+
+@matched.register(RadixCacheRules)
+@lean_jit
+def _matched(stamps: RadixCacheRules, tree: RadixArrays, num_path: int) -> None:
+    """Nothing is left to do."""
+
+
+@met_by_match.register(UnifiedRules)
+@lean_jit
+def _met_by_unified_match(stamps: UnifiedRules, tree: RadixArrays, num_path: int) -> None:
+    """Nothing yet: a lookup stamps at its end."""
+
+
+@met_by_insert.register(UnifiedRules)
+@lean_jit
+def _met_by_unified_insert(stamps: UnifiedRules, tree: RadixArrays, num_path: int) -> None:
+    """Stamp from the top down."""
+    for i in range(num_path):
+        tree.nodes["last_access"][tree.path[i]] = tick(tree)
+
+
+@was_split.register(UnifiedRules)
+@lean_jit
+def _was_split_in_unified(stamps: UnifiedRules, tree: RadixArrays, upper: int, lower: int) -> None:
+    """Both parts are used now, the lower one later; both keep their time of creation."""
+    tree.nodes["last_access"][upper] = tick(tree)
+    tree.nodes["last_access"][lower] = tick(tree)
+
+
+@matched.register(UnifiedRules)
+@lean_jit
+def _matched_in_unified(stamps: UnifiedRules, tree: RadixArrays, num_path: int) -> None:
+    """Stamp from the bottom up, each a little older than its child."""
+    now = tick(tree)
+    for i in range(num_path - 1, -1, -1):
+        tree.nodes["last_access"][tree.path[i]] = now
+        now -= CHILD_IS_NEWER

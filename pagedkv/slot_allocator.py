@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.jit import fixed_types
+from pagedkv.slot_list import HEAD, TAIL, SlotList, give_back, num_listed, take_listed
 
 NO_SLOT = -1
 """Stands for the last slot of a request that has none yet."""
@@ -19,6 +21,10 @@ Integers: TypeAlias = Sequence[int] | npt.NDArray[np.integer]
 
 SpareBlocks: TypeAlias = Callable[[int, int], int]
 """From new tokens and requests: the length of the free list below which waiting blocks are sorted in."""
+
+
+# Their arguments have the same types in every allocator.
+_num_listed, _take_listed, _give_back = fixed_types(num_listed), fixed_types(take_listed), fixed_types(give_back)
 
 
 def int32_array(values: Integers, *, what: str) -> Int32Array:
@@ -61,27 +67,25 @@ class SlotAllocator:
         if block_size < 1 or not 1 <= num_blocks <= limit:
             raise ConfigError(f"{num_blocks} blocks of {block_size} slots: needs 1 slot or more per block, and 1 to {limit} blocks")
         self.num_blocks, self.block_size, self.need_sort = num_blocks, block_size, need_sort
-        # The free list is order[head:tail]. Blocks put in front find the room that taken ones left; those put at the back move on.
-        self._order = np.zeros(2 * num_blocks, np.int32)
-        self._order[:num_blocks] = np.arange(1, num_blocks + 1)
-        self._head, self._tail = 0, num_blocks
+        self.arrays = SlotList.full(num_blocks)
+        """The free list, for compiled code."""
         self._waiting = np.empty(0, np.int32)
-        self._is_free = np.ones(num_blocks + 1, np.bool_)
-        self._is_free[0] = False
+        self._is_free = self.arrays.is_free
 
     @property
     def num_free_slots(self) -> int:
         """Slots in free blocks, those that wait to be sorted in included."""
-        return (self._tail - self._head + self._waiting.size) * self.block_size
+        return int(_num_listed(self.arrays) + self._waiting.size) * self.block_size
 
     @property
     def num_ready_slots(self) -> int:
         """Slots in blocks that can be handed out without sorting."""
-        return (self._tail - self._head) * self.block_size
+        return int(_num_listed(self.arrays)) * self.block_size
 
     def ready_list(self) -> Int32Array:
         """Return the blocks that can be handed out without sorting, the next one first."""
-        return self._order[self._head : self._tail].copy()
+        head, tail = self.arrays.ends.tolist()
+        return self.arrays.order[head:tail].copy()
 
     def free_list(self) -> Int32Array:
         """Return every free block: those of `ready_list`, then those that wait."""
@@ -152,8 +156,9 @@ class SlotAllocator:
         """Raise IntegrityError unless the free list holds each free block once. O(num_blocks)."""
         listed = self.free_list()
         state = f"free list {listed.tolist()} of which {self._waiting.size} wait, flags {np.flatnonzero(self._is_free).tolist()}"
-        if not 0 <= self._head <= self._tail <= self._order.size or (self._waiting.size and not self.need_sort):
-            raise IntegrityError(f"the free list lies at {self._head} to {self._tail}: {state}")
+        head, tail = self.arrays.ends.tolist()
+        if not 0 <= head <= tail <= self.arrays.order.size or (self._waiting.size and not self.need_sort):
+            raise IntegrityError(f"the free list lies at {head} to {tail}: {state}")
         if not np.array_equal(np.sort(listed), np.flatnonzero(self._is_free)) or self._is_free[0]:
             raise IntegrityError(f"the free list does not hold each free block once: {state}")
 
@@ -185,16 +190,17 @@ class SlotAllocator:
 
     def _take(self, num_blocks: int, *, wanted: int) -> Int32Array | None:
         """Return the first `num_blocks` of the free list, after sorting the waiting ones in if it is shorter than `wanted`."""
-        if self._tail - self._head < wanted and self._waiting.size:
+        listed = int(_num_listed(self.arrays))
+        if listed < wanted and self._waiting.size:
             merged = np.sort(self.free_list())
-            self._head, self._tail = self.num_blocks - merged.size, self.num_blocks
-            self._order[self._head : self._tail] = merged
+            ends, listed = self.arrays.ends, merged.size
+            ends[HEAD], ends[TAIL] = self.num_blocks - listed, self.num_blocks
+            self.arrays.order[ends[HEAD] : ends[TAIL]] = merged
             self._waiting = self._waiting[:0]
-        if num_blocks > self._tail - self._head:
+        if num_blocks > listed:
             return None
-        blocks = self._order[self._head : self._head + num_blocks].copy()
-        self._head += num_blocks
-        self._is_free[blocks] = False
+        blocks: Int32Array = np.empty(num_blocks, np.int32)
+        _take_listed(self.arrays, blocks, 0, num_blocks)
         return blocks
 
     def _blocks_of(self, slots: Integers) -> Int32Array:
@@ -219,15 +225,8 @@ class SlotAllocator:
 
     def _release(self, blocks: Int32Array) -> None:
         self._check_held(blocks)
-        self._is_free[blocks] = True
         if self.need_sort:
+            self._is_free[blocks] = True
             self._waiting = np.concatenate((self._waiting, blocks))
-        elif self.block_size > 1:
-            self._head -= blocks.size
-            self._order[self._head : self._head + blocks.size] = blocks
         else:
-            if self._tail + blocks.size > self._order.size:
-                self._order[: self._tail - self._head] = self.ready_list()
-                self._head, self._tail = 0, self._tail - self._head
-            self._order[self._tail : self._tail + blocks.size] = blocks
-            self._tail += blocks.size
+            _give_back(self.arrays, np.ascontiguousarray(blocks), 0, blocks.size, self.block_size > 1)

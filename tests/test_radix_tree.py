@@ -7,6 +7,7 @@ import pytest
 
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.eviction import EvictionSettings
+from pagedkv.radix_arrays import EVICTABLE, NUM_CANDIDATES
 from pagedkv.radix_node import TreeNode
 from pagedkv.radix_rules import RadixCacheRules, UnifiedRules
 from pagedkv.radix_tree import RadixTree
@@ -20,7 +21,7 @@ def test_a_checkpoint_lets_an_output_go_before_its_prompt() -> None:
     assert (prompt.depth, prompt.priority, finished.node.priority) == (2, 1, 0)
     tree.insert([9, 9], [8, 9])
     assert [piece.tolist() for piece in tree.evict(6)] == [[4, 5, 6, 7], [8, 9]]  # the prompt outlives what is newer
-    assert tree.checkpoint(prompt, 2) is prompt
+    assert tree.checkpoint(prompt, 2) == prompt
     assert prompt.priority == 1
 
 
@@ -73,18 +74,28 @@ def test_a_free_list_that_goes_round_many_times(need_sort: bool) -> None:
         slots.check_integrity()
 
 
+def spoil(tree: RadixTree, node: TreeNode, name: str, value: int) -> None:
+    tree.arrays.nodes[name][node.index] = value
+
+
+def same_slots(tree: RadixTree, upper: TreeNode, lower: TreeNode) -> None:
+    for name in ("first_block", "last_block"):
+        spoil(tree, lower, name, tree.arrays.nodes[name][upper.index])
+
+
 CORRUPTIONS: dict[str, Callable[[RadixTree, TreeNode, TreeNode], object]] = {
-    "wrong size": lambda tree, upper, lower: setattr(tree, "evictable_size", 3),
-    "lock below an unlocked parent": lambda tree, upper, lower: setattr(lower, "lock_ref", 2),
-    "candidate forgotten": lambda tree, upper, lower: tree._candidates.clear(),
-    "locked candidate": lambda tree, upper, lower: tree._candidates.update({upper: None}),
-    "slot twice": lambda tree, upper, lower: setattr(lower, "slots", upper.slots),
-    "slots not whole blocks": lambda tree, upper, lower: setattr(lower, "slots", lower.slots[::-1]),
-    "wrong depth": lambda tree, upper, lower: setattr(lower, "depth", 8),
-    "deepest too small": lambda tree, upper, lower: setattr(upper, "deepest", 2),
-    "parent lost": lambda tree, upper, lower: setattr(lower, "parent", None),
-    "child under another key": lambda tree, upper, lower: setattr(lower, "tokens", upper.tokens),
-    "another namespace": lambda tree, upper, lower: setattr(lower, "namespace", "b"),
+    "wrong size": lambda tree, upper, lower: tree.arrays.sizes.__setitem__(EVICTABLE, 3),
+    "lock below an unlocked parent": lambda tree, upper, lower: spoil(tree, lower, "lock_ref", 2),
+    "candidate forgotten": lambda tree, upper, lower: tree.arrays.sizes.__setitem__(NUM_CANDIDATES, 0),
+    "locked candidate": lambda tree, upper, lower: tree.arrays.candidates.__setitem__(0, upper.index),
+    "candidates out of order": lambda tree, upper, lower: spoil(tree, lower, "rank", 99),
+    "slot twice": same_slots,
+    "run too short": lambda tree, upper, lower: spoil(tree, lower, "last_block", 1),
+    "wrong depth": lambda tree, upper, lower: spoil(tree, lower, "depth", 8),
+    "deepest too small": lambda tree, upper, lower: spoil(tree, upper, "deepest", 2),
+    "parent lost": lambda tree, upper, lower: spoil(tree, lower, "parent", 7),
+    "child under another key": lambda tree, upper, lower: tree.arrays.tokens.__setitem__(slice(4, 6), (1, 2)),
+    "another namespace": lambda tree, upper, lower: spoil(tree, lower, "namespace", tree.namespace_number("b")),
 }
 
 
@@ -93,6 +104,7 @@ def test_tree_notices_corruption(corrupt: Callable[[RadixTree, TreeNode, TreeNod
     tree = RadixTree(block_size=2)
     lower = tree.insert([1, 2, 3, 4], [2, 3, 4, 5]).node
     upper = tree.match_prefix([1, 2]).node
+    tree.insert([8, 8], [6, 7])
     tree.inc_lock_ref(upper)
     tree.check_integrity()
     corrupt(tree, upper, lower)

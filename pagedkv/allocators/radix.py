@@ -186,7 +186,7 @@ class RadixAllocator:
         for request, held in self._holdings.items():
             top, *path = held.node.path()
             shared = np.concatenate([NO_SLOTS, *(node.slots for node in path)])
-            if top is not self.cache.tree.root or not np.array_equal(shared, held.table[: held.num_shared]):
+            if top != self.cache.tree.root or not np.array_equal(shared, held.table[: held.num_shared]):
                 raise IntegrityError(f"request {request.request_id!r} does not hold the prefix that it locks: {held}, {path}")
             locks.update(path)
             alone += [held.table[held.num_shared : held.num_slots], held.state]

@@ -162,7 +162,7 @@ class RadixRows:
                 continue
             top, *path = node.path()
             shared, first = np.concatenate([NO_SLOTS, *(above.slots for above in path)]), int(self.num_shared[row])
-            if top is not self.cache.tree.root or not np.array_equal(shared, self._slots(row, 0, first)):
+            if top != self.cache.tree.root or not np.array_equal(shared, self._slots(row, 0, first)):
                 raise IntegrityError(f"row {row} does not hold the prefix of {first} tokens that it locks: {path}")
             locks.update(path)
             alone += [self._slots(row, first, int(self.units_held[row]) * self.unit_slots), self._states[row]]

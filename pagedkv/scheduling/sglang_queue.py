@@ -138,7 +138,7 @@ def depth_first(scene: Scene) -> list[SGLangRequest]:
             order += at.get(node, [])
             continue
         stack.append((node, True))
-        children = sorted((child for child in node.children.values() if weight[child]), key=lambda child: -weight[child])
+        children = sorted((child for child in node.children if weight[child]), key=lambda child: -weight[child])
         stack += [(child, False) for child in reversed(children)]
     return order
 

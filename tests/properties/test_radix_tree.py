@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pagedkv.errors import ConfigError
 from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings
+from pagedkv.radix_arrays import NUM_CANDIDATES, NUM_PLACES
 from pagedkv.radix_node import TreeNode
 from pagedkv.radix_rules import RadixCacheRules, UnifiedRules
 from pagedkv.radix_tree import RadixTree
@@ -28,12 +29,14 @@ NAMESPACES = st.sampled_from([None, "a"])
 def state_of(thing: Any) -> Any:
     """Everything a tree or an allocator is made of, as plain values."""
     if isinstance(thing, RadixTree):
-        nodes = [thing.root, *thing.root.below()]
-        fields = [name for name in TreeNode.__slots__ if name not in ("parent", "children")]
-        values = [[state_of(getattr(node, name)) for name in fields] for node in nodes]
-        return values, thing.evictable_size, thing.protected_size, [id(node) for node in thing._candidates]
+        number = int(thing.arrays.sizes[NUM_PLACES])
+        sizes, leaves = thing.arrays.sizes.tolist(), thing.arrays.candidates[: thing.arrays.sizes[NUM_CANDIDATES]].tolist()
+        runs = [(node.tokens.tolist(), node.slots.tolist()) for node in thing.root.below()]
+        return thing.arrays.nodes[:number].tolist(), sizes, thing.arrays.times.tolist(), leaves, runs
     if isinstance(thing, SlotAllocator):
         return {name: state_of(part) for name, part in vars(thing).items()}
+    if isinstance(thing, tuple):
+        return [state_of(part) for part in thing]
     return thing.tolist() if isinstance(thing, np.ndarray) else thing
 
 
@@ -100,7 +103,7 @@ class RadixMachine(RuleBasedStateMachine):
         self.stored |= dict(list(zip(self.places(namespace, key), slots, strict=True))[len(present) :])
         if checkpoint is not None and not done.node.children:
             prompt = self.tree.checkpoint(done.node, checkpoint)
-            assert prompt is done.node or prompt.depth == checkpoint // self.block_size * self.block_size
+            assert prompt == done.node or prompt.depth == checkpoint // self.block_size * self.block_size
         if lock:
             self.lock((namespace, key), done.node)
 
