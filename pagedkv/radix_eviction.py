@@ -14,17 +14,8 @@ from pagedkv.eviction.retention import retention
 from pagedkv.eviction.slru import slru
 from pagedkv.eviction.tlru import tlru
 from pagedkv.jit import lean_jit
-from pagedkv.radix_arrays import (
-    EVICTABLE,
-    INFLATION,
-    LAST_CANDIDATE,
-    NO_NODE,
-    NUM_CANDIDATES,
-    ROOT,
-    RadixArrays,
-    RadixRules,
-    detach,
-)
+from pagedkv.radix_arrays import EVICTABLE, INFLATION, LAST_CANDIDATE, NO_NODE, NUM_CANDIDATES, ROOT, RadixArrays, RadixRules
+from pagedkv.radix_links import detach
 
 POLICIES = ("lru", "lfu", "slru", "tlru", "priority", "retention", "fifo", "filo", "mru", "cost-aware")
 """By the number that compiled code uses."""

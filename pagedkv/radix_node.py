@@ -65,7 +65,7 @@ class TreeNode:
     @property
     def namespace(self) -> Hashable:
         """Its extra_key; of no meaning for the root."""
-        return self._tree.namespaces[self._record["namespace"]]
+        return self._tree.namespaces[int(self._record["namespace"])]
 
     @property
     def parent(self) -> "TreeNode | None":

@@ -11,8 +11,9 @@ from pagedkv.arrays import Int32Array
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings
 from pagedkv.jit import fixed_types, lean_jit
-from pagedkv.radix_arrays import EVICTABLE, NO_NODE, NUM_CANDIDATES, PROTECTED, ROOT, RadixArrays, RadixRules, find_child
+from pagedkv.radix_arrays import EVICTABLE, NO_NODE, NUM_CANDIDATES, PROTECTED, ROOT, RadixArrays, RadixRules
 from pagedkv.radix_eviction import POLICIES, EvictionNumbers, evict_leaf
+from pagedkv.radix_links import find_child
 from pagedkv.radix_node import Insertion, PrefixMatch, TreeNode, are_whole_blocks, slots_of_blocks
 from pagedkv.radix_rules import TreeRules, UnifiedRules
 from pagedkv.radix_walks import copy_blocks, end_at, insert, lock_path, match_prefix, piece_end, unlock_path, walk

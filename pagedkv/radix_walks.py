@@ -2,21 +2,9 @@
 
 from pagedkv.arrays import Int32Array
 from pagedkv.jit import lean_jit
-from pagedkv.radix_arrays import (
-    EVICTABLE,
-    INFLATION,
-    NO_NODE,
-    PROTECTED,
-    ROOT,
-    RadixArrays,
-    RadixRules,
-    add_child,
-    cut,
-    find_child,
-    same_block,
-    tick,
-)
+from pagedkv.radix_arrays import EVICTABLE, INFLATION, NO_NODE, PROTECTED, ROOT, RadixArrays, RadixRules, tick
 from pagedkv.radix_eviction import note
+from pagedkv.radix_links import add_child, cut, find_child, same_block
 from pagedkv.radix_rules import matched, met_by_insert, met_by_match, was_split
 
 

@@ -71,7 +71,7 @@ def replay_radix(prompts: PromptContent, prompt_tokens: Int64Array, capacity: in
     """Replay SGLang's radix tree with room for `capacity` blocks, each one token of the tree.
 
     Partial blocks are kept as well, but the last token of a prompt is always computed. Whole leaves go when room is needed. A
-    prompt that is longer than the tree's room finds nothing and leaves nothing. An eviction is O(leaves).
+    prompt that is longer than the tree's room finds nothing and leaves nothing. An eviction is O(nodes freed * log leaves).
     """
     tree, slots = RadixTree(eviction=eviction), SlotAllocator(num_blocks=capacity)
     tokens = np.unique(prompts.ids, return_inverse=True)[1].astype(np.int32)

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.eviction import EvictionSettings
+from pagedkv.eviction import EVICTION_POLICIES, EvictionSettings
 from pagedkv.radix_arrays import EVICTABLE, NUM_CANDIDATES
+from pagedkv.radix_eviction import POLICIES
 from pagedkv.radix_node import TreeNode
 from pagedkv.radix_rules import RadixCacheRules, UnifiedRules
 from pagedkv.radix_tree import RadixTree
@@ -72,6 +73,24 @@ def test_a_free_list_that_goes_round_many_times(need_sort: bool) -> None:
             queue = queue[taken.size :] + taken.tolist()
         slots.free(taken)
         slots.check_integrity()
+
+
+def test_a_tree_has_room_for_blocks_beyond_those_it_began_with() -> None:
+    tree = RadixTree(block_size=2)
+    node = tree.insert([1, 2, 3, 4], [2, 3, 4, 5]).node
+    tree.insert([1, 2, 7, 7], [2, 3, 2 * 5000, 2 * 5000 + 1], held=2)
+    tree.insert([9, 9], [2 * 90_000, 2 * 90_000 + 1])
+    tree.check_integrity()
+    assert tree.match_prefix([1, 2, 7, 7]).slots.tolist() == [2, 3, 10_000, 10_001]
+    assert (node.tokens.tolist(), node.slots.tolist()) == ([3, 4], [4, 5])
+    assert sum(piece.size for piece in tree.evict(99)) == 8
+    fixed = RadixTree(num_blocks=3)
+    with pytest.raises(ConfigError, match="block 4 is not of this pool"):
+        fixed.insert([1], [4])
+
+
+def test_every_policy_has_a_number_for_compiled_code() -> None:
+    assert sorted(POLICIES) == EVICTION_POLICIES.names()
 
 
 def spoil(tree: RadixTree, node: TreeNode, name: str, value: int) -> None:

@@ -15,10 +15,12 @@ from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.sglang_prefill import PassLimits, PrefillPass, Verdict
 from pagedkv.scheduling.sglang_queue import QUEUE_POLICIES, sort_queue
 from pagedkv.scheduling.sglang_request import SGLangRequest
-from pagedkv.scheduling.sglang_retraction import NewTokenRatio
+from pagedkv.scheduling.sglang_retraction import NewTokenRatio, decayed
 from pagedkv.scheduling.sglang_scheduler import SGLangScheduler
 from pagedkv.scheduling.sglang_settings import SGLangSettings
+from pagedkv.scheduling.stable_order import SortArrays, sort_places
 from pagedkv.scheduling.step import Blocker, Step
+from pagedkv.scheduling.stream_tokens import token_ids
 
 
 def scheduler(*, slots: int = 256, block_size: int = 1, rows: int = 8, caching: bool = True, **limits: Any) -> SGLangScheduler:
@@ -267,7 +269,7 @@ def test_under_lru_the_prompts_of_those_who_wait_count_as_used() -> None:
     one = scheduler(slots=64, rows=1)
     one.add(prompt_tokens=30, output_tokens=2)
     one.add(prompt_tokens=30, output_tokens=2, content=text(1, 30))
-    cache, awaited = one.allocator.cache, one._batch.requests.waiting[1].tokens[:20]
+    cache, awaited = one.allocator.cache, token_ids(text(1, 30), 1, 20)
     cache.store(awaited, cache.take(20))
     cache.store(np.full(20, 99, np.int32), cache.take(20))
     assert advance(one) == [(0, 30)]  # and 6 slots had to be evicted for it
@@ -357,11 +359,12 @@ def test_the_ratio_falls_with_every_decode_step_that_fits_and_is_reset_when_idle
     assert one.new_token_ratio == pytest.approx(0.7 - 2 * (0.7 - 0.098) / 600)
     run_out(one)
     assert one.new_token_ratio == 0.7
-    ratio = NewTokenRatio(conservativeness=2.0)
-    assert (ratio.initial, ratio.smallest) == (1.0, 0.14)
+    ratio = NewTokenRatio.of(2.0)
+    assert ratio == (1.0, 0.14)
+    current = ratio.initial
     for _ in range(601):
-        ratio.decay()
-    assert ratio.current == 0.14
+        current = decayed(ratio, current)
+    assert current == 0.14
 
 
 # The queue
@@ -425,6 +428,27 @@ def test_lof_routing_key_and_random() -> None:
     assert order("routing-key", queue, cached(), running=running) == [1, 2, 0, 3]
     assert order("routing-key", queue, cached(), running=running[3:]) == [0, 1, 2, 3]
     assert order("random", queue, cached(), permutation=lambda n: [2, 0, 3, 1]) == [2, 0, 3, 1]
+
+
+@given(st.lists(st.tuples(st.integers(-2, 2), st.integers(0, 1), st.floats(0, 1)), max_size=70))
+def test_places_are_sorted_as_python_sorts(keys: list[tuple[int, int, float]]) -> None:
+    sort = SortArrays.empty(70)
+    sort.keys[:, : len(keys)] = np.array(keys).reshape(-1, 3).T
+    sort_places(sort, len(keys))
+    assert sort.order[: len(keys)].tolist() == sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def test_routing_keys_may_be_as_many_as_requests() -> None:
+    one = scheduler(rows=1, slots=2000, schedule_policy="routing-key")
+    for i in range(600):
+        one.add(prompt_tokens=2, output_tokens=1, routing_key=f"{(i * 7) % 600:03}")
+    assert run_out(one) == list(range(600))  # nobody whose key runs waits, so they stay as they came
+    other = scheduler(rows=2, schedule_policy="routing-key")
+    other.add(prompt_tokens=2, output_tokens=9, routing_key="b")
+    advance(other)
+    for key in ("a", "b", "c"):
+        other.add(prompt_tokens=2, output_tokens=1, routing_key=key)
+    assert run_out(other) == [2, 1, 3, 0]
 
 
 # Bad settings

@@ -53,7 +53,7 @@ class RadixAllocator:
     As in SGLang a lookup is a use: `get_computed_tokens` may split a node, and makes the prefix that it finds the most recent.
 
     Admission and insertion are O(tokens of the request + nodes met), a decode step is O(1) within a block and O(block_size) beyond
-    it; an eviction adds O(leaves + nodes freed * log leaves).
+    it; an eviction adds O(nodes freed * log leaves).
 
     Example:
         >>> pool = KVPoolSettings(num_blocks=5, block_size=2, max_model_len=8, enable_prefix_caching=True)

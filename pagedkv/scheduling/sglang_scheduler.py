@@ -3,32 +3,39 @@
 Source: behaviour of SGLang 0.5.23 without overlap: a step is decided when the one before it is done.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left
 
 import numpy as np
 
-from pagedkv.arrays import NO_TOKENS, Int64Array
+import pagedkv.scheduling.sglang_step  # noqa: F401 - how such an engine decides
+from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
-from pagedkv.decode_run import ONE_STEP, DecodeRun, move_on, steps_to_an_end
-from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.scheduling.content import Segments, content_of
+from pagedkv.engine_step import queue_request
+from pagedkv.errors import ConfigError
+from pagedkv.jit import fixed_types
+from pagedkv.scheduling.batch_scheduler import BatchScheduler
+from pagedkv.scheduling.compiled_path import CompiledPath
+from pagedkv.scheduling.content import Contents, Segments, content_of
 from pagedkv.scheduling.radix_rows import RadixRows
-from pagedkv.scheduling.requests import NO_ROW, RequestTable
-from pagedkv.scheduling.sglang_prefill import fits_alone
-from pagedkv.scheduling.sglang_queue import Permutation
-from pagedkv.scheduling.sglang_request import SGLangRequest
+from pagedkv.scheduling.requests import REQUEST
+from pagedkv.scheduling.roster import Roster
+from pagedkv.scheduling.sglang_arrays import CHANCE, READY, WANTED, SGLangEngine
+from pagedkv.scheduling.sglang_order import QueueArrays
+from pagedkv.scheduling.sglang_pass import fits_alone
+from pagedkv.scheduling.sglang_queue import Permutation, no_chance
+from pagedkv.scheduling.sglang_request import SGLANG_REQUEST
 from pagedkv.scheduling.sglang_settings import SGLangSettings
-from pagedkv.scheduling.sglang_step import SGLangStep
 from pagedkv.scheduling.step import Step
-from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED, NUM_RUNNING, NUM_WAITING, SchedulerArrays
-from pagedkv.step_batch import StepBatch, empty_batch
+from pagedkv.scheduling.step_path import StepArrays
+
+_fits_alone = fixed_types(fits_alone)  # its arguments have the same types in every scheduler
 
 
-class SGLangScheduler:
+class SGLangScheduler(BatchScheduler):
     """Decides step by step who computes what, with the surface of `pagedkv.scheduling.scheduler.Scheduler`.
 
     A step prefills waiting requests if it admits any, and else decodes every running one; with mixed chunks it does both. Who is
-    retracted waits behind the others and will recompute.
+    retracted waits behind the others and will recompute. All of it is compiled: `pagedkv.scheduling.sglang_step`.
 
     Example:
         >>> from pagedkv.allocation import KVPoolSettings
@@ -42,6 +49,8 @@ class SGLangScheduler:
         ([0], [])
     """
 
+    allocator: RadixRows
+
     def __init__(self, settings: SGLangSettings, allocator: RadixRows, *, permutation: Permutation | None = None) -> None:
         """Begin with nobody; policy random needs `permutation`, such as that of a numpy Generator.
 
@@ -54,71 +63,35 @@ class SGLangScheduler:
             block_size=allocator.unit_slots,
             caches_prefixes=allocator.enable_caching,
         )
-        if settings.schedule_policy == "random" and permutation is None:
-            raise ConfigError("schedule-policy random needs a source of chance: pass permutation, e.g. that of a numpy Generator")
-        self.settings, self.allocator = settings, allocator
-        self.arrays = SchedulerArrays.empty(settings.max_running_requests, waiting_capacity=1)
-        """Who runs, those in the step first, and counts. The queue is in `waiting`."""
-        self._batch = SGLangStep(settings, allocator, permutation)
-        self._step = Step(empty_batch(settings.max_running_requests))
-        self._sampled: Int64Array = np.zeros(0, np.int64)
-        self._finished = self._sampled
-        self.num_output_tokens = 0
+        engine = SGLangEngine.of(
+            settings,
+            state_slots=allocator.state_units * allocator.unit_slots,
+            caches_prefixes=allocator.enable_caching,
+        )
+        if engine.is_random and permutation is None:
+            raise no_chance()
+        self.settings, self._permutation = settings, permutation
+        self._routing_keys = [""]
+        self._queue_request = fixed_types(queue_request.of(engine))
+        rows = settings.max_running_requests
+        roster = Roster(max_num_seqs=rows, by_priority=False)
+        self._compiled = CompiledPath(roster, allocator, engine)
+        super().__init__(roster, allocator, self._compiled, StepArrays.empty(rows), max_model_len=settings.max_model_len)
 
     @property
-    def requests(self) -> RequestTable:
-        """All requests since the start."""
-        return self._batch.requests.table
+    def compiled(self) -> CompiledPath | None:
+        """What decides, as one that needs no chance from outside: under policy random it does."""
+        return None if self._compiled.engine.is_random else self._compiled
 
     @property
     def new_token_ratio(self) -> float:
         """Which share of their possible output running requests are expected to make."""
-        return self._batch.ratio.current
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold memory."""
-        return int(self.arrays.counts[NUM_RUNNING])
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._batch.requests.waiting)
+        return float(self._compiled.engine.ratio[0])
 
     @property
     def caches_prefixes(self) -> bool:
         """Whether requests find what others, or they themselves before a retraction, have computed."""
         return self.allocator.enable_caching
-
-    @property
-    def cached_slots(self) -> int:
-        """Free slots that keep a prefix for reuse."""
-        return self.allocator.cached_slots
-
-    @property
-    def shared_slots(self) -> int:
-        """Slots that are held more than once, each counted as often as it is held beyond the first time."""
-        return self.allocator.shared_slots
-
-    @property
-    def preempted(self) -> Int64Array:
-        """Requests retracted in the step decided last, in order."""
-        return np.array([request.index for request in self._batch.retracted], np.int64)
-
-    @property
-    def failed(self) -> Int64Array:
-        """Requests that the last `schedule` ended with an error, in order: they hold nothing and never come back."""
-        return np.array([request.index for request in self._batch.failed], np.int64)
-
-    @property
-    def sampled(self) -> Int64Array:
-        """Requests that got an output token in the step completed last, in scheduling order."""
-        return self._sampled
-
-    @property
-    def finished(self) -> Int64Array:
-        """Those of them that are done."""
-        return self._finished
 
     def add(
         self,
@@ -154,126 +127,84 @@ class SGLangScheduler:
             raise ConfigError(f"a request needs 1 or more prompt and output tokens, not {prompt_tokens} and {output_tokens}")
         if most < output_tokens:
             raise ConfigError(f"max-new-tokens is {most}, fewer than the {output_tokens} tokens that will be generated")
-        requests, num_tokens = self._batch.requests, prompt_tokens + output_tokens
-        allocator = self.allocator
         segments = content_of(
             content,
             keys,
-            num_tokens=num_tokens,
-            block_size=allocator.unit_slots,
-            caches_prefixes=allocator.enable_caching,
+            num_tokens=prompt_tokens + output_tokens,
+            block_size=self.allocator.unit_slots,
+            caches_prefixes=self.caches_prefixes,
         )
-        request = SGLangRequest(
-            index=requests.table.size,
-            name=f"{requests.table.size:012}",
-            tokens=NO_TOKENS,
-            num_prompt_tokens=prompt_tokens,
-            max_new_tokens=most,
-            ignore_eos=ignore_eos,
-            namespace=namespace,
-            routing_key=routing_key,
-            priority=priority,
-        )
-        memory = self.allocator
-        if (
-            num_tokens > self.settings.max_model_len
-            or memory.admission_slots(prompt_tokens, output_tokens) is None
-            or not fits_alone(request, self._batch.limits(0), usable_slots=memory.usable_slots, block_size=memory.unit_slots)
-        ):
+        alone = self._fit_alone(np.array([prompt_tokens]), np.array([most]), ignore_eos=ignore_eos)
+        never = self.allocator.admission_slots(prompt_tokens, output_tokens) is None
+        if never or prompt_tokens + output_tokens > self.max_model_len or not alone[0]:
             return None
-        requests.add(request, output_tokens=output_tokens, segments=segments)
-        self.arrays.counts[NUM_WAITING] = self.num_waiting
-        return request.index
+        index = self.requests.add(
+            prompt_tokens=prompt_tokens, output_tokens=output_tokens, admission_slots=0, priority=priority, content=segments
+        )
+        self._make_room(index + 1)
+        records = self._compiled.engine.records
+        records["max_new_tokens"][index], records["ignore_eos"][index], records["tie"][index] = most, ignore_eos, index
+        records["namespace"][index] = self.allocator.cache.tree.namespace_number(namespace)
+        if routing_key:
+            records["routing"][index] = self._routing_place(routing_key)
+        self._queue_request(self._compiled.engine, self.arrays, self.requests.arrays, index)
+        return index
+
+    def add_all(self, prompt_tokens: Int64Array, output_tokens: Int64Array, *, contents: Contents | None = None) -> BoolArray:
+        """Make requests known that will arrive later, in this order; return which of them can run here: see `BatchScheduler`."""
+        first = self.requests.size
+        accepted = super().add_all(prompt_tokens, output_tokens, contents=contents)
+        last = self.requests.size
+        self._make_room(last)
+        records = self._compiled.engine.records[first:last]
+        records["max_new_tokens"], records["tie"] = output_tokens[accepted], np.arange(first, last)
+        records["namespace"] = self.allocator.cache.tree.namespace_number("")
+        return accepted
 
     def schedule(self) -> Step:
         """Decide the next step and take its slots. The returned object is overwritten by the next call.
 
         A step without entries says that the head of the queue cannot run though nobody else does.
         """
-        batch, step = self._batch, self._step
-        batch.decide()
-        decoding, requests, out = batch.decoding, self.requests.arrays, step.batch
-        num_resumed, num_before = len(batch.resumed), len(batch.resumed) + decoding.size
-        n = num_before + len(batch.admitted)
-        out["request"][num_resumed:num_before] = decoding
-        drafts = batch.num_drafts if self.settings.num_speculative_tokens and decoding.size else 0
-        out["num_scheduled_tokens"][num_resumed:num_before] = 1 + drafts
-        out["num_slots_needed"][num_resumed:num_before] = requests["num_computed_tokens"][decoding] + 1 + drafts
-        out["num_accepted_tokens"][:n] = 0
-        for i, prefill in (*enumerate(batch.resumed), *enumerate(batch.admitted, num_before)):
-            out["request"][i], out["num_slots_needed"][i] = prefill.request.index, prefill.end
-            out["num_scheduled_tokens"][i] = prefill.end - prefill.start
-        index = out["request"][:n].copy()
-        out["row"][:n], out["num_known_tokens"][:n] = requests["row"][index], requests["num_known_tokens"][index]
-        step.num_entries, step.num_running_before = n, num_before
-        step.num_preempted, step.blocker = len(batch.retracted), batch.blocker
-        self._count(index)
+        step, engine = super().schedule(), self._compiled.engine
+        while engine.counters[CHANCE] == WANTED:
+            assert self._permutation is not None
+            assert isinstance(engine.queue, QueueArrays)
+            engine.queue.shuffle[: self.num_waiting] = self._permutation(self.num_waiting)
+            engine.counters[CHANCE] = READY
+            step = super().schedule()
         return step
 
-    def forward_passes(self) -> Iterator[StepBatch]:
-        """Yield the step decided last: it is computed as one."""
-        yield self._step.batch[: self._step.num_entries]
+    def can_take(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
+        """Return which requests of these lengths are not refused for their lengths: who would be admitted if nobody else came."""
+        return super().can_take(prompt_tokens, output_tokens) & self._fit_alone(
+            prompt_tokens, output_tokens, ignore_eos=False
+        )
 
-    def decode_run(self) -> DecodeRun:
-        """Return how often the step decided last would be decided again, for every request one token further on."""
-        entries = self._step.batch[: self._step.num_entries]
-        if self.settings.num_speculative_tokens or not self._batch.goes_on:
-            return ONE_STEP
-        return self.allocator.decode_run(entries, steps_to_an_end(self.requests.arrays, entries))
+    def _fit_alone(self, prompt_tokens: Int64Array, max_new_tokens: Int64Array, *, ignore_eos: bool) -> BoolArray:
+        """Return which of these requests would be admitted if nobody else were there."""
+        memory, limits = self.allocator, self._compiled.engine.limits
+        requests, records = np.zeros(prompt_tokens.size, REQUEST), np.zeros(prompt_tokens.size, SGLANG_REQUEST)
+        requests["prompt_tokens"] = requests["num_known_tokens"] = prompt_tokens
+        records["max_new_tokens"], records["ignore_eos"] = max_new_tokens, ignore_eos
+        fits = (
+            bool(_fits_alone(limits, requests, records, i, memory.usable_slots, memory.unit_slots))
+            for i in range(prompt_tokens.size)
+        )
+        alone: BoolArray = np.fromiter(fits, np.bool_, prompt_tokens.size)
+        return alone
 
-    def repeat(self, num_steps: int) -> None:
-        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
-        entries = self._step.batch[: self._step.num_entries]
-        self.allocator.grow_in_turn(entries, num_steps)
-        move_on(entries, num_steps)
-        for _ in range(num_steps):
-            self._batch.ratio.decay()
+    def _make_room(self, num_requests: int) -> None:
+        """Have room for so many requests, of whom all may wait, in what compiled code works on."""
+        self._roster.expect_all()
+        waiting = self.arrays.waiting.size
+        self._compiled.engine = self._compiled.engine.with_room(num_requests, waiting, self.requests.segments)
 
-    def complete(self) -> None:
-        """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""
-        batch, step = self._batch, self._step
-        first = len(batch.resumed)
-        entries = step.batch[first : first + batch.decoding.size]
-        num_drafts = int(batch.num_drafts.sum()) if self.settings.num_speculative_tokens and batch.decoding.size else 0
-        self._sampled, self._finished, self.num_output_tokens = batch.complete(entries["num_accepted_tokens"])
-        self.arrays.counts[NUM_DRAFTED] += num_drafts
-        self.arrays.counts[NUM_ACCEPTED] += self.num_output_tokens - self._sampled.size
-        self._count(self._sampled[:0])
-
-    def drop_head(self) -> int:
-        """Take the head of the queue out for good and return it: the way out when nothing runs and it still does not fit."""
-        index = self._batch.requests.drop_head().index
-        self.arrays.counts[NUM_WAITING] = self.num_waiting
-        return index
-
-    def waiting(self) -> Int64Array:
-        """Return the queue as it was sorted last, its head first, newcomers behind. O(waiting)."""
-        return self._batch.requests.queue()
-
-    def check_integrity(self) -> None:
-        """Raise IntegrityError unless rows, queue and running batch fit together and every running request has its slots."""
-        memory, requests = self.allocator, self.requests.arrays
-        memory.check_integrity()
-        running, waiting = self.arrays.running[: self.num_running], self.waiting()
-        rows, free_rows = requests["row"][running], np.array(self._batch.free_rows, np.int64)
-        slots = memory.units_held[rows].astype(np.int64) * memory.unit_slots
-        if (
-            not np.array_equal(np.sort(np.concatenate((rows, free_rows))), np.arange(self.settings.max_running_requests))
-            or np.unique(np.concatenate((running, waiting))).size != running.size + waiting.size
-            or (requests["row"][waiting] != NO_ROW).any()
-            or requests["num_computed_tokens"][waiting].any()
-            or (slots < requests["num_computed_tokens"][running]).any()
-            or memory.units_held[free_rows].any()
-        ):
-            raise IntegrityError(
-                f"running {running.tolist()} in rows {rows.tolist()} with {slots.tolist()} slots, waiting {waiting.tolist()}"
-            )
-
-    def _count(self, first: Int64Array) -> None:
-        """Write down who runs, those of `first` first, and how many wait."""
-        running = self._batch.holders()
-        others = running[: running.size - first.size] if first.size in (0, running.size) else running[~np.isin(running, first)]
-        self.arrays.running[: first.size] = first
-        self.arrays.running[first.size : first.size + others.size] = others
-        self.arrays.counts[NUM_RUNNING] = first.size + others.size
-        self.arrays.counts[NUM_WAITING] = self.num_waiting
+    def _routing_place(self, key: str) -> int:
+        """Return the place of a routing key among all, in their order; those behind a new one move on."""
+        place = bisect_left(self._routing_keys, key)
+        if place == len(self._routing_keys) or self._routing_keys[place] != key:
+            self._routing_keys.insert(place, key)
+            routing = self._compiled.engine.records["routing"]
+            routing[routing >= place] += 1
+        return place

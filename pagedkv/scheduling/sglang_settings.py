@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pagedkv.errors import ConfigError, unknown_name
-from pagedkv.scheduling.sglang_prefill import PassLimits
+from pagedkv.scheduling.sglang_budgets import NO_LIMIT, PassNumbers
 from pagedkv.scheduling.sglang_queue import QUEUE_POLICIES
 
 
@@ -57,17 +57,15 @@ class SGLangSettings:
         """`max_running_requests`, by vLLM's name."""
         return self.max_running_requests
 
-    def pass_limits(self, *, num_mixed: int, new_token_ratio: float, caches_prefixes: bool, state_slots: int) -> PassLimits:
-        """Return what bounds a prefill pass in which `num_mixed` running requests decode too."""
-        return PassLimits(
-            max_prefill_tokens=self.max_prefill_tokens,
-            chunk_tokens=self.chunked_prefill_size,
-            max_requests=self.prefill_max_requests,
-            num_mixed=num_mixed,
-            new_token_ratio=new_token_ratio,
-            caches_prefixes=caches_prefixes,
-            shortest_first=self.schedule_policy == "shortest-prefill-first",
-            state_slots=state_slots,
+    def pass_limits(self, *, caches_prefixes: bool, state_slots: int) -> PassNumbers:
+        """Return what bounds every prefill pass."""
+        return PassNumbers(
+            int(self.max_prefill_tokens),
+            NO_LIMIT if self.chunked_prefill_size is None else int(self.chunked_prefill_size),
+            NO_LIMIT if self.prefill_max_requests is None else int(self.prefill_max_requests),
+            bool(caches_prefixes),
+            self.schedule_policy == "shortest-prefill-first",
+            int(state_slots),
         )
 
     def check_memory(self, *, num_rows: int, max_model_len: int, block_size: int, caches_prefixes: bool) -> None:

@@ -3,11 +3,31 @@
 import numpy as np
 
 from pagedkv.arrays import Int32Array
+from pagedkv.jit import fixed_types, lean_jit
 from pagedkv.scheduling.content import Segments, stream_of
 
-_WORD = (1 << 64) - 1
-_STRIDE = 0x9E3779B97F4A7C15
+_STRIDE = np.uint64(0x9E3779B97F4A7C15)
 """Odd, so that no two positions of a stream, and no two second words, come to the same."""
+
+
+@lean_jit
+def write_tokens(segments: Segments, first: int, last: int, request: int, num_tokens: int, out: Int32Array) -> None:
+    """Write ids of the first `num_tokens` tokens of a request that shares segments[first:last] to `out`. O(tokens)."""
+    done = 0
+    for place in range(first, last + 1):
+        end = num_tokens
+        if place < last:
+            end = min(segments["end_token"][place], num_tokens)
+        if end > done:
+            word_a, word_b = stream_of(segments, place, last, request)
+            word = word_a + (word_b + np.uint64(done)) * _STRIDE
+            for i in range(done, end):
+                out[i] = word >> np.uint64(33)
+                word += _STRIDE
+            done = end
+
+
+_write_tokens = fixed_types(write_tokens)
 
 
 def token_ids(segments: Segments, request: int, num_tokens: int) -> Int32Array:
@@ -22,12 +42,6 @@ def token_ids(segments: Segments, request: int, num_tokens: int) -> Int32Array:
         >>> (one[:3] == other).tolist()
         [True, True, False]
     """
-    tokens, first = np.empty(num_tokens, np.int32), 0
-    for i in range(segments.size + 1):
-        last = num_tokens if i == segments.size else min(int(segments["end_token"][i]), num_tokens)
-        if last > first:
-            word_a, word_b = stream_of(segments, i, segments.size, request)
-            begin = np.uint64((int(word_a) + int(word_b) * _STRIDE) & _WORD)
-            tokens[first:last] = (begin + np.arange(first, last, dtype=np.uint64) * np.uint64(_STRIDE)) >> np.uint64(33)
-            first = last
+    tokens: Int32Array = np.empty(num_tokens, np.int32)
+    _write_tokens(np.ascontiguousarray(segments), 0, segments.size, request, num_tokens, tokens)
     return tokens

@@ -14,7 +14,7 @@ from pagedkv.radix_node import TreeNode
 from pagedkv.scheduling.sglang_prefill import PassLimits, Prefill, PrefillPass, Verdict
 from pagedkv.scheduling.sglang_queue import QUEUE_POLICIES, sort_queue
 from pagedkv.scheduling.sglang_request import SGLangRequest
-from pagedkv.scheduling.sglang_retraction import fits_after_eviction, retract, slots_for_decode
+from pagedkv.scheduling.sglang_retraction import retract, slots_for_decode
 
 Record = dict[str, Any]
 
@@ -37,14 +37,20 @@ class Cache(RadixCache):
         for op in record["setup"]:
             self.perform(op)
         assert self.sizes() == record["before"]
-        evict = self.tree.evict
+        self._nodes = self._stored()
 
-        def noted(num_tokens: int) -> list[Any]:
-            evicted = evict(num_tokens)
-            self.freed += [slots.tolist() for slots in evicted]
-            return evicted
+    def _stored(self) -> dict[TreeNode, list[int]]:
+        return {node: node.slots.tolist() for node in self.tree.root.below()}
 
-        self.tree.evict = noted  # type: ignore[method-assign]
+    def note_evicted(self) -> None:
+        """Write down what has come from the tree to the free list since this was last called, leaf by leaf."""
+        stored, free = self._stored(), self.slots.free_list().tolist()
+        gone = [slots for node, slots in self._nodes.items() if node not in stored]
+        kept = {slot for slots in stored.values() for slot in slots}
+        pieces = [[slot for slot in slots if slot not in kept] for slots in gone]
+        first_come = self.block_size == 1  # else whoever came last is in front
+        self.freed += sorted(pieces, key=lambda slots: free.index(slots[0] // self.block_size), reverse=not first_come)
+        self._nodes = stored
 
     def perform(self, op: Record) -> None:
         match op["o"]:
@@ -153,6 +159,7 @@ def replay_retraction(record: Record) -> Counter[str]:
 
     def release(place: int) -> None:
         one = fields[place]
+        cache.note_evicted()
         own = one["row"][len(one["in"]) // record["page"] * record["page"] :]
         if own:
             cache.freed.append(own)
@@ -160,12 +167,15 @@ def replay_retraction(record: Record) -> Counter[str]:
         cache.tree.dec_lock_ref(cache.locked.pop(one["h"]))
 
     needed = slots_for_decode(prompt + output - 1, record["page"])
-    got = {"need": needed, "fits": fits_after_eviction(cache, needed), "freed_by_check": cache.freed.copy()}
+    got: Record = {"need": needed, "fits": cache.make_room(needed)}
+    cache.note_evicted()
+    got["freed_by_check"] = cache.freed.copy()
     got["a"] = cache.slots.num_free_slots
     seen = Counter(checks=1)
     if not got["fits"]:
         cache.freed.clear()
         done = retract(cache, num_prompt=prompt, num_output=output, max_new=max_new, release=release)
+        cache.note_evicted()
         for name, places in (("retracted", done.retracted), ("aborted", done.aborted), ("kept", done.kept)):
             got[name] = [fields[place]["rid"] for place in places]
             seen[name] += len(places)
