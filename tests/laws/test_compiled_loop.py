@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Step
@@ -247,15 +248,18 @@ def place(run: Run) -> list[Any]:
         where = [array.tolist() for part in memory.arrays for array in (part if isinstance(part, tuple) else (part,))]
     elif allocator.placement == "growing":
         where = [memory.heap.intervals(), memory.heap.moved_slots]
+    elif isinstance(memory, RadixRows):
+        nodes = memory.cache.tree.root.below()
+        where = [memory.cache.slots.free_list().tolist(), [(node.slots.tolist(), node.last_access) for node in nodes]]
     else:
         where = [memory.heap.reserved()]
     return [(allocator.units_held * allocator.unit_slots).tolist(), allocator.free_slots, allocator.rounding_slots, where]
 
 
 def all_ways_are_one(case: Case) -> Run:
-    """Static batches and server slots run over compiled memory only; all others over any."""
+    """Static batches, server slots and radix rows run over compiled memory only; all others over any."""
     compiled, slow = served(case, step_by_step=False), served(case, step_by_step=True)
-    for other in (slow, *(() if case.engine in ("naive", "llama-cpp", "ollama") else (request_by_request(case),))):
+    for other in (slow, *(() if case.engine in ("naive", "llama-cpp", "ollama", "sglang") else (request_by_request(case),))):
         records_agree(compiled, other)
         assert place(compiled) == place(other)
     return slow
