@@ -177,9 +177,7 @@ class SGLangScheduler(BatchScheduler):
 
     def can_take(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> BoolArray:
         """Return which requests of these lengths are not refused for their lengths: who would be admitted if nobody else came."""
-        return super().can_take(prompt_tokens, output_tokens) & self._fit_alone(
-            prompt_tokens, output_tokens, ignore_eos=False
-        )
+        return super().can_take(prompt_tokens, output_tokens) & self._fit_alone(prompt_tokens, output_tokens, ignore_eos=False)
 
     def _fit_alone(self, prompt_tokens: Int64Array, max_new_tokens: Int64Array, *, ignore_eos: bool) -> BoolArray:
         """Return which of these requests would be admitted if nobody else were there."""
