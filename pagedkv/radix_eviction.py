@@ -45,10 +45,35 @@ class EvictionNumbers(NamedTuple):
         )
 
 
+class _Candidate(NamedTuple):
+    """A leaf as policies see it: an `EvictionCandidate`."""
+
+    num_tokens: int
+    last_access: float
+    created: float
+    hit_count: int
+    priority: int
+    depth: int
+    deepest: int
+    expired: bool
+    inflation: float
+
+
 @lean_jit
 def _set_rank(tree: RadixArrays, rules: RadixRules, leaf: int) -> None:
     """Let the policy rank `leaf`, by one number or two."""
-    node, settings, policy = tree.nodes[leaf], rules.eviction, rules.policy
+    nodes, settings, policy = tree.nodes, rules.eviction, rules.policy
+    node = _Candidate(
+        nodes["num_tokens"][leaf],
+        nodes["last_access"][leaf],
+        nodes["created"][leaf],
+        nodes["hit_count"][leaf],
+        nodes["priority"][leaf],
+        nodes["depth"][leaf],
+        nodes["deepest"][leaf],
+        nodes["expired"][leaf] != 0,
+        nodes["inflation"][leaf],
+    )
     first, second = 0.0, 0.0
     if policy == 0:
         first = float(_lru(node, settings)[0])
@@ -75,7 +100,7 @@ def _set_rank(tree: RadixArrays, rules: RadixRules, leaf: int) -> None:
         first = float(_mru(node, settings)[0])
     else:
         first, second = _cost_aware(node, settings)
-    tree.nodes["rank"][leaf], tree.nodes["second_rank"][leaf] = first, second
+    nodes["rank"][leaf], nodes["second_rank"][leaf] = first, second
 
 
 @lean_jit
