@@ -1,6 +1,6 @@
 """Which leaf of a radix tree goes first: the unlocked ones in a heap, by the rank that a policy of `pagedkv.eviction` gives."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pagedkv.eviction import EvictionSettings
 from pagedkv.eviction.cost_aware import cost_aware
@@ -63,7 +63,7 @@ class _Candidate(NamedTuple):
 def _set_rank(tree: RadixArrays, rules: RadixRules, leaf: int) -> None:
     """Let the policy rank `leaf`, by one number or two."""
     nodes, settings, policy = tree.nodes, rules.eviction, rules.policy
-    node = _Candidate(
+    node: Any = _Candidate(  # its fields are not to be set, which policies do not do
         nodes["num_tokens"][leaf],
         nodes["last_access"][leaf],
         nodes["created"][leaf],
