@@ -9,6 +9,8 @@ DEFAULT_PRIORITY = 35
 """Retention priority of what nobody said anything about. Source: TensorRT-LLM, KvCacheRetentionConfig."""
 MAX_PRIORITY = 100
 """The highest retention priority; the lowest is 0. Source: as above."""
+FOR_GOOD = float("inf")
+"""The duration of what never expires, in arrays."""
 
 
 def check_priority(priority: int) -> None:
@@ -24,6 +26,11 @@ class Retention(NamedTuple):
     """0 to 100; the lowest goes first."""
     duration: float | None = None
     """How long after each release that holds, in the owner's unit of time; then it is DEFAULT_PRIORITY. None: for good."""
+
+    @property
+    def duration_or_for_good(self) -> float:
+        """The duration as arrays have it."""
+        return FOR_GOOD if self.duration is None else float(self.duration)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 Rules, not code, of its KVCacheManager; what it admits when (its capacity scheduler) is decided elsewhere.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,27 +11,34 @@ import numpy as np
 
 from pagedkv.allocation import NO_COPIES, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.arrays import Int64Array
+from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError, IntegrityError
+from pagedkv.jit import fixed_types
 from pagedkv.kv_request import KVRequest
-from pagedkv.retention import Retention, RetentionRange, check_priority
-from pagedkv.reuse_pool import BlockCopies, ReusePool
-from pagedkv.reuse_tree import ReuseMatch, ReuseNode
+from pagedkv.retention import FOR_GOOD, RetentionRange, check_priority
+from pagedkv.reuse_moves import NUM_COPIES, OFFLOADED, ONBOARDED, UNSAID
+from pagedkv.reuse_nodes import NO_NODE
+from pagedkv.reuse_pool import ReusePool
+from pagedkv.reuse_rows import (
+    ReuseArrays,
+    ReuseRules,
+    admit_row,
+    find_nothing,
+    find_prefix,
+    grow_row,
+    note_row,
+    release_row,
+    store_row,
+)
+from pagedkv.token_source import GivenTokens
 
 
 @dataclass(slots=True, eq=False)
 class _Holding:
-    """What a live request holds."""
+    """What a live request holds: a row."""
 
-    blocks: list[int]
-    """Its blocks in order."""
-    state: list[int]
-    """The blocks of its state."""
-    num_walked: int
-    """Leading blocks whose content is in the tree, be it in the block of another request."""
-    tail: ReuseNode | None
-    """The node of the last of them."""
+    row: int
     num_written: int
     """Tokens known to be in their slots."""
     ranges: tuple[RetentionRange, ...] = ()
@@ -79,29 +87,46 @@ class TensorRTLLMAllocator:
             )
         self.num_slots = self.usable_slots = settings.num_slots
         self.max_model_len, self.max_num_seqs = settings.max_model_len, settings.max_num_seqs
-        self.unit_slots, self._num_blocks = size, settings.num_blocks
-        self._num_state_blocks = -(-settings.state_slots // size)
-        self.state_slots = self._num_state_blocks * size
-        self._watermark_blocks = int(settings.watermark * settings.num_blocks)
-        self._reserve_full_isl = settings.reserve_full_isl
-        self._caching = settings.enable_prefix_caching
+        self.unit_slots = size
+        num_state_blocks = -(-settings.state_slots // size)
+        self.state_slots = num_state_blocks * size
+        self.rules = ReuseRules(
+            size,
+            int(settings.watermark * settings.num_blocks),
+            bool(settings.reserve_full_isl),
+            bool(settings.enable_prefix_caching),
+        )
+        max_blocks = min(-(-settings.max_model_len // size), settings.num_blocks)
         self._holdings: dict[KVRequest, _Holding] = {}
-        self._pool = ReusePool(num_blocks=settings.num_blocks, host_blocks=settings.offload_blocks, block_size=size)
+        self._free_rows = list(range(settings.max_num_seqs))[::-1]
+        self._pool = ReusePool(
+            num_blocks=settings.num_blocks,
+            host_blocks=settings.offload_blocks,
+            block_size=size,
+            max_path=-(-settings.max_model_len // size),
+            max_copies=2 * (max_blocks + num_state_blocks) + 1,
+        )
+        self.arrays = ReuseArrays.empty(
+            self._pool.arrays, max_num_seqs=settings.max_num_seqs, max_blocks=max_blocks, num_state_blocks=num_state_blocks
+        )
+        # Their arguments have the same types in every call.
+        self._find, self._admit_row, self._grow = fixed_types(find_prefix), fixed_types(admit_row), fixed_types(grow_row)
+        self._note, self._store, self._release = fixed_types(note_row), fixed_types(store_row), fixed_types(release_row)
 
     @property
     def offloaded_slots(self) -> int:
         """Slots copied to the host so far."""
-        return self._pool.offloaded_slots
+        return int(self._pool.arrays.counts[OFFLOADED])
 
     @property
     def onboarded_slots(self) -> int:
         """Slots copied back so far."""
-        return self._pool.onboarded_slots
+        return int(self._pool.arrays.counts[ONBOARDED])
 
     @property
     def now(self) -> float:
         """The time that `advance` told last."""
-        return self._pool.gpu.queue.now
+        return self._pool.gpu.now
 
     def advance(self, now: float) -> None:
         """Let it be `now`: retention priorities that have expired become 35.
@@ -111,8 +136,8 @@ class TensorRTLLMAllocator:
         """
         if not now >= self.now:
             raise ConfigError(f"time {now} lies before {self.now}: it must not go back")
-        self._pool.gpu.queue.advance(now)
-        self._pool.host.queue.advance(now)
+        for queue in (self._pool.gpu, self._pool.host):
+            queue.advance(now)
 
     def set_retention(self, request: KVRequest, ranges: Sequence[RetentionRange]) -> None:
         """Say what the blocks of `request` are worth after its release; blocks outside of `ranges` follow its priority.
@@ -130,13 +155,15 @@ class TensorRTLLMAllocator:
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if even the empty pool is too small."""
         tokens = prompt_tokens + output_tokens - 1
-        fits = self._num_blocks_for(tokens) + self._num_state_blocks <= self._num_blocks
+        fits = self._num_blocks_for(tokens) * self.unit_slots + self.state_slots <= self.num_slots
         return 0 if fits and tokens <= self.max_model_len else None
 
     def get_computed_tokens(self, request: KVRequest) -> int:
         """Return the tokens of the longest stored prefix, matched to the token. O(num_tokens)."""
         self._check_known(request)
-        return self._num_matched(self._match(request))
+        num_cached = self._match(request)
+        self._clear()
+        return num_cached
 
     def allocate_slots(self, request: KVRequest, num_new_tokens: int, *, has_scheduled_reqs: bool = False) -> Grant | None:
         """Take blocks as tokens come, the whole prompt's at admission. O(num_tokens + blocks * log blocks)."""
@@ -145,15 +172,13 @@ class TensorRTLLMAllocator:
         holding = self._holdings.get(request)
         if holding is None:
             request.check_place(len(self._holdings), self.max_num_seqs)
-            return self._admit(request, num_new_tokens, self._watermark_blocks if has_scheduled_reqs else 0)
+            return self._admit(request, num_new_tokens, self.rules.watermark_blocks if has_scheduled_reqs else 0)
         num_slots = request.num_computed_tokens + num_new_tokens
         request.check_length(num_slots, self.max_model_len)
-        num_taken = self._num_blocks_for(num_slots) - len(holding.blocks)
-        if num_taken > self._pool.gpu.num_free:
+        if not self._grow(self.arrays, self.rules, holding.row, num_slots):
             return None
-        copies: BlockCopies = []
-        holding.blocks += [self._pool.take(copies) for _ in range(num_taken)]
-        return self._grant(0, copies)
+        self._clear()
+        return self._grant(0)
 
     def note_computed(self, request: KVRequest) -> None:
         """Store the blocks that have become full. O(tokens in them).
@@ -163,26 +188,30 @@ class TensorRTLLMAllocator:
         """
         holding = self._holding(request)
         self._check_content(request)
-        if not 0 <= request.num_computed_tokens <= len(holding.blocks) * self.unit_slots:
-            raise request.error(
-                f"{request.num_computed_tokens} computed tokens: needs 0 up to the {self.num_slots_held(request)} slots it holds"
-            )
+        num_held = self.num_slots_held(request)
+        if not 0 <= request.num_computed_tokens <= num_held:
+            raise request.error(f"{request.num_computed_tokens} computed tokens: needs 0 up to the {num_held} slots it holds")
         holding.num_written = request.num_computed_tokens
-        num_full = min(holding.num_written, request.num_tokens - 1) // self.unit_slots
-        if num_full > holding.num_walked and self._shares(request):
-            self._store(request, holding, num_full * self.unit_slots)
+        if self._shares(request):
+            root, source = self._pool.tree.root(request.namespace), GivenTokens(np.ascontiguousarray(request.token_ids))
+            self._note(self.arrays, self.rules, root, source, holding.row, holding.num_written, request.num_tokens)
+            self._clear()
 
     def free(self, request: KVRequest) -> None:
         """Store what it computed, but for its last token, and let go of its blocks, tail first. O(tokens to store + blocks)."""
-        holding = self._holding(request)
+        holding, memory = self._holding(request), self.arrays
         self._check_content(request)
         if self._shares(request):
-            self._store(request, holding, min(holding.num_written, request.num_tokens - 1))
+            root, source = self._pool.tree.root(request.namespace), GivenTokens(np.ascontiguousarray(request.token_ids))
+            self._store(memory, self.rules, root, source, holding.row, min(holding.num_written, request.num_tokens - 1))
         del self._holdings[request]
-        for i in reversed(range(len(holding.blocks))):
-            self._pool.release(holding.blocks[i], self._retention(request, holding, i * self.unit_slots))
-        for block in reversed(holding.state):
-            self._pool.release(block, None)
+        number = int(memory.num_blocks[holding.row]) if holding.ranges or request.priority else 0
+        for i in range(number):
+            memory.priorities[i], memory.durations[i] = self._retention(request, holding, i * self.unit_slots)
+        self._release(memory, holding.row)
+        memory.priorities[:number], memory.durations[:number] = UNSAID, 0.0
+        self._free_rows.append(holding.row)
+        self._clear()
 
     def preempt(self, request: KVRequest) -> None:
         """Give its blocks back; what is not evicted until it comes again, it finds."""
@@ -195,102 +224,95 @@ class TensorRTLLMAllocator:
 
     def num_slots_held(self, request: KVRequest) -> int:
         """Return the slots of its blocks."""
-        return len(self._holdings[request].blocks) * self.unit_slots if request in self._holdings else 0
+        return int(self.arrays.num_blocks[self._holdings[request].row]) * self.unit_slots if request in self._holdings else 0
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the slots of its blocks."""
-        return block_slots(self._holdings[request].blocks if request in self._holdings else [], self.unit_slots)
+        del group
+        return self.slots_of_row(self._holdings[request].row) if request in self._holdings else NO_SLOTS
+
+    def slots_of_row(self, row: int) -> Int64Array:
+        """Return the slots of the blocks in the table of `row`."""
+        return block_slots(self.arrays.tables[row, : self.arrays.num_blocks[row]], self.unit_slots)
 
     def cached_slots(self) -> Int64Array:
-        """Return the slots of the stored blocks on the GPU that nobody holds, whole blocks. O(cached)."""
-        return block_slots([node.block for node in self._pool.gpu.queue], self.unit_slots)
+        """Return the slots of the stored blocks on the GPU that nobody holds, whole blocks. O(blocks log blocks)."""
+        return block_slots(self._pool.cached_blocks(), self.unit_slots)
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots of blocks that somebody holds, be it for state."""
+        return block_slots(np.flatnonzero(self._pool.arrays.ref_cnt), self.unit_slots)
 
     @property
     def num_cached_slots(self) -> int:
         """How many `cached_slots` there are."""
-        return len(self._pool.gpu.queue) * self.unit_slots
+        return len(self._pool.gpu) * self.unit_slots
 
     @property
     def free_slots(self) -> int:
         """Slots of the blocks on the GPU that nobody holds."""
-        return self._pool.gpu.num_free * self.unit_slots
+        return self._pool.num_free * self.unit_slots
 
     def _admit(self, request: KVRequest, num_new_tokens: int, kept_free: int) -> Grant | None:
-        pool, match = self._pool, self._match(request)
-        path, partial, num_cached = match.path, match.partial, self._num_matched(match)
-        request.check_length(num_cached + num_new_tokens, self.max_model_len)
-        num_blocks = self._num_blocks_for(max(num_cached + num_new_tokens, request.num_tokens if self._reserve_full_isl else 0))
-        num_taken = num_blocks + self._num_state_blocks - sum(map(pool.is_on_gpu, path))
-        num_free = pool.gpu.num_free - sum(node in pool.gpu.queue for node in path)
-        if num_taken + kept_free > num_free:
-            return None
-        copies: BlockCopies = []
-        for node in path:
-            pool.hold(node)
-        taken_over: list[int] = []
-        if partial is not None and partial in pool.gpu.queue and (not partial.children or num_taken == num_free):
-            taken_over.append(pool.take_over(partial))
-            partial = None
-        elif partial is not None:
-            pool.hold(partial)  # it must outlast this admission: its content is copied
-        for node in path:
-            if not pool.is_on_gpu(node):
-                pool.onboard(node, copies)
-        blocks = [node.block for node in path] + taken_over
-        if partial is not None:
-            blocks.append(pool.take_copy(partial, match.num_partial, copies))
-        blocks += [pool.take(copies) for _ in range(num_blocks - len(blocks))]
-        state = [pool.take(copies) for _ in range(self._num_state_blocks)]
-        if partial is not None:
-            pool.unhold(partial)
-        self._holdings[request] = _Holding(blocks, state, len(path), path[-1] if path else None, num_cached)
-        return self._grant(num_cached, copies)
+        num_cached, row = self._match(request), self._free_rows[-1]
+        try:
+            request.check_length(num_cached + num_new_tokens, self.max_model_len)
+            if not self._admit_row(self.arrays, self.rules, row, num_new_tokens, request.num_tokens, kept_free):
+                return None
+        finally:
+            self._clear()
+        self._holdings[request] = _Holding(self._free_rows.pop(), num_cached)
+        return self._grant(num_cached)
 
-    def _match(self, request: KVRequest) -> ReuseMatch:
+    def _match(self, request: KVRequest) -> int:
         if not self._shares(request):
-            return ReuseMatch([])
-        return self._pool.tree.match(request.namespace, request.token_ids[: request.num_tokens - 1])
+            return int(find_nothing(self.arrays))
+        root, source = self._pool.tree.find_root(request.namespace), GivenTokens(np.ascontiguousarray(request.token_ids))
+        return int(self._find(self.arrays, self.rules, root, source, request.num_tokens))
 
-    def _num_matched(self, match: ReuseMatch) -> int:
-        return len(match.path) * self.unit_slots + match.num_partial
+    def _clear(self) -> None:
+        """Leave no trace of what was looked for: a call that fails changes nothing."""
+        tree = self._pool.tree.arrays
+        tree.path[: self.arrays.found[0]] = tree.key[:] = self.arrays.found[:] = 0
 
-    def _grant(self, num_cached_tokens: int, copies: BlockCopies) -> Grant:
+    def _grant(self, num_cached_tokens: int) -> Grant:
+        pool, size = self._pool.arrays, self.unit_slots
+        copies = pool.copies[: pool.counts[NUM_COPIES]].tolist()
         if not copies:
             return Grant(num_cached_tokens)
-        size = self.unit_slots
         pairs = [np.array([[source * size, target * size]]) + np.arange(tokens)[:, None] for source, target, tokens in copies]
         return Grant(num_cached_tokens, np.concatenate((NO_COPIES, *pairs)))
 
-    def _store(self, request: KVRequest, holding: _Holding, num_tokens: int) -> None:
-        """Store the blocks of the first `num_tokens` tokens of a request, but for those whose content is stored already."""
-        if holding.tail is not None and holding.tail.parent is None:  # evicted since: what lay behind it is not in the tree either
-            holding.tail, holding.num_walked = None, 0
-        first = holding.num_walked * self.unit_slots
-        if num_tokens <= first:
-            return
-        node = holding.tail or self._pool.tree.root(request.namespace)
-        for key in self._pool.tree.keys(request.token_ids[first:num_tokens].tobytes()):
-            child = node.children.get(key)
-            if child is None:
-                child = self._pool.store(node, key, holding.blocks[holding.num_walked])
-            holding.tail = node = child
-            holding.num_walked += 1
-
-    def _retention(self, request: KVRequest, holding: _Holding, token: int) -> Retention | None:
-        """Return what is said about the block that begins with `token`, None if nothing is."""
+    def _retention(self, request: KVRequest, holding: _Holding, token: int) -> tuple[int, float]:
+        """Return what is said about the block that begins with `token`, UNSAID if nothing is."""
         for each in holding.ranges:
             if each.first <= token and (each.last is None or token < each.last):
-                return Retention(each.priority, each.duration)
-        return Retention(request.priority) if request.priority else None
+                return each.priority, FOR_GOOD if each.duration is None else each.duration
+        return request.priority or UNSAID, FOR_GOOD
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pool, tree and requests fit together. O(blocks + nodes)."""
-        self._pool.check_integrity([block for each in self._holdings.values() for block in (*each.blocks, *each.state)])
-        for request, holding in self._holdings.items():
-            walked = [] if holding.tail is None or holding.tail.parent is None else holding.tail.path()
-            fits = not walked or len(walked) == holding.num_walked
-            if not fits or len(holding.state) != self._num_state_blocks or holding.num_walked > len(holding.blocks):
-                raise IntegrityError(f"request {request.request_id!r} holds what does not fit together: {holding}, path {walked}")
+        rows = [each.row for each in self._holdings.values()]
+        self.check_rows(rows)
+        if sorted([*rows, *self._free_rows]) != list(range(self.max_num_seqs)):
+            raise IntegrityError(f"rows {rows} and free ones {self._free_rows} are not the {self.max_num_seqs} that there are")
+
+    def check_rows(self, rows: Sequence[int]) -> None:
+        """Raise IntegrityError unless pool and tree fit together, and with what `rows`, and no others, hold. O(blocks + nodes)."""
+        memory, nodes = self.arrays, self._pool.tree.arrays.nodes
+        tables = [memory.tables[row, : memory.num_blocks[row]].tolist() for row in rows]
+        self._pool.check_integrity([*itertools.chain(*tables), *memory.states[rows].ravel().tolist()])
+        for row in rows:
+            number, tail = int(memory.num_stored[row]), int(memory.tails[row])
+            there = tail != NO_NODE and nodes["stamp"][tail] == memory.tail_stamps[row]
+            depth = len(self._pool.tree.tokens_up_to(tail)) if there else number * self.unit_slots
+            if depth != number * self.unit_slots or number > memory.num_blocks[row]:
+                raise IntegrityError(
+                    f"row {row} has {number} stored blocks of {memory.num_blocks[row]}, its tail is at token {depth}"
+                )
+        others = np.delete(memory.num_blocks, rows)
+        if others.any():
+            raise IntegrityError(f"rows that nobody has hold blocks: {memory.num_blocks.tolist()}, held are {rows}")
 
     def _holding(self, request: KVRequest) -> _Holding:
         if request not in self._holdings:
@@ -298,7 +320,7 @@ class TensorRTLLMAllocator:
         return self._holdings[request]
 
     def _shares(self, request: KVRequest) -> bool:
-        return self._caching and bool(len(request.token_ids))
+        return self.rules.caches and bool(len(request.token_ids))
 
     def _check_content(self, request: KVRequest) -> None:
         try:

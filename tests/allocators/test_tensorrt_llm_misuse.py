@@ -13,6 +13,7 @@ from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
 from pagedkv.retention import RetentionRange
+from pagedkv.reuse_moves import NUM_BLANK, NUM_HOLDERS
 from pagedkv.shadow_memory import check_unchanged, state_of
 
 
@@ -63,7 +64,7 @@ def test_bad_use_is_told_and_changes_nothing(call: Callable[[Any, KVRequest], ob
     world.leave(seq(50, 9))
     request = world.admit(seq(0, 10))
     world.allocator.advance(5)
-    parts = [world.allocator._pool, *world.allocator._holdings.values()]
+    parts = [world.allocator._pool, world.allocator.arrays, *world.allocator._holdings.values()]
     before = state_of(parts)
     with pytest.raises(ConfigError, match=message):
         call(world.allocator, request)
@@ -113,28 +114,38 @@ def test_admission_slots_is_none_for_what_can_never_fit() -> None:
     assert TensorRTLLMAllocator(replace(POOL, max_model_len=30)).admission_slots(27, 5) is None
 
 
+def node(allocator: TensorRTLLMAllocator) -> int:
+    """The first one that is stored."""
+    return allocator._pool.tree.nodes()[0]
+
+
 @pytest.mark.parametrize(
     "corrupt",
     [
         pytest.param(lambda a, p: p.ref_cnt.__setitem__(0, 2), id="one holder too many"),
         pytest.param(lambda a, p: p.ref_cnt.__setitem__(7, 1), id="free block held"),
-        pytest.param(lambda a, p: p.gpu.blank.append(0), id="held block blank"),
-        pytest.param(lambda a, p: p.gpu.blank.pop(), id="blank block lost"),
-        pytest.param(lambda a, p: p.host.blank.append(9), id="host block twice"),
-        pytest.param(lambda a, p: p.node_of.__setitem__(7, p.tree.nodes()[0]), id="blank block with a node"),
-        pytest.param(lambda a, p: p.node_of.__setitem__(p.tree.nodes()[0].block, None), id="stored block without its node"),
-        pytest.param(lambda a, p: p.gpu.queue.remove(next(iter(p.gpu.queue))), id="free node not queued"),
-        pytest.param(lambda a, p: p.gpu.queue.set_ready(list(p.gpu.queue)[-1], ready=True), id="a node that is no leaf is ready"),
-        pytest.param(lambda a, p: p.gpu.queue._heap.clear(), id="queue that gives nothing"),
-        pytest.param(lambda a, p: p.gpu.queue._items.clear(), id="queue that knows no item"),
-        pytest.param(lambda a, p: setattr(p.tree.nodes()[0], "num_free_children", 7), id="wrong count of children"),
-        pytest.param(lambda a, p: setattr(p.tree.nodes()[0], "parent", None), id="link lost"),
-        pytest.param(lambda a, p: setattr(p.tree.nodes()[0], "key", b"0123"), id="another key"),
-        pytest.param(lambda a, p: p.tree.nodes()[0].parent.sorted_keys.pop(), id="key lost"),
-        pytest.param(lambda a, p: p.tree.root("empty"), id="root of nothing"),
-        pytest.param(lambda a, p: next(iter(a._holdings.values())).blocks.append(-1), id="no block in a table"),
-        pytest.param(lambda a, p: next(iter(a._holdings.values())).state.append(p.gpu.blank[0]), id="state of nobody"),
-        pytest.param(lambda a, p: setattr(next(iter(a._holdings.values())), "num_walked", 5), id="wrong place in the tree"),
+        pytest.param(lambda a, p: p.counts.__setitem__(NUM_HOLDERS, 1), id="holders miscounted"),
+        pytest.param(lambda a, p: p.blank.__setitem__(0, 0), id="held block blank"),
+        pytest.param(lambda a, p: p.counts.__setitem__(NUM_BLANK, p.counts[NUM_BLANK] - 1), id="blank block lost"),
+        pytest.param(lambda a, p: p.host_blank.__setitem__(0, p.host_blank[1]), id="host block twice"),
+        pytest.param(lambda a, p: p.node_of.__setitem__(7, node(a)), id="blank block with a node"),
+        pytest.param(lambda a, p: p.node_of.__setitem__(p.tree.nodes["block"][node(a)], -1), id="stored block without its node"),
+        pytest.param(lambda a, p: a._pool.gpu.remove(next(iter(a._pool.gpu))), id="free node not queued"),
+        pytest.param(lambda a, p: a._pool.gpu.set_ready(list(a._pool.gpu)[-1], ready=True), id="a node that is no leaf is ready"),
+        pytest.param(lambda a, p: p.gpu.ready.size.__setitem__(0, 0), id="queue that gives nothing"),
+        pytest.param(lambda a, p: p.gpu.items["order"].__setitem__(slice(None), -1), id="queue that knows no item"),
+        pytest.param(lambda a, p: p.gpu.ready.keys.__setitem__(p.gpu.ready.items[0], 7), id="another rank"),
+        pytest.param(lambda a, p: p.tree.nodes["num_free_children"].__setitem__(node(a), 7), id="wrong count of children"),
+        pytest.param(lambda a, p: p.tree.nodes["parent"].__setitem__(node(a), -1), id="link lost"),
+        pytest.param(lambda a, p: p.tree.tokens.__setitem__(node(a), 0), id="another key than its place among others says"),
+        pytest.param(lambda a, p: p.tree.nodes["num_tokens"].__setitem__(node(a), 0), id="no key"),
+        pytest.param(lambda a, p: p.tree.links.__setitem__((p.tree.nodes["parent"][node(a)], 0), -1), id="key lost"),
+        pytest.param(lambda a, p: p.tree.nodes["last_child"].__setitem__(a._pool.tree.root(""), -1), id="end of a list lost"),
+        pytest.param(lambda a, p: a._pool.tree._roots.clear(), id="root lost"),
+        pytest.param(lambda a, p: a.arrays.tables.__setitem__((0, 0), 7), id="another block in a table"),
+        pytest.param(lambda a, p: a.arrays.num_blocks.__setitem__(3, 1), id="a row of nobody holds a block"),
+        pytest.param(lambda a, p: a.arrays.num_stored.__setitem__(0, 1), id="wrong place in the tree"),
+        pytest.param(lambda a, p: a._free_rows.append(0), id="row twice"),
     ],
 )
 def test_corruption_is_noticed(corrupt: Callable[[Any, Any], object]) -> None:
@@ -142,6 +153,6 @@ def test_corruption_is_noticed(corrupt: Callable[[Any, Any], object]) -> None:
     world.leave(seq(50, 9))
     world.admit(seq(0, 10))
     world.memory.check()
-    corrupt(world.allocator, world.allocator._pool)
+    corrupt(world.allocator, world.allocator._pool.arrays)
     with pytest.raises(IntegrityError):
         world.allocator.check_integrity()
