@@ -43,7 +43,16 @@ def decide_step(
 
 @by_kind
 def apply_step(
-    engine: Any, state: Any, requests: Any, memory: Any, rules: Any, batch: Any, num_entries: int, sampled: Any, finished: Any
+    engine: Any,
+    state: Any,
+    requests: Any,
+    memory: Any,
+    rules: Any,
+    segments: Any,
+    batch: Any,
+    num_entries: int,
+    sampled: Any,
+    finished: Any,
 ) -> Any:
     """Apply the step of `batch`, and give back what finished requests hold.
 

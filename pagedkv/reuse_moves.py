@@ -5,7 +5,7 @@ Compiled functions over the arrays of `pagedkv.reuse_pool.ReusePool`.
 
 from typing import NamedTuple
 
-from pagedkv.arrays import Float64Array, Int32Array, Int64Array
+from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.priority_queue import (
     NOBODY,
@@ -39,17 +39,12 @@ class PoolArrays(NamedTuple):
     host: QueueArrays
     """Those on the host that nobody has pinned."""
     blank: Int32Array
-    """The first counts[NUM_BLANK] are blocks of the GPU that keep nothing, the next to be taken last."""
-    host_blank: Int32Array
-    """The same of the host."""
+    """The first counts[NUM_BLANK] are blocks of the GPU that keep nothing, the next to be taken last; behind num_blocks the same of
+    the host, counts[NUM_HOST_BLANK] of them."""
     ref_cnt: Int32Array
     """By block of the GPU: how many hold it."""
     node_of: Int32Array
     """By block of the GPU: its node, NO_NODE if it is not stored."""
-    priority: Int64Array
-    """By node: what it is worth when nobody holds it."""
-    duration: Float64Array
-    """By node: for how long, from its release on."""
     copies: Int64Array
     """The first counts[NUM_COPIES] are to be done, in order: source block, destination block, tokens."""
     counts: Int64Array
@@ -83,7 +78,7 @@ def is_ready(pool: PoolArrays, node: int) -> bool:
 @lean_jit
 def _update_ready(pool: PoolArrays, node: int) -> None:
     """Let the queue know whether `node`, which may be a root, is a leaf now. O(log blocks)."""
-    if node < pool.priority.size and _is_free(pool, node):
+    if node < pool.blank.size and _is_free(pool, node):
         if is_on_gpu(pool, node):
             set_ready(pool.gpu, node, is_ready(pool, node))
         else:
@@ -100,11 +95,11 @@ def _count_free_child(pool: PoolArrays, node: int, change: int) -> None:
 
 @lean_jit
 def _enqueue(pool: PoolArrays, node: int) -> None:
-    ready = is_ready(pool, node)
+    nodes, ready = pool.tree.nodes, is_ready(pool, node)
     if is_on_gpu(pool, node):
-        enqueue(pool.gpu, node, pool.priority[node], pool.duration[node], ready)
+        enqueue(pool.gpu, node, nodes["priority"][node], nodes["duration"][node], ready)
     else:
-        enqueue(pool.host, node, pool.priority[node], pool.duration[node], ready)
+        enqueue(pool.host, node, nodes["priority"][node], nodes["duration"][node], ready)
     _count_free_child(pool, node, 1)
 
 
@@ -113,9 +108,9 @@ def _dequeue(pool: PoolArrays, node: int) -> None:
     """Take a node out of its queue, if it is there."""
     if not _is_free(pool, node):
         return
-    queue = pool.gpu if is_on_gpu(pool, node) else pool.host
+    nodes, queue = pool.tree.nodes, pool.gpu if is_on_gpu(pool, node) else pool.host
     dequeue(queue, node)
-    pool.priority[node], pool.duration[node] = queue.items["priority"][node], queue.items["duration"][node]
+    nodes["priority"][node], nodes["duration"][node] = queue.items["priority"][node], queue.items["duration"][node]
     _count_free_child(pool, node, -1)
 
 
@@ -132,7 +127,7 @@ def _put_blank(pool: PoolArrays, block: int) -> None:
         pool.blank[pool.counts[NUM_BLANK]] = block
         pool.counts[NUM_BLANK] += 1
     else:
-        pool.host_blank[pool.counts[NUM_HOST_BLANK]] = block
+        pool.blank[pool.ref_cnt.size + pool.counts[NUM_HOST_BLANK]] = block
         pool.counts[NUM_HOST_BLANK] += 1
 
 
@@ -165,7 +160,7 @@ def take_over(pool: PoolArrays, node: int) -> int:
 def _take_on_host(pool: PoolArrays) -> int:
     if pool.counts[NUM_HOST_BLANK] > 0:
         pool.counts[NUM_HOST_BLANK] -= 1
-        return int(pool.host_blank[pool.counts[NUM_HOST_BLANK]])
+        return int(pool.blank[pool.ref_cnt.size + pool.counts[NUM_HOST_BLANK]])
     node = lowest_item(pool.host)
     return NO_BLOCK if node == NOBODY else _forget(pool, node)
 
@@ -187,7 +182,7 @@ def take_block(pool: PoolArrays) -> int:
     node = lowest_item(pool.gpu)
     _dequeue(pool, node)
     block = int(nodes["block"][node])
-    host_block = _take_on_host(pool) if pool.priority[node] >= OFFLOAD_PRIORITY else NO_BLOCK
+    host_block = _take_on_host(pool) if nodes["priority"][node] >= OFFLOAD_PRIORITY else NO_BLOCK
     if host_block == NO_BLOCK:
         return take_over(pool, node)
     _add_copy(pool, block, host_block, nodes["num_tokens"][node])
@@ -224,7 +219,7 @@ def release_block(pool: PoolArrays, block: int, priority: int, duration: float) 
     node = pool.node_of[block]
     if node != NO_NODE:
         if priority != UNSAID:
-            pool.priority[node], pool.duration[node] = priority, duration
+            pool.tree.nodes["priority"][node], pool.tree.nodes["duration"][node] = priority, duration
         unhold_node(pool, node)
         return
     pool.ref_cnt[block] -= 1
@@ -257,6 +252,7 @@ def take_copy(pool: PoolArrays, node: int, num_tokens: int) -> int:
 def store_block(pool: PoolArrays, parent: int, num_tokens: int, block: int) -> int:
     """Store a block that is held, whose tokens are the tree's key, behind `parent`; return its node."""
     node = insert_node(pool.tree, parent, num_tokens, block)
-    pool.node_of[block], pool.priority[node], pool.duration[node] = node, DEFAULT_PRIORITY, FOR_GOOD
+    pool.node_of[block] = node
+    pool.tree.nodes["priority"][node], pool.tree.nodes["duration"][node] = DEFAULT_PRIORITY, FOR_GOOD
     _update_ready(pool, parent)
     return node

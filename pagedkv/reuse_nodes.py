@@ -22,6 +22,8 @@ TOP, LOWER, HIGHER = range(3)
 NODE = np.dtype(
     [
         ("stamp", "<i8"),
+        ("priority", "<i8"),
+        ("duration", "<f8"),
         ("parent", "<i4"),
         ("block", "<i4"),
         ("num_tokens", "<i4"),
@@ -35,6 +37,7 @@ NODE = np.dtype(
 """A stored block:
 
 * stamp: how many blocks had this number in the tree before: who remembers both sees whether its node is there still;
+* priority, duration: for the pool: what it is worth when nobody holds it, and for how long from its release on;
 * parent: NO_NODE of a root, and of what is not in the tree;
 * block: which one holds its tokens; num_tokens: how many, and without children if it is not full;
 * first_child, last_child: the ends of the list of its children, oldest first; next, previous: its place in such a list;
@@ -119,7 +122,8 @@ def find_child(tree: TreeArrays, parent: int, num_tokens: int) -> int:
 @lean_jit
 def _rank(node: int) -> np.uint64:
     """Return its place in a treap: the higher is above. As good as random."""
-    return mixed_one(np.uint64(node))
+    rank: np.uint64 = mixed_one(np.uint64(node))
+    return rank
 
 
 @lean_jit

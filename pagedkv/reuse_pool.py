@@ -7,7 +7,6 @@ import numpy as np
 
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import IntegrityError
-from pagedkv.indexed_heap import NOWHERE
 from pagedkv.priority_queue import PriorityQueue
 from pagedkv.reuse_moves import NUM_BLANK, NUM_COUNTS, NUM_HOLDERS, NUM_HOST_BLANK, PoolArrays, is_ready, take_block
 from pagedkv.reuse_nodes import NO_NODE
@@ -33,12 +32,9 @@ class ReusePool:
             self.tree.arrays,
             self.gpu.arrays,
             self.host.arrays,
-            np.arange(num_blocks, dtype=np.int32)[::-1].copy(),
-            np.arange(num_blocks, capacity, dtype=np.int32)[::-1].copy(),
+            np.concatenate((np.arange(num_blocks)[::-1], np.arange(num_blocks, capacity)[::-1])).astype(np.int32),
             np.zeros(num_blocks, np.int32),
             np.full(num_blocks, NO_NODE, np.int32),
-            np.zeros(capacity, np.int64),
-            np.zeros(capacity),
             np.zeros((max_copies, 3), np.int64),
             counts,
         )
@@ -55,7 +51,7 @@ class ReusePool:
 
     def host_blank(self) -> list[int]:
         """Return those of the host."""
-        blocks: list[int] = self.arrays.host_blank[: self.arrays.counts[NUM_HOST_BLANK]].tolist()
+        blocks: list[int] = self.arrays.blank[self.num_blocks :][: self.arrays.counts[NUM_HOST_BLANK]].tolist()
         return blocks
 
     def cached_blocks(self) -> Int32Array:
@@ -90,7 +86,7 @@ class ReusePool:
         ):
             queue.check_integrity()
             ready = {node for node in free if is_ready(pool, node)}
-            if free != set(queue) or ready != set(np.flatnonzero(queue.arrays.ready.places != NOWHERE).tolist()):
+            if free != set(queue) or ready != set(queue.ready()):
                 raise IntegrityError(f"queued are {list(queue)}, free {free}, or one has the wrong rank: {state}")
         for node in nodes:
             number = int(pool.tree.nodes["num_free_children"][node])

@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from pagedkv.arrays import Float64Array, Int32Array, Int64Array
+from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.priority_queue import is_queued
 from pagedkv.reuse_moves import (
@@ -27,6 +28,18 @@ from pagedkv.token_source import write_tokens
 
 NUM_HITS, PARTIAL, NUM_PARTIAL = range(3)
 """In `ReuseArrays.found`: full blocks, whose nodes are in the tree's path; the node hit in part; how many tokens of it."""
+NOTHING_FOUND = (0, NO_NODE, 0)
+
+STORED = np.dtype([("num_stored", "<i8"), ("tail", "<i8"), ("tail_stamp", "<i8"), ("next_full", "<i8")])
+"""What others can find of a row:
+
+* num_stored: leading blocks whose content is in the tree, be it in the block of another request;
+* tail: the node of the last of them, or NO_NODE; tail_stamp: its stamp: if the node has another now, it was evicted since;
+* next_full: with so many computed tokens there is another full block.
+"""
+
+SAID = np.dtype([("priority", "<i8"), ("duration", "<f8")])
+"""What a block is worth from its release on, or UNSAID, and for how long."""
 
 
 class ReuseArrays(NamedTuple):
@@ -39,36 +52,26 @@ class ReuseArrays(NamedTuple):
     """By row: blocks in its table."""
     states: Int32Array
     """By row: the blocks of its state, int32 [max_num_seqs, state blocks]."""
-    num_stored: Int32Array
-    """By row: leading blocks whose content is in the tree, be it in the block of another request."""
-    tails: Int32Array
-    """By row: the node of the last of them, NO_NODE if there is none."""
-    tail_stamps: Int64Array
-    """By row: its stamp. If the node has another, it was evicted since."""
-    next_full: Int64Array
-    """By row: with so many computed tokens there is another full block."""
+    rows: npt.NDArray[np.void]
+    """`STORED`, by row."""
     found: Int64Array
     """What `find_prefix` found."""
-    priorities: Int64Array
-    """By place in the table of a row that is about to be released: what is said about the block, or UNSAID."""
-    durations: Float64Array
-    """The same: for how long."""
+    said: npt.NDArray[np.void]
+    """`SAID`, by place in the table of a row that is about to be released."""
 
     @classmethod
     def empty(cls, pool: PoolArrays, *, max_num_seqs: int, max_blocks: int, num_state_blocks: int) -> "ReuseArrays":
         """Return rows that hold nothing."""
+        rows, said = np.zeros(max_num_seqs, STORED), np.zeros(max_blocks, SAID)
+        rows["tail"], said["priority"] = NO_NODE, UNSAID
         return cls(
             pool,
             np.zeros((max_num_seqs, max_blocks), np.int32),
             np.zeros(max_num_seqs, np.int32),
             np.zeros((max_num_seqs, num_state_blocks), np.int32),
-            np.zeros(max_num_seqs, np.int32),
-            np.full(max_num_seqs, NO_NODE, np.int32),
-            np.zeros(max_num_seqs, np.int64),
-            np.zeros(max_num_seqs, np.int64),
-            np.zeros(3, np.int64),
-            np.full(max_blocks, UNSAID, np.int64),
-            np.zeros(max_blocks),
+            rows,
+            np.array(NOTHING_FOUND),
+            said,
         )
 
 
@@ -93,7 +96,7 @@ def find_prefix(memory: ReuseArrays, rules: ReuseRules, root: int, source: Any, 
 @lean_jit
 def find_nothing(memory: ReuseArrays) -> int:
     """Let nothing be found for a request that shares nothing."""
-    memory.found[NUM_HITS], memory.found[PARTIAL], memory.found[NUM_PARTIAL] = 0, NO_NODE, 0
+    memory.found[NUM_HITS], memory.found[PARTIAL], memory.found[NUM_PARTIAL] = NOTHING_FOUND
     return 0
 
 
@@ -141,17 +144,17 @@ def admit_row(memory: ReuseArrays, rules: ReuseRules, row: int, num_new: int, nu
         memory.states[row, i] = take_block(pool)
     if partial != NO_NODE:
         unhold_node(pool, partial)
-    memory.num_blocks[row], memory.num_stored[row] = num_blocks, hits
-    memory.tails[row] = NO_NODE
+    memory.num_blocks[row] = num_blocks
+    memory.rows["num_stored"][row], memory.rows["tail"][row] = hits, NO_NODE
     if hits > 0:
         _remember_tail(memory, row, path[hits - 1])
-    memory.next_full[row] = (num_cached // rules.block_size + 1) * rules.block_size
+    memory.rows["next_full"][row] = (num_cached // rules.block_size + 1) * rules.block_size
     return True
 
 
 @lean_jit
 def _remember_tail(memory: ReuseArrays, row: int, node: int) -> None:
-    memory.tails[row], memory.tail_stamps[row] = node, memory.pool.tree.nodes["stamp"][node]
+    memory.rows["tail"][row], memory.rows["tail_stamp"][row] = node, memory.pool.tree.nodes["stamp"][node]
 
 
 @lean_jit
@@ -171,11 +174,12 @@ def grow_row(memory: ReuseArrays, rules: ReuseRules, row: int, num_slots: int) -
 def store_row(memory: ReuseArrays, rules: ReuseRules, root: int, source: Any, row: int, num_tokens: int) -> None:
     """Store the blocks of the first `num_tokens` tokens of a row, but for those whose content is stored already. O(tokens)."""
     pool, size = memory.pool, rules.block_size
-    tree, tail = pool.tree, memory.tails[row]
-    if tail != NO_NODE and tree.nodes["stamp"][tail] != memory.tail_stamps[row]:
-        tail, memory.num_stored[row] = NO_NODE, 0  # evicted since: what lay behind it is not in the tree either
-        memory.tails[row] = NO_NODE
-    first = memory.num_stored[row] * size
+    tree, rows = pool.tree, memory.rows
+    tail = rows["tail"][row]
+    if tail != NO_NODE and tree.nodes["stamp"][tail] != rows["tail_stamp"][row]:
+        tail = rows["tail"][row] = NO_NODE  # evicted since: what lay behind it is not in the tree either
+        rows["num_stored"][row] = 0
+    first = rows["num_stored"][row] * size
     if num_tokens <= first:
         return
     node = root if tail == NO_NODE else tail
@@ -184,9 +188,9 @@ def store_row(memory: ReuseArrays, rules: ReuseRules, root: int, source: Any, ro
         write_tokens(source, first, last, tree.key)
         child = find_child(tree, node, last - first)
         if child == NO_NODE:
-            child = store_block(pool, node, last - first, memory.tables[row, memory.num_stored[row]])
+            child = store_block(pool, node, last - first, memory.tables[row, rows["num_stored"][row]])
         node = child
-        memory.num_stored[row] += 1
+        rows["num_stored"][row] += 1
         first = last
     _remember_tail(memory, row, node)
 
@@ -195,19 +199,19 @@ def store_row(memory: ReuseArrays, rules: ReuseRules, root: int, source: Any, ro
 def note_row(memory: ReuseArrays, rules: ReuseRules, root: int, source: Any, row: int, num_computed: int, num_known: int) -> None:
     """Store the blocks that have become full, never the last known token. O(tokens in them)."""
     num_full = min(num_computed, num_known - 1) // rules.block_size
-    if num_full > memory.num_stored[row]:
+    if num_full > memory.rows["num_stored"][row]:
         store_row(memory, rules, root, source, row, num_full * rules.block_size)
-    memory.next_full[row] = (num_computed // rules.block_size + 1) * rules.block_size
+    memory.rows["next_full"][row] = (num_computed // rules.block_size + 1) * rules.block_size
 
 
 @lean_jit
 def release_row(memory: ReuseArrays, row: int) -> None:
-    """Give back all that `row` holds, tail first, worth what `priorities` say. O(blocks * log blocks)."""
+    """Give back all that `row` holds, tail first, worth what is `said`. O(blocks * log blocks)."""
     if memory.num_blocks[row] == 0:  # its state was given back too
         return
     for i in range(memory.num_blocks[row] - 1, -1, -1):
-        release_block(memory.pool, memory.tables[row, i], memory.priorities[i], memory.durations[i])
+        release_block(memory.pool, memory.tables[row, i], memory.said["priority"][i], memory.said["duration"][i])
     for i in range(memory.states.shape[1] - 1, -1, -1):
         release_block(memory.pool, memory.states[row, i], UNSAID, 0.0)
-    memory.num_blocks[row] = memory.num_stored[row] = 0
-    memory.tails[row] = NO_NODE
+    memory.num_blocks[row] = memory.rows["num_stored"][row] = 0
+    memory.rows["tail"][row] = NO_NODE

@@ -157,7 +157,9 @@ class ReuseTree:
 
     def _in_order(self, parent: int) -> list[int]:
         """Return the children of `parent` as their treap has them."""
-        ordered, stack, node = [], [], int(self.arrays.links[parent, TOP])
+        ordered: list[int] = []
+        stack: list[int] = []
+        node = int(self.arrays.links[parent, TOP])
         while stack or node != NO_NODE:
             while node != NO_NODE:
                 stack.append(node)

@@ -2,8 +2,8 @@
 
 The scheduler writes what it would like to run into a `StepBatch`; the allocator grants slots in that order and stops at the first
 entry that does not fit now. A row is a place in the running batch; a request owns one from admission until it finishes or is
-preempted. Every allocator of the registry can be driven so; paged blocks, contiguous intervals,
-reserved or growing, and vAttention's pages have compiled code for it.
+preempted. Every allocator of the registry can be driven so; paged blocks, contiguous intervals, reserved or growing, vAttention's
+pages and TensorRT-LLM's reusable blocks have compiled code for it.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +13,7 @@ import numpy as np
 from pagedkv.allocation import Allocator, Grouped, GrowsWhileFree, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.contiguous_growing import ContiguousGrowingAllocator
+from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
 from pagedkv.allocators.vattention import VAttentionAllocator
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.contiguous_allocator import ContiguousAllocator
@@ -22,6 +23,7 @@ from pagedkv.growing_steps import GrowingStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.reuse_steps import ReuseStepAllocator
 from pagedkv.step_batch import StepBatch
 from pagedkv.virtual_steps import VirtualStepAllocator
 
@@ -254,4 +256,6 @@ def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:
         return GrowingStepAllocator(allocator)
     if isinstance(allocator, VAttentionAllocator):
         return VirtualStepAllocator(allocator)
+    if isinstance(allocator, TensorRTLLMAllocator):
+        return ReuseStepAllocator(allocator)
     return RequestByRequest(allocator)

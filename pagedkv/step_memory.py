@@ -63,6 +63,16 @@ def admit(
 
 
 @by_kind
+def note_computed(memory: Any, rules: Any, requests: Any, segments: Any, request: int, row: int) -> Any:
+    """Hear that a running `request` has computed more tokens, of which others may find some from now on."""
+
+
+@by_kind
+def keep_content(memory: Any, rules: Any, requests: Any, segments: Any, request: int, row: int) -> Any:
+    """Keep for others what a running `request` has computed, as far as that is done: its row is about to be given back."""
+
+
+@by_kind
 def free_row(memory: Any, rules: Any, row: int) -> Any:
     """Give back all that `row` holds."""
 

@@ -105,7 +105,7 @@ def run_steps(
             if drafts:
                 accept_drafts(loop.acceptance, batch, decision[ENTRIES])
             num_sampled, num_tokens, num_finished = apply_step(
-                engine, state, requests, memory, rules, batch, decision[ENTRIES], sampled, finished
+                engine, state, requests, memory, rules, loop.segments, batch, decision[ENTRIES], sampled, finished
             )
             record_tokens(recorder, sampled, num_sampled, num_tokens, num_finished, now_s)
             if num_finished > 0 and return_at_end:

@@ -8,11 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
 from pagedkv.errors import ConfigError
+from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.reuse_steps import ReuseStepAllocator
 from pagedkv.scheduling.capacity_policy import CAPACITY_POLICIES
 from pagedkv.scheduling.content import shared_segments
-from pagedkv.scheduling.micro_batch import MicroBatchLimits, Work, equal_progress, first_come_first_served, micro_batch
+from pagedkv.scheduling.micro_batch import (
+    EQUAL_PROGRESS,
+    FIRST_COME_FIRST_SERVED,
+    WHOLE,
+    MicroBatch,
+    MicroBatchLimits,
+    choose_entries,
+)
 from pagedkv.scheduling.step import Blocker, Step
 from pagedkv.scheduling.tensorrt_llm_scheduler import TensorRTLLMScheduler, TensorRTLLMSettings
 
@@ -29,7 +38,8 @@ def scheduler(
         enable_prefix_caching=caching,
         state_slots=state,
     )
-    return TensorRTLLMScheduler(settings, ALLOCATORS.load(allocator)(pool))
+    own = allocator == "tensorrt-llm"
+    return TensorRTLLMScheduler(settings, ReuseStepAllocator(TensorRTLLMAllocator(pool)) if own else PagedStepAllocator(pool))
 
 
 def add(to: TensorRTLLMScheduler, *lengths: tuple[int, int], priority: int = 0) -> list[int | None]:
@@ -313,19 +323,32 @@ def test_a_paused_request_finds_what_is_not_evicted() -> None:
 # --- the micro-batch scheduler
 
 
+Work = tuple[int, int, bool]
+"""(request, its tokens, whether it is a prompt)."""
+
+
+def micro_batch(work: list[Work], limits: MicroBatchLimits) -> list[tuple[int, int]]:
+    """(request, tokens) of a step."""
+    batch = MicroBatch.empty(len(work))
+    for kept, values in zip((batch.requests, batch.num_tokens, batch.is_context), zip(*work, strict=True), strict=True):
+        kept[:] = values
+    number = choose_entries(batch, len(work), limits)
+    return list(zip(batch.requests[batch.chosen[:number]].tolist(), batch.sizes[:number].tolist(), strict=True))
+
+
 def test_without_chunks_a_prompt_that_exceeds_the_step_ends_it() -> None:
-    work = [Work(0, 1, False), Work(1, 6, True), Work(2, 5, True), Work(3, 1, False)]
-    assert micro_batch(work, MicroBatchLimits(8, 10, None, 4)) == [(0, 1), (1, 6)]  # nor does request 3 run
-    assert micro_batch(work, MicroBatchLimits(1, 10, None, 4)) == [(0, 1)]
+    work = [(0, 1, False), (1, 6, True), (2, 5, True), (3, 1, False)]
+    assert micro_batch(work, MicroBatchLimits(8, 10, WHOLE, 4)) == [(0, 1), (1, 6)]  # nor does request 3 run
+    assert micro_batch(work, MicroBatchLimits(1, 10, WHOLE, 4)) == [(0, 1)]
 
 
 def test_chunks_are_whole_blocks_unless_they_end_a_prompt() -> None:
-    work = [Work(0, 9, True), Work(1, 1, False), Work(2, 9, True)]
-    assert micro_batch(work, MicroBatchLimits(8, 16, first_come_first_served, 4)) == [(1, 1), (0, 9), (2, 4)]
-    assert micro_batch(work, MicroBatchLimits(8, 11, first_come_first_served, 4)) == [(1, 1), (0, 9)]
-    assert micro_batch(work, MicroBatchLimits(8, 11, equal_progress, 4)) == [(1, 1), (0, 4), (2, 4)]
-    assert micro_batch(work, MicroBatchLimits(8, 19, equal_progress, 4)) == [(1, 1), (0, 9), (2, 9)]
-    assert micro_batch(work, MicroBatchLimits(8, 4, first_come_first_served, 4)) == [(1, 1)]
+    work = [(0, 9, True), (1, 1, False), (2, 9, True)]
+    assert micro_batch(work, MicroBatchLimits(8, 16, FIRST_COME_FIRST_SERVED, 4)) == [(1, 1), (0, 9), (2, 4)]
+    assert micro_batch(work, MicroBatchLimits(8, 11, FIRST_COME_FIRST_SERVED, 4)) == [(1, 1), (0, 9)]
+    assert micro_batch(work, MicroBatchLimits(8, 11, EQUAL_PROGRESS, 4)) == [(1, 1), (0, 4), (2, 4)]
+    assert micro_batch(work, MicroBatchLimits(8, 19, EQUAL_PROGRESS, 4)) == [(1, 1), (0, 9), (2, 9)]
+    assert micro_batch(work, MicroBatchLimits(8, 4, FIRST_COME_FIRST_SERVED, 4)) == [(1, 1)]
 
 
 def test_a_prompt_longer_than_a_step_needs_chunks() -> None:
@@ -346,7 +369,9 @@ def test_bad_settings_are_refused() -> None:
         with pytest.raises(ConfigError):
             TensorRTLLMScheduler(
                 TensorRTLLMSettings(**{"max_num_seqs": 8, "max_model_len": 256, **wrong}),
-                ALLOCATORS.load("tensorrt-llm")(KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=8, max_model_len=256)),
+                ReuseStepAllocator(
+                    TensorRTLLMAllocator(KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=8, max_model_len=256))
+                ),
             )
     with pytest.raises(ConfigError):
         scheduler(num_blocks=8).add(prompt_tokens=0, output_tokens=1)

@@ -21,10 +21,11 @@ from pagedkv.reuse_moves import NUM_COPIES, OFFLOADED, ONBOARDED, UNSAID
 from pagedkv.reuse_nodes import NO_NODE
 from pagedkv.reuse_pool import ReusePool
 from pagedkv.reuse_rows import (
+    NOTHING_FOUND,
+    NUM_HITS,
     ReuseArrays,
     ReuseRules,
     admit_row,
-    find_nothing,
     find_prefix,
     grow_row,
     note_row,
@@ -175,6 +176,8 @@ class TensorRTLLMAllocator:
             return self._admit(request, num_new_tokens, self.rules.watermark_blocks if has_scheduled_reqs else 0)
         num_slots = request.num_computed_tokens + num_new_tokens
         request.check_length(num_slots, self.max_model_len)
+        if num_slots <= self.num_slots_held(request):  # compiled code has nothing to do
+            return Grant()
         if not self._grow(self.arrays, self.rules, holding.row, num_slots):
             return None
         self._clear()
@@ -192,7 +195,8 @@ class TensorRTLLMAllocator:
         if not 0 <= request.num_computed_tokens <= num_held:
             raise request.error(f"{request.num_computed_tokens} computed tokens: needs 0 up to the {num_held} slots it holds")
         holding.num_written = request.num_computed_tokens
-        if self._shares(request):
+        num_full = min(holding.num_written, request.num_tokens - 1) // self.unit_slots
+        if num_full > self.arrays.rows["num_stored"][holding.row] and self._shares(request):
             root, source = self._pool.tree.root(request.namespace), GivenTokens(np.ascontiguousarray(request.token_ids))
             self._note(self.arrays, self.rules, root, source, holding.row, holding.num_written, request.num_tokens)
             self._clear()
@@ -207,9 +211,9 @@ class TensorRTLLMAllocator:
         del self._holdings[request]
         number = int(memory.num_blocks[holding.row]) if holding.ranges or request.priority else 0
         for i in range(number):
-            memory.priorities[i], memory.durations[i] = self._retention(request, holding, i * self.unit_slots)
+            memory.said[i] = self._retention(request, holding, i * self.unit_slots)
         self._release(memory, holding.row)
-        memory.priorities[:number], memory.durations[:number] = UNSAID, 0.0
+        memory.said[:number] = UNSAID, 0.0
         self._free_rows.append(holding.row)
         self._clear()
 
@@ -266,14 +270,15 @@ class TensorRTLLMAllocator:
 
     def _match(self, request: KVRequest) -> int:
         if not self._shares(request):
-            return int(find_nothing(self.arrays))
+            return 0
         root, source = self._pool.tree.find_root(request.namespace), GivenTokens(np.ascontiguousarray(request.token_ids))
         return int(self._find(self.arrays, self.rules, root, source, request.num_tokens))
 
     def _clear(self) -> None:
         """Leave no trace of what was looked for: a call that fails changes nothing."""
         tree = self._pool.tree.arrays
-        tree.path[: self.arrays.found[0]] = tree.key[:] = self.arrays.found[:] = 0
+        tree.path[: self.arrays.found[NUM_HITS]] = tree.key[:] = 0
+        self.arrays.found[:] = NOTHING_FOUND
 
     def _grant(self, num_cached_tokens: int) -> Grant:
         pool, size = self._pool.arrays, self.unit_slots
@@ -303,8 +308,8 @@ class TensorRTLLMAllocator:
         tables = [memory.tables[row, : memory.num_blocks[row]].tolist() for row in rows]
         self._pool.check_integrity([*itertools.chain(*tables), *memory.states[rows].ravel().tolist()])
         for row in rows:
-            number, tail = int(memory.num_stored[row]), int(memory.tails[row])
-            there = tail != NO_NODE and nodes["stamp"][tail] == memory.tail_stamps[row]
+            number, tail = memory.rows[["num_stored", "tail"]][row].item()
+            there = tail != NO_NODE and nodes["stamp"][tail] == memory.rows["tail_stamp"][row]
             depth = len(self._pool.tree.tokens_up_to(tail)) if there else number * self.unit_slots
             if depth != number * self.unit_slots or number > memory.num_blocks[row]:
                 raise IntegrityError(

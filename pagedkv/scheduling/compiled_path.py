@@ -61,6 +61,7 @@ class CompiledPath:
             roster.requests.arrays,
             memory.arrays,
             memory.rules,
+            roster.requests.segments,
             arrays.batch,
             step.num_entries,
             arrays.sampled,

@@ -1,56 +1,44 @@
-"""How many tokens of whom a step computes for TensorRT-LLM's micro-batch scheduler, among those who have memory.
+"""How many tokens of whom a step computes for TensorRT-LLM's micro-batch scheduler, among those who have memory: compiled.
 
 Rules, not code, of its microBatchScheduler.cpp.
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 
-class Work(NamedTuple):
-    """What a request has to compute."""
+from pagedkv.arrays import BoolArray, Int64Array
+from pagedkv.jit import lean_jit
 
-    request: int
-    num_tokens: int
-    """All that is left of its prompt, or 1."""
-    is_context: bool
-    """Whether that is a prompt, or what is recomputed after a pause."""
-
-
-ChunkPolicy = Callable[[Sequence[int], int, int], list[int]]
-"""(tokens left of each prompt, tokens that a step has room for, chunk unit) -> tokens of each in this step."""
-
-
-def first_come_first_served(left: Sequence[int], room: int, unit: int) -> list[int]:
-    """Give each prompt all it can get, in order; one that is cut is cut to whole units."""
-    sizes = []
-    for num_tokens in left:
-        size = min(num_tokens, room)
-        sizes.append(size if size == num_tokens else size // unit * unit)
-        room -= sizes[-1]
-    return sizes
-
-
-def equal_progress(left: Sequence[int], room: int, unit: int) -> list[int]:
-    """Give a unit to each prompt in turn, until none gets another one."""
-    sizes = [0] * len(left)
-    while True:
-        progress = 0
-        for i, num_tokens in enumerate(left):
-            step = min(unit, num_tokens - sizes[i])
-            if step <= room:
-                sizes[i] += step
-                room -= step
-                progress += step
-        if not progress:
-            return sizes
-
-
-CHUNK_POLICIES: dict[str, ChunkPolicy] = {
-    "first_come_first_served": first_come_first_served,
-    "equal_progress": equal_progress,
-}
+WHOLE, FIRST_COME_FIRST_SERVED, EQUAL_PROGRESS = range(3)
+"""How prompts share a step's tokens: not at all, they are not cut; or one of the chunk policies."""
+CHUNK_POLICIES = {"first_come_first_served": FIRST_COME_FIRST_SERVED, "equal_progress": EQUAL_PROGRESS}
 """By TensorRT-LLM's names, in lower case."""
+
+
+class MicroBatch(NamedTuple):
+    """Who may run in a step, and who does: room for `max_num_seqs` each."""
+
+    requests: Int64Array
+    """Who may run, in order."""
+    num_tokens: Int64Array
+    """Of each: all that is left of its prompt, or 1."""
+    is_context: BoolArray
+    """Of each: whether that is a prompt, or what is recomputed after a pause."""
+    chosen: Int64Array
+    """Who runs: places in `requests`."""
+    sizes: Int64Array
+    """The tokens of each of those."""
+    prompts: Int64Array
+    """Places of prompts that can be cut."""
+    cuts: Int64Array
+    """Their tokens in this step."""
+
+    @classmethod
+    def empty(cls, max_num_seqs: int) -> "MicroBatch":
+        """Return one without anybody."""
+        requests, num_tokens, chosen, sizes, prompts, cuts = np.zeros((6, max_num_seqs), np.int64)
+        return cls(requests, num_tokens, np.zeros(max_num_seqs, np.bool_), chosen, sizes, prompts, cuts)
 
 
 class MicroBatchLimits(NamedTuple):
@@ -58,28 +46,65 @@ class MicroBatchLimits(NamedTuple):
 
     max_num_seqs: int
     max_num_tokens: int
-    chunk: ChunkPolicy | None
-    """How prompts are cut; None: they are not."""
+    chunk: int
+    """WHOLE, or a policy."""
     chunk_unit: int
 
 
-def micro_batch(work: Sequence[Work], limits: MicroBatchLimits) -> list[tuple[int, int]]:
-    """Return (request, tokens) of a step.
+@lean_jit
+def _first_come_first_served(batch: MicroBatch, number: int, room: int, unit: int) -> None:
+    """Give each prompt all it can get, in order; one that is cut is cut to whole units."""
+    for i in range(number):
+        left = batch.num_tokens[batch.prompts[i]]
+        size = min(left, room)
+        if size < left:
+            size = size // unit * unit
+        batch.cuts[i] = size
+        room -= size
+
+
+@lean_jit
+def _equal_progress(batch: MicroBatch, number: int, room: int, unit: int) -> None:
+    """Give a unit to each prompt in turn, until none gets another one."""
+    batch.cuts[:number] = 0
+    progress = 1
+    while progress > 0:
+        progress = 0
+        for i in range(number):
+            step = min(unit, batch.num_tokens[batch.prompts[i]] - batch.cuts[i])
+            if step <= room:
+                batch.cuts[i] += step
+                room -= step
+                progress += step
+
+
+@lean_jit
+def choose_entries(batch: MicroBatch, number: int, limits: MicroBatchLimits) -> int:
+    """Write into batch.chosen and batch.sizes who of the first `number` runs, and return how many they are.
 
     In order, until the first that the tokens do not suffice for. Prompts that can be cut are served from what the others leave.
     """
-    chosen: list[tuple[int, int]] = []
-    prompts: list[Work] = []
-    room = limits.max_num_tokens
-    for each in work[: limits.max_num_seqs]:
-        if each.is_context and limits.chunk is not None:
-            prompts.append(each)
+    room, num_chosen, num_prompts, wanted = limits.max_num_tokens, 0, 0, 0
+    for i in range(min(number, limits.max_num_seqs)):
+        if limits.chunk != WHOLE and batch.is_context[i]:
+            batch.prompts[num_prompts] = i
+            num_prompts += 1
+            wanted += batch.num_tokens[i]
             continue
-        if each.num_tokens > room:
+        if batch.num_tokens[i] > room:
             break
-        chosen.append((each.request, each.num_tokens))
-        room -= each.num_tokens
-    left = [each.num_tokens for each in prompts]
-    if limits.chunk is not None and sum(left) > room:
-        left = limits.chunk(left, room, limits.chunk_unit)
-    return chosen + [(each.request, size) for each, size in zip(prompts, left, strict=True) if size]
+        batch.chosen[num_chosen], batch.sizes[num_chosen] = i, batch.num_tokens[i]
+        num_chosen += 1
+        room -= batch.num_tokens[i]
+    if wanted <= room:
+        for i in range(num_prompts):
+            batch.cuts[i] = batch.num_tokens[batch.prompts[i]]
+    elif limits.chunk == FIRST_COME_FIRST_SERVED:
+        _first_come_first_served(batch, num_prompts, room, limits.chunk_unit)
+    else:
+        _equal_progress(batch, num_prompts, room, limits.chunk_unit)
+    for i in range(num_prompts):
+        if batch.cuts[i] > 0:
+            batch.chosen[num_chosen], batch.sizes[num_chosen] = batch.prompts[i], batch.cuts[i]
+            num_chosen += 1
+    return num_chosen

@@ -164,6 +164,7 @@ def _apply_step(
     requests: RequestArrays,
     memory: Any,
     rules: Any,
+    segments: Segments,
     batch: StepBatch,
     num_entries: int,
     sampled: Int64Array,

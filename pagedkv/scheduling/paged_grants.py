@@ -11,7 +11,17 @@ from pagedkv.prefix_cache import find_key, insert_key
 from pagedkv.scheduling.content import Segments, segment_of, stream_of
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.shared_tails import part_tail, shares_tail
-from pagedkv.step_memory import admit, begin_step, covers, find_cached, grant, rows_of, slots_of
+from pagedkv.step_memory import (
+    admit,
+    begin_step,
+    covers,
+    find_cached,
+    grant,
+    keep_content,
+    note_computed,
+    rows_of,
+    slots_of,
+)
 
 
 @begin_step.register(PagedArrays)
@@ -142,3 +152,19 @@ def _admit(
         _register(pool, rules, requests, segments, request, row, num_hits, full)
     pool.num_blocks[row] = needed
     return True
+
+
+@note_computed.register(PagedArrays)
+@lean_jit
+def _note_computed(
+    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int
+) -> None:
+    """Blocks carry their keys from the step on that fills them."""
+
+
+@keep_content.register(PagedArrays)
+@lean_jit
+def _keep_content(
+    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int
+) -> None:
+    """Blocks keep their keys when they are given back."""

@@ -12,6 +12,7 @@ from pagedkv.growing_steps import GrowingStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.reuse_steps import ReuseStepAllocator
 from pagedkv.scheduling.kv_rows import KVRows
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.slot_steps import SlotStepAllocator
@@ -36,6 +37,8 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
         return _PagedRows(scheduler, allocator)
     if isinstance(allocator, RadixRows):
         return _RadixRows(scheduler, allocator)
+    if isinstance(allocator, ReuseStepAllocator):
+        return _ReuseRows(scheduler, allocator)
     if isinstance(allocator, GrowingStepAllocator | IntervalStepAllocator | VirtualStepAllocator):
         return _UnsharedRows(scheduler, allocator)
     if isinstance(allocator, SlotStepAllocator):
@@ -106,6 +109,23 @@ class _RadixRows(_Rows):
 
     def _slots_of(self, row: int) -> Int64Array:
         return block_slots(self._allocator.tables[row, : self._allocator.units_held[row]], self.unit_slots)
+
+
+class _ReuseRows(_Rows):
+    def __init__(self, scheduler: StepScheduler, allocator: ReuseStepAllocator) -> None:
+        super().__init__(scheduler, allocator, num_slots=allocator.num_slots)
+        self._allocator = allocator
+
+    def cached_slots(self) -> Int64Array:
+        """Return the slots of stored blocks that nobody holds."""
+        return self._allocator.allocator.cached_slots()
+
+    def taken_slots(self) -> Int64Array:
+        """Return the slots of blocks that somebody holds, be it for state."""
+        return self._allocator.taken_slots()
+
+    def _slots_of(self, row: int) -> Int64Array:
+        return self._allocator.slots_of_row(row)
 
 
 class _UnsharedRows(_Rows):

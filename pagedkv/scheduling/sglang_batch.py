@@ -16,15 +16,15 @@ from pagedkv.scheduling.sglang_arrays import (
 )
 from pagedkv.scheduling.sglang_request import SGLangRecords
 from pagedkv.scheduling.sglang_retraction import new_slots
-from pagedkv.scheduling.stream_tokens import write_tokens
+from pagedkv.scheduling.stream_tokens import stream_tokens_of
 from pagedkv.scheduling.waiting import NUM_RUNNING, SchedulerArrays, push_waiting
+from pagedkv.token_source import write_tokens
 
 
 @lean_jit
 def know_tokens(segments: Segments, requests: RequestArrays, request: int, num_tokens: int, tokens: Int32Array) -> None:
     """Write the first tokens of `request` into `tokens`. O(tokens)."""
-    first = requests["first_segment"][request]
-    write_tokens(segments, first, first + requests["num_segments"][request], request, num_tokens, tokens)
+    write_tokens(stream_tokens_of(requests, segments, request), 0, num_tokens, tokens)
 
 
 @lean_jit

@@ -217,6 +217,7 @@ def _apply_step(
     requests: RequestArrays,
     memory: Any,
     rules: Any,
+    segments: Segments,
     batch: StepBatch,
     num_entries: int,
     sampled: Int64Array,

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.allocators import ALLOCATORS
+from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
 from pagedkv.model_spec import ModelSpec
+from pagedkv.reuse_steps import ReuseStepAllocator
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.scheduling.tensorrt_llm_scheduler import TensorRTLLMScheduler, TensorRTLLMSettings
@@ -81,7 +82,7 @@ class TensorRTLLM(OneVersion):
             enable_chunked_prefill=bool(serving.enable_chunked_prefill),
             enable_block_reuse=pool.enable_prefix_caching,
         )
-        return TensorRTLLMScheduler(settings, ALLOCATORS.load(allocator)(pool))
+        return TensorRTLLMScheduler(settings, ReuseStepAllocator(TensorRTLLMAllocator(pool)))
 
 
 ENGINES.register("tensorrt-llm")(TensorRTLLM())

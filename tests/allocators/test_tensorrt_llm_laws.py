@@ -83,8 +83,7 @@ def test_the_heap_of_a_queue_does_not_grow_with_the_number_of_changes() -> None:
         queue.set_ready(1, ready=True)
         queue.check_integrity()
         queue.remove(1)
-    assert queue.arrays.ready.size.tolist() == [1]
-    assert queue.arrays.expiring.size.tolist() == [0]
+    assert queue.ready() == [0]
     assert queue.lowest() == 0
 
 

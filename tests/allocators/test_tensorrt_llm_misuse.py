@@ -12,6 +12,7 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.kv_request import KVRequest
+from pagedkv.priority_queue import NUM_READY
 from pagedkv.retention import RetentionRange
 from pagedkv.reuse_moves import NUM_BLANK, NUM_HOLDERS
 from pagedkv.shadow_memory import check_unchanged, state_of
@@ -127,14 +128,14 @@ def node(allocator: TensorRTLLMAllocator) -> int:
         pytest.param(lambda a, p: p.counts.__setitem__(NUM_HOLDERS, 1), id="holders miscounted"),
         pytest.param(lambda a, p: p.blank.__setitem__(0, 0), id="held block blank"),
         pytest.param(lambda a, p: p.counts.__setitem__(NUM_BLANK, p.counts[NUM_BLANK] - 1), id="blank block lost"),
-        pytest.param(lambda a, p: p.host_blank.__setitem__(0, p.host_blank[1]), id="host block twice"),
+        pytest.param(lambda a, p: p.blank.__setitem__(8, p.blank[9]), id="host block twice"),
         pytest.param(lambda a, p: p.node_of.__setitem__(7, node(a)), id="blank block with a node"),
         pytest.param(lambda a, p: p.node_of.__setitem__(p.tree.nodes["block"][node(a)], -1), id="stored block without its node"),
         pytest.param(lambda a, p: a._pool.gpu.remove(next(iter(a._pool.gpu))), id="free node not queued"),
         pytest.param(lambda a, p: a._pool.gpu.set_ready(list(a._pool.gpu)[-1], ready=True), id="a node that is no leaf is ready"),
-        pytest.param(lambda a, p: p.gpu.ready.size.__setitem__(0, 0), id="queue that gives nothing"),
+        pytest.param(lambda a, p: p.gpu.counts.__setitem__(NUM_READY, 0), id="queue that gives nothing"),
         pytest.param(lambda a, p: p.gpu.items["order"].__setitem__(slice(None), -1), id="queue that knows no item"),
-        pytest.param(lambda a, p: p.gpu.ready.keys.__setitem__(p.gpu.ready.items[0], 7), id="another rank"),
+        pytest.param(lambda a, p: p.gpu.items["place"].__setitem__(p.gpu.heap[0], 1), id="another place in the queue"),
         pytest.param(lambda a, p: p.tree.nodes["num_free_children"].__setitem__(node(a), 7), id="wrong count of children"),
         pytest.param(lambda a, p: p.tree.nodes["parent"].__setitem__(node(a), -1), id="link lost"),
         pytest.param(lambda a, p: p.tree.tokens.__setitem__(node(a), 0), id="another key than its place among others says"),
@@ -144,7 +145,7 @@ def node(allocator: TensorRTLLMAllocator) -> int:
         pytest.param(lambda a, p: a._pool.tree._roots.clear(), id="root lost"),
         pytest.param(lambda a, p: a.arrays.tables.__setitem__((0, 0), 7), id="another block in a table"),
         pytest.param(lambda a, p: a.arrays.num_blocks.__setitem__(3, 1), id="a row of nobody holds a block"),
-        pytest.param(lambda a, p: a.arrays.num_stored.__setitem__(0, 1), id="wrong place in the tree"),
+        pytest.param(lambda a, p: a.arrays.rows["num_stored"].__setitem__(0, 1), id="wrong place in the tree"),
         pytest.param(lambda a, p: a._free_rows.append(0), id="row twice"),
     ],
 )

@@ -126,7 +126,7 @@ _MEMORIES = [
     for name in VARIANTS
     for allocator in (
         *load_engine(name).allocators(ServingConfig(engine=name)),
-        *(("contiguous-growing",) if name == "vllm" else ()),
+        *(("contiguous-growing", "tensorrt-llm") if name == "vllm" else ()),
     )
     if allocator != "paged"
 ]

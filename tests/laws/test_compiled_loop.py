@@ -246,6 +246,9 @@ def place(run: Run) -> list[Any]:
         where = [array.tolist() for array in memory.pages.arrays]
     elif allocator.placement == "cell":
         where = [array.tolist() for part in memory.arrays for array in (part if isinstance(part, tuple) else (part,))]
+    elif allocator.placement == "block":
+        pool = memory.arrays.pool
+        where = [each.tolist() for each in (pool.blank, pool.ref_cnt, pool.node_of, pool.tree.tokens, pool.gpu.items["order"])]
     elif allocator.placement == "growing":
         where = [memory.heap.intervals(), memory.heap.moved_slots]
     elif isinstance(memory, RadixRows):
@@ -257,9 +260,10 @@ def place(run: Run) -> list[Any]:
 
 
 def all_ways_are_one(case: Case) -> Run:
-    """Static batches, server slots and radix rows run over compiled memory only; all others over any."""
+    """Static batches, server slots, radix rows and TensorRT-LLM's steps run over compiled memory only; all others over any."""
     compiled, slow = served(case, step_by_step=False), served(case, step_by_step=True)
-    for other in (slow, *(() if case.engine in ("naive", "llama-cpp", "ollama", "sglang") else (request_by_request(case),))):
+    alone = ("naive", "llama-cpp", "ollama", "sglang", "tensorrt-llm")
+    for other in (slow, *(() if case.engine in alone else (request_by_request(case),))):
         records_agree(compiled, other)
         assert place(compiled) == place(other)
     return slow
@@ -285,6 +289,23 @@ def test_the_law_holds_where_pages_run_out() -> None:
         max_num_batched_tokens=96,
     )
     assert all_ways_are_one(case).log.num_preemptions.sum() > 3
+
+
+def test_the_law_holds_where_blocks_run_out() -> None:
+    """And where some are found, from the streams that requests go through."""
+    case = Case(
+        engine="tensorrt-llm",
+        allocator="tensorrt-llm",
+        variant={"capacity_scheduler_policy": "max_utilization"},
+        users=tuple((Question(0.01 * i, i % 3, 16, 3 + i, 60),) * 3 for i in range(8)),
+        num_blocks=34,
+        block_size=16,
+        max_num_seqs=8,
+        max_num_batched_tokens=96,
+    )
+    log = all_ways_are_one(case).log
+    assert log.num_preemptions.sum() > 3
+    assert log.num_cached_tokens.sum() > 100
 
 
 def test_whoever_waits_for_an_interval_is_said_to_wait_for_one() -> None:

@@ -72,7 +72,7 @@ def test_most_steps_do_run_together(engine: str, allocator: str, monkeypatch: py
         variant={},
         users=((Question(0.0, 0, 33, 5, 28), Question(0.5, 0, 33, 9, 28)),) * 4,
         num_blocks=60,
-        block_size=16 if engine == "tensorrt-llm" else 1 if engine == "sglang" else 8,
+        block_size=1 if engine == "sglang" else 8,
         max_num_seqs=4,
         max_num_batched_tokens=96,
     )
@@ -88,7 +88,6 @@ def test_most_steps_do_run_together(engine: str, allocator: str, monkeypatch: py
     [
         ("sglang", 1, {"schedule_conservativeness": 0.1}),
         ("sglang", 4, {"schedule_conservativeness": 0.1}),
-        ("tensorrt-llm", 16, {"capacity_scheduler_policy": "max_utilization"}),
     ],
 )
 def test_the_law_holds_where_memory_runs_out(engine: str, block_size: int, variant: dict[str, Any]) -> None:
