@@ -188,6 +188,7 @@ def _apply_step(
     requests: RequestArrays,
     memory: RowArrays,
     rules: RowRules,
+    segments: Segments,
     batch: StepBatch,
     num_entries: int,
     sampled: Int64Array,
