@@ -170,14 +170,6 @@ class Forkable(Protocol):
 
 
 @runtime_checkable
-class GrowsWhileFree(Protocol):
-    """An allocator that gives a live request its next unit as long as one is free, so that a count of these tells beforehand."""
-
-    grows_while_free: bool
-    """True."""
-
-
-@runtime_checkable
 class Grouped(Protocol):
     """An allocator whose layer groups keep slots of their own, so that one token takes several."""
 

@@ -10,14 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pagedkv.allocation import Allocator, Grouped, GrowsWhileFree, KVPoolSettings
+from pagedkv.allocation import Allocator, Grouped, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.contiguous_growing import ContiguousGrowingAllocator
 from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
 from pagedkv.allocators.vattention import VAttentionAllocator
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.contiguous_allocator import ContiguousAllocator
-from pagedkv.decode_run import ONE_STEP, DecodeRun, growth, steps_within
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.growing_steps import GrowingStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
@@ -123,7 +122,6 @@ class RequestByRequest:
         """By row: tokens that have slots; its `KVRequest` hears of them when the allocator is asked again."""
         # What it is, is asked once: asking costs as much as a step.
         self._groups = allocator if isinstance(allocator, Grouped) else None
-        self._grows_while_free = isinstance(allocator, GrowsWhileFree)
         # Within what a row holds already, an allocator has nothing to decide, but to give back what has left a window.
         self._in_units = allocator.unit_slots > 1 and self._groups is None
 
@@ -140,27 +138,6 @@ class RequestByRequest:
                 return i
         self._num_slots[rows] = slots
         return last
-
-    def decode_run(self, batch: StepBatch, num_steps: int) -> DecodeRun:
-        """Return how many steps, of `num_steps`, the rows of `batch` get through before memory is a question."""
-        if self._groups is not None:  # it gives back what leaves a window
-            return ONE_STEP
-        if not self._grows_while_free:
-            return DecodeRun(min(num_steps, steps_within(batch, self.units_held)))
-        return DecodeRun(num_steps, self.allocator.unit_slots, self.free_slots)
-
-    def grow_in_turn(self, batch: StepBatch, num_steps: int) -> None:
-        """Take the slots of `num_steps` more steps of a decode run, after that of `batch`; the last of them is not computed yet."""
-        rows, slots = batch["row"], batch["num_slots_needed"]
-        if self._in_units:
-            held = self.units_held[rows].astype(np.int64)
-            for step, i in zip(*growth(batch, held, self.allocator.unit_slots, num_steps), strict=True):
-                index, num_new, _, _, admission_slots, accepted, row = batch[i].item()
-                self._num_slots[row] = slots[i] + step - 1
-                own = int(slots[i] + step)
-                if not self._ask((index, num_new, own, own, admission_slots, accepted, row), has_scheduled_reqs=i > 0):
-                    raise IntegrityError(f"row {row} was to have slots for {own} tokens")
-        self._num_slots[rows] = slots + num_steps
 
     def _ask(self, entry: tuple[int, ...], *, has_scheduled_reqs: bool) -> bool:
         """Ask for the slots of one entry; return whether it gets them."""

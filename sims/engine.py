@@ -9,16 +9,13 @@ from typing import Any, Protocol
 import simpy
 
 from pagedkv.arrays import Float64Array, Int64Array
-from pagedkv.decode_run import ONE_STEP
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.step import Step, StepScheduler
-from pagedkv.sims.clock import Clock
-from pagedkv.sims.decode_steps import run_decode
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance, accept_drafts
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.shared_machine import SharedMachine
-from pagedkv.sims.step_time import RooflineStepTime, StepTimeModel, total_cost
+from pagedkv.sims.step_time import StepTimeModel, total_cost
 
 
 class ServingEngine(Protocol):
@@ -75,18 +72,10 @@ class Engine:
         recorder: Recorder,
         acceptance: Acceptance = NOTHING_ACCEPTED,
         machine: SharedMachine | None = None,
-        *,
-        step_by_step: bool = False,
     ) -> None:
-        """Start the process on `env`. `machine` is what it shares with others; None: it has one to itself.
-
-        Steps that are decided alike run as one, but `step_by_step`, which comes to the same.
-        """
+        """Start the process on `env`. `machine` is what it shares with others; None: it has one to itself."""
         self._env = env
         self._machine = machine
-        alone = machine is None and isinstance(env, Clock) and not step_by_step
-        self._coefficients = step_time.coefficients if alone and isinstance(step_time, RooflineStepTime) else None
-        """Of steps that need not be simpy's events; None: all are."""
         self._step_end_s = env.now
         self._scheduler = scheduler
         self._step_time = step_time
@@ -183,16 +172,11 @@ class Engine:
                 self._finish(int(request), failed=False)
 
     def _launch(self, step: Step) -> float:
-        """Record that `step` begins, and run those that follow it alike but for the last; return how long that one takes."""
-        env, scheduler, recorder = self._env, self._scheduler, self._recorder
+        """Record that `step` begins; return how long it takes."""
+        recorder = self._recorder
         recorder.look_elsewhere()
-        run = scheduler.decode_run() if self._coefficients is not None else ONE_STEP
-        if run.num_steps > 1 and self._coefficients is not None and isinstance(env, Clock):
-            done = run_decode(scheduler, recorder, step, run, self._coefficients, now_s=float(env.now), horizon_s=float(env.peek()))
-            env.advance(done.start_s)
-            return done.step_s
-        cost = total_cost(self._step_time.cost(batch, batch.size) for batch in scheduler.forward_passes())
-        recorder.step(step, env.now, cost)
+        cost = total_cost(self._step_time.cost(batch, batch.size) for batch in self._scheduler.forward_passes())
+        recorder.step(step, self._env.now, cost)
         return cost.total_s
 
     def _finish(self, request: int, *, failed: bool) -> None:

@@ -219,7 +219,7 @@ def _engine(
     compiled = isinstance(scheduler, BatchScheduler) and scheduler.compiled is not None and not step_by_step
     if isinstance(scheduler, BatchScheduler) and compiled and isinstance(step_time, RooflineStepTime):
         return CompiledEngine(env, scheduler, step_time, recorder, acceptance)
-    return Engine(env, scheduler, step_time, recorder, acceptance, step_by_step=step_by_step)
+    return Engine(env, scheduler, step_time, recorder, acceptance)
 
 
 def _let_time_pass(

@@ -50,13 +50,6 @@ def scenario(name: str, heap: str) -> Scenario:
     return resolve(SimulationConfig(load=load, serving=serving, measurement=MeasurementConfig(allocator=(name,))))
 
 
-class EveryStep(Engine):
-    """Runs no steps together."""
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named | {"step_by_step": True})
-
-
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Check the books after every decision; how many requests ran then."""
@@ -75,7 +68,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(Recorder, "step", checked)
     for name in ("Engine", "CompiledEngine"):
-        monkeypatch.setattr(simulation, name, EveryStep)
+        monkeypatch.setattr(simulation, name, Engine)
     yield running
     assert max(running) > 1
 

@@ -77,7 +77,6 @@ class TensorRTLLMAllocator:
     placement = "block"
     num_groups = 1
     rounding_slots = 0
-    grows_while_free = True
 
     def __init__(self, settings: KVPoolSettings) -> None:
         size = settings.block_size

@@ -37,7 +37,6 @@ class VAttentionAllocator:
     placement = "page"
     num_groups = 1
     rounding_slots = 0
-    grows_while_free = True
 
     def __init__(self, settings: KVPoolSettings) -> None:
         self.unit_slots = settings.page_tokens

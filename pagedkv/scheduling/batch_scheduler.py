@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from pagedkv.arrays import BoolArray, Int64Array
-from pagedkv.decode_run import DecodeRun
 from pagedkv.errors import ConfigError
 from pagedkv.scheduling.compiled_path import CompiledPath
 from pagedkv.scheduling.content import Contents, Segments
@@ -144,14 +143,6 @@ class BatchScheduler(ABC):
     def forward_passes(self) -> Iterator[StepBatch]:
         """Yield what the step decided last computes together."""
         return self._path.forward_passes(self._step, self.step_arrays)
-
-    def decode_run(self) -> DecodeRun:
-        """Return how often the step decided last would be decided again, for every request one token further on."""
-        return self._path.decode_run(self._step)
-
-    def repeat(self, num_steps: int) -> None:
-        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them."""
-        self._path.repeat(self._step, num_steps)
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out, memory is freed."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pagedkv.decode_run import ONE_STEP, DecodeRun
 from pagedkv.engine_step import BLOCKER, ENTRIES, FAILED, PREEMPTED, RAN_BEFORE, apply_step, decide_step, forward_passes
 from pagedkv.jit import fixed_types
 from pagedkv.scheduling.roster import Roster
@@ -81,12 +80,3 @@ class CompiledPath:
         for last in arrays.ends[:number].tolist():
             yield arrays.passes[first:last]
             first = last
-
-    def decode_run(self, step: Step) -> DecodeRun:
-        """Return that the next step is one of its own: `pagedkv.sims.run_steps` runs many without asking."""
-        del step
-        return ONE_STEP
-
-    def repeat(self, step: Step, num_steps: int) -> None:
-        """Refuse: no run was offered."""
-        raise AssertionError(f"{num_steps} steps more than {step.num_entries} entries were told")

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 
-from pagedkv.decode_run import ONE_STEP, DecodeRun, decodes_all, move_on, steps_to_an_end
 from pagedkv.errors import ConfigError
 from pagedkv.jit import fixed_types, lean_jit
 from pagedkv.scheduling.completion import complete_step
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
 from pagedkv.scheduling.roster import Roster
-from pagedkv.scheduling.step import BLOCKERS, Blocker, Step
+from pagedkv.scheduling.step import BLOCKERS, Step
 from pagedkv.scheduling.step_path import StepArrays
 from pagedkv.scheduling.vllm_step import SchedulerLimits, add_entry
 from pagedkv.scheduling.waiting import (
@@ -20,7 +19,7 @@ from pagedkv.scheduling.waiting import (
     drop_head,
     start_running,
 )
-from pagedkv.step_allocation import RequestByRequest, StepAllocator
+from pagedkv.step_allocation import StepAllocator
 from pagedkv.step_batch import StepBatch
 
 
@@ -135,19 +134,3 @@ class PlainPath:
     def forward_passes(self, step: Step, arrays: StepArrays) -> Iterator[StepBatch]:
         """Yield the step: it is computed as one."""
         yield arrays.batch[: step.num_entries]
-
-    def decode_run(self, step: Step) -> DecodeRun:
-        """Return how often `step` would be decided again, as far as its requests and the allocator go."""
-        batch = step.batch[: step.num_entries]
-        if not isinstance(self._allocator, RequestByRequest) or step.num_preempted or step.num_running_before < batch.size:
-            return ONE_STEP
-        if not decodes_all(batch, self._roster.num_running) or step.blocker is Blocker.TOKEN_BUDGET:
-            return ONE_STEP
-        return self._allocator.decode_run(batch, steps_to_an_end(self._roster.requests.arrays, batch))
-
-    def repeat(self, step: Step, num_steps: int) -> None:
-        """Take the slots of so many more steps of a decode run."""
-        assert isinstance(self._allocator, RequestByRequest)
-        batch = step.batch[: step.num_entries]
-        self._allocator.grow_in_turn(batch, num_steps)
-        move_on(batch, num_steps)

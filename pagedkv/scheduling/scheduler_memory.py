@@ -13,7 +13,6 @@ from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.reuse_steps import ReuseStepAllocator
-from pagedkv.scheduling.kv_rows import KVRows
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.slot_steps import SlotStepAllocator
 from pagedkv.scheduling.step import StepScheduler
@@ -31,8 +30,6 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
     allocator = scheduler.allocator
     if isinstance(allocator, RequestByRequest):
         return allocator.up_to_date()
-    if isinstance(allocator, KVRows):
-        return allocator.allocator
     if isinstance(allocator, PagedStepAllocator):
         return _PagedRows(scheduler, allocator)
     if isinstance(allocator, RadixRows):

@@ -6,7 +6,6 @@ from enum import Enum
 from typing import Protocol
 
 from pagedkv.arrays import Int64Array
-from pagedkv.decode_run import DecodeRun
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestTable
 from pagedkv.scheduling.waiting import SchedulerArrays
@@ -110,15 +109,6 @@ class StepScheduler(Protocol):
 
     def forward_passes(self) -> Iterator[StepBatch]:
         """Yield what the step decided last computes together: one batch, but where an engine cuts it into micro-batches."""
-
-    def decode_run(self) -> DecodeRun:
-        """Return how often the step decided last would be decided again, for every request one token further on."""
-
-    def repeat(self, num_steps: int) -> None:
-        """Take the slots of `num_steps` more steps of a decode run, which are completed in `requests` but for the last of them.
-
-        That one is decided then, and in the batch of the `Step`.
-        """
 
     def complete(self) -> None:
         """Apply the step decided last: its tokens are computed, `sampled` and `finished` say what came out."""

@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pagedkv.arrays import Int64Array
-from pagedkv.decode_run import DecodeRun
 from pagedkv.engine_step import NUM_DECIDED
 from pagedkv.scheduling.step import Step
 from pagedkv.step_batch import StepBatch, empty_batch
@@ -66,9 +65,3 @@ class StepPath(Protocol):
 
     def forward_passes(self, step: Step, arrays: StepArrays) -> Iterator[StepBatch]:
         """Yield what a step that was decided computes together."""
-
-    def decode_run(self, step: Step) -> DecodeRun:
-        """Return how often a step that was decided would be decided again, for every request one token further on."""
-
-    def repeat(self, step: Step, num_steps: int) -> None:
-        """Take the slots of so many more steps of a decode run."""

@@ -76,7 +76,7 @@ def served(case: Case, *, step_by_step: bool) -> Run:
     if isinstance(scheduler, BatchScheduler) and scheduler.compiled is not None and not step_by_step:
         engine = CompiledEngine(env, scheduler, step_time(), recorder)
     else:
-        engine = Engine(env, scheduler, step_time(), recorder, step_by_step=step_by_step)
+        engine = Engine(env, scheduler, step_time(), recorder)
     for asker, questions in enumerate(case.users):
         env.process(user(env, engine, asker, questions))
     for at_s in (0.3, 1.1):  # somebody looks, in the middle of a step
@@ -106,31 +106,13 @@ def cases(engine: str, allocator: str) -> st.SearchStrategy[Case]:
     )
 
 
-def _is_compiled(engine: str, allocator: str) -> bool:
-    case = Case(
-        engine=engine,
-        allocator=allocator,
-        variant={},
-        users=(),
-        num_blocks=60,
-        block_size=16,
-        max_num_seqs=2,
-        max_num_batched_tokens=96,
-    )
-    scheduler = case.scheduler()
-    return isinstance(scheduler, BatchScheduler) and scheduler.compiled is not None
-
-
-_MEMORIES = [
+MEMORIES = [
     (name, allocator)
     for name in VARIANTS
     for allocator in (
         *load_engine(name).allocators(ServingConfig(engine=name)),
         *(("contiguous-growing", "tensorrt-llm") if name == "vllm" else ()),
     )
-    if allocator != "paged"
+    if allocator not in ("paged", "hybrid")
 ]
-COMPILED = [each for each in _MEMORIES if _is_compiled(*each)]
 """(engine, allocator) whose steps are compiled, decisions and all; paged memory has laws of its own."""
-DECIDED_IN_PYTHON = [each for each in _MEMORIES if each not in COMPILED]
-"""The others."""

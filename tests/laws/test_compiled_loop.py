@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import COMPILED, Case, cases, served
+from cases import MEMORIES, VARIANTS, Case, cases, served
 from chats import MAX_MODEL_LEN, QUESTIONS, Question, records_agree, step_time, user
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.radix_rows import RadixRows
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
@@ -22,6 +23,7 @@ from pagedkv.sims.clock import Clock
 from pagedkv.sims.compiled_engine import CompiledEngine
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.engine import Engine
+from pagedkv.sims.engines import load_engine
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.recording import CACHED, EXTERNAL
 from pagedkv.sims.records import Outcome
@@ -246,14 +248,14 @@ def place(run: Run) -> list[Any]:
         where = [array.tolist() for array in memory.pages.arrays]
     elif allocator.placement == "cell":
         where = [array.tolist() for part in memory.arrays for array in (part if isinstance(part, tuple) else (part,))]
+    elif isinstance(memory, RadixRows):
+        nodes = memory.cache.tree.root.below()
+        where = [memory.cache.slots.free_list().tolist(), [(node.slots.tolist(), node.last_access) for node in nodes]]
     elif allocator.placement == "block":
         pool = memory.arrays.pool
         where = [each.tolist() for each in (pool.blank, pool.ref_cnt, pool.node_of, pool.tree.tokens, pool.gpu.items["order"])]
     elif allocator.placement == "growing":
         where = [memory.heap.intervals(), memory.heap.moved_slots]
-    elif isinstance(memory, RadixRows):
-        nodes = memory.cache.tree.root.below()
-        where = [memory.cache.slots.free_list().tolist(), [(node.slots.tolist(), node.last_access) for node in nodes]]
     else:
         where = [memory.heap.reserved()]
     return [(allocator.units_held * allocator.unit_slots).tolist(), allocator.free_slots, allocator.rounding_slots, where]
@@ -269,12 +271,31 @@ def all_ways_are_one(case: Case) -> Run:
     return slow
 
 
-@pytest.mark.parametrize(("engine", "allocator"), COMPILED)
+@pytest.mark.parametrize(("engine", "allocator"), MEMORIES)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_law_14_for_memory_that_is_not_paged(engine: str, allocator: str, data: st.DataObject) -> None:
     log = all_ways_are_one(data.draw(cases(engine, allocator))).log
     event(f"preempted: {log.num_preemptions.sum() > 0}, failed: {(log.num_output_tokens < log.output_tokens).sum() > 0}")
+
+
+@pytest.mark.parametrize("engine", VARIANTS)
+def test_every_preset_is_compiled(engine: str) -> None:
+    """Over all memory that it runs on by itself."""
+    for allocator in load_engine(engine).allocators(ServingConfig(engine=engine)):
+        case = Case(
+            engine=engine,
+            allocator=allocator,
+            variant={},
+            users=(),
+            num_blocks=60,
+            block_size=16,
+            max_num_seqs=2,
+            max_num_batched_tokens=96,
+        )
+        scheduler = case.scheduler()
+        assert isinstance(scheduler, BatchScheduler)
+        assert scheduler.compiled is not None
 
 
 def test_the_law_holds_where_pages_run_out() -> None:
