@@ -6,7 +6,7 @@ the `SchedulerArrays`, `requests` the `REQUEST` records, `memory` and `rules` th
 
 from typing import Any
 
-from pagedkv.jit import by_kind
+from pagedkv.jit import by_kind, lean_jit
 
 RAN_BEFORE, ENTRIES, PREEMPTED, BLOCKER, FAILED, NUM_DECIDED = range(6)
 """In a decision: entries that ran before; entries in all; preemptions; what held the head of the queue up; requests that failed."""
@@ -69,6 +69,12 @@ def forward_passes(engine: Any, state: Any, requests: Any, batch: Any, num_entri
 
     0: the step of `batch` is computed as it is, in one.
     """
+
+
+@lean_jit
+def in_one_pass(engine: Any, state: Any, requests: Any, batch: Any, num_entries: int, passes: Any, ends: Any) -> int:
+    """`forward_passes` of engines that compute a step as it is."""
+    return 0
 
 
 @by_kind

@@ -10,7 +10,19 @@ from pagedkv.errors import IntegrityError
 from pagedkv.growing_heap import FREE_SLOTS, GrowingArrays, grow_interval, release_interval
 from pagedkv.jit import lean_jit
 from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import admit, begin_step, covers, each_admission_slots, find_cached, free_row, grant, rows_of, slots_of
+from pagedkv.step_memory import (
+    admit,
+    begin_step,
+    covers,
+    each_admission_slots,
+    find_cached,
+    free_row,
+    grant,
+    no_news,
+    nothing_cached,
+    rows_of,
+    slots_of,
+)
 
 
 class GrowingRows(NamedTuple):
@@ -64,10 +76,8 @@ def _start(
     return _grow(memory, rules, row, num_slots)
 
 
-@begin_step.register(GrowingRows)
-@lean_jit
-def _begin_step(memory: GrowingRows, rules: GrowingRules) -> None:
-    pass
+begin_step.register(GrowingRows)(no_news)
+find_cached.register(GrowingRows)(nothing_cached)
 
 
 @covers.register(GrowingRows)
@@ -80,13 +90,6 @@ def _covers(memory: GrowingRows, rules: GrowingRules, row: int, num_slots: int, 
 @lean_jit
 def _grant(memory: GrowingRows, rules: GrowingRules, requests: Any, segments: Any, request: int, row: int, num_tokens: int) -> bool:
     return _grow(memory, rules, row, requests["num_computed_tokens"][request] + num_tokens)
-
-
-@find_cached.register(GrowingRows)
-@lean_jit
-def _find_cached(memory: GrowingRows, rules: GrowingRules, requests: Any, segments: Any, request: int) -> int:
-    """Nothing is shared."""
-    return 0
 
 
 @admit.register(GrowingRows)

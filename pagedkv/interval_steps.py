@@ -10,7 +10,19 @@ from pagedkv.errors import IntegrityError
 from pagedkv.heap_arrays import NO_ADDRESS, num_free_slots, release_slots, reserve_slots, rounded_size
 from pagedkv.jit import lean_jit
 from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import admit, begin_step, covers, each_admission_slots, find_cached, free_row, grant, rows_of, slots_of
+from pagedkv.step_memory import (
+    admit,
+    begin_step,
+    covers,
+    each_admission_slots,
+    find_cached,
+    free_row,
+    grant,
+    no_news,
+    nothing_cached,
+    rows_of,
+    slots_of,
+)
 
 
 class IntervalArrays(NamedTuple):
@@ -45,10 +57,8 @@ def _reserve(memory: IntervalArrays, rules: IntervalRules, row: int, num_slots: 
     return True
 
 
-@begin_step.register(IntervalArrays)
-@lean_jit
-def _begin_step(memory: IntervalArrays, rules: IntervalRules) -> None:
-    pass
+begin_step.register(IntervalArrays)(no_news)
+find_cached.register(IntervalArrays)(nothing_cached)
 
 
 @covers.register(IntervalArrays)
@@ -64,13 +74,6 @@ def _grant(
     memory: IntervalArrays, rules: IntervalRules, requests: Any, segments: Any, request: int, row: int, num_tokens: int
 ) -> bool:
     return True
-
-
-@find_cached.register(IntervalArrays)
-@lean_jit
-def _find_cached(memory: IntervalArrays, rules: IntervalRules, requests: Any, segments: Any, request: int) -> int:
-    """Nothing is shared."""
-    return 0
 
 
 @admit.register(IntervalArrays)

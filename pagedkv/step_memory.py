@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pagedkv.arrays import Int64Array
-from pagedkv.jit import by_kind
+from pagedkv.jit import by_kind, lean_jit
 
 NEVER = -1
 """In place of the slots that a request takes at admission: it can never fit."""
@@ -29,6 +29,11 @@ def begin_step(memory: Any, rules: Any) -> Any:
     """Hear that a step is about to be decided."""
 
 
+@lean_jit
+def no_news(memory: Any, rules: Any) -> None:
+    """`begin_step` of memory to which a step is nothing new."""
+
+
 @by_kind
 def covers(memory: Any, rules: Any, row: int, num_slots: int, num_computed: int) -> Any:
     """Return whether `row` has `num_slots` already, and `grant` would have nothing to do. Most steps end here: let it be short."""
@@ -42,6 +47,12 @@ def grant(memory: Any, rules: Any, requests: Any, segments: Any, request: int, r
 @by_kind
 def find_cached(memory: Any, rules: Any, requests: Any, segments: Any, request: int) -> Any:
     """Return how many tokens that a waiting `request` begins with are there already; fewer than it knows."""
+
+
+@lean_jit
+def nothing_cached(memory: Any, rules: Any, requests: Any, segments: Any, request: int) -> int:
+    """`find_cached` of memory that shares nothing."""
+    return 0
 
 
 @by_kind

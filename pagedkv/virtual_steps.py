@@ -10,7 +10,19 @@ from pagedkv.block_table import block_slots
 from pagedkv.errors import IntegrityError
 from pagedkv.jit import lean_jit
 from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import admit, begin_step, covers, each_admission_slots, find_cached, free_row, grant, rows_of, slots_of
+from pagedkv.step_memory import (
+    admit,
+    begin_step,
+    covers,
+    each_admission_slots,
+    find_cached,
+    free_row,
+    grant,
+    no_news,
+    nothing_cached,
+    rows_of,
+    slots_of,
+)
 from pagedkv.virtual_pages import NUM_FREE, PageArrays, best_row, need_pages, release_pages
 
 
@@ -68,10 +80,8 @@ def _start(
     return True
 
 
-@begin_step.register(VirtualArrays)
-@lean_jit
-def _begin_step(memory: VirtualArrays, rules: VirtualRules) -> None:
-    pass
+begin_step.register(VirtualArrays)(no_news)
+find_cached.register(VirtualArrays)(nothing_cached)
 
 
 @covers.register(VirtualArrays)
@@ -86,13 +96,6 @@ def _grant(
     memory: VirtualArrays, rules: VirtualRules, requests: Any, segments: Any, request: int, row: int, num_tokens: int
 ) -> bool:
     return _grow(memory, rules, row, requests["num_computed_tokens"][request] + num_tokens)
-
-
-@find_cached.register(VirtualArrays)
-@lean_jit
-def _find_cached(memory: VirtualArrays, rules: VirtualRules, requests: Any, segments: Any, request: int) -> int:
-    """Nothing is shared."""
-    return 0
 
 
 @admit.register(VirtualArrays)

@@ -23,7 +23,15 @@ from pagedkv.scheduling.server_batch import NUM_ASSIGNED, NUM_PENDING, ServerBat
 from pagedkv.scheduling.slot_steps import end_row, find_slot, num_spare_cells
 from pagedkv.scheduling.ubatches import equal_split, simple_split
 from pagedkv.scheduling.vllm_step import add_entry
-from pagedkv.scheduling.waiting import NUM_RUNNING, SchedulerArrays, blocker_of, drop_head, push_waiting, start_running
+from pagedkv.scheduling.waiting import (
+    NUM_RUNNING,
+    SchedulerArrays,
+    blocker_of,
+    drop_first,
+    drop_head,
+    queue_last,
+    start_running,
+)
 from pagedkv.step_batch import StepBatch
 from pagedkv.step_memory import admit, grant
 
@@ -229,13 +237,5 @@ def _forward_passes(
     return simple_split(batch, order, server.n_ubatch, passes, ends)
 
 
-@queue_request.register(ServerBatch)
-@lean_jit
-def _queue_request(server: ServerBatch, state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
-    push_waiting(state, requests, request, False)  # noqa: FBT003
-
-
-@drop_request.register(ServerBatch)
-@lean_jit
-def _drop_request(server: ServerBatch, state: SchedulerArrays, requests: RequestArrays) -> int:
-    return drop_head(state, requests, False)  # noqa: FBT003
+queue_request.register(ServerBatch)(queue_last)
+drop_request.register(ServerBatch)(drop_first)

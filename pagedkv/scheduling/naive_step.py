@@ -27,9 +27,10 @@ from pagedkv.scheduling.waiting import (
     NUM_WAITING,
     WAITING_HEAD,
     SchedulerArrays,
+    drop_first,
     drop_head,
     leave_running,
-    push_waiting,
+    queue_last,
     start_running,
 )
 from pagedkv.step_batch import StepBatch
@@ -217,13 +218,5 @@ def _forward_passes(
     return 1
 
 
-@queue_request.register(NaiveBatches)
-@lean_jit
-def _queue_request(naive: NaiveBatches, state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
-    push_waiting(state, requests, request, False)  # noqa: FBT003 - fcfs
-
-
-@drop_request.register(NaiveBatches)
-@lean_jit
-def _drop_request(naive: NaiveBatches, state: SchedulerArrays, requests: RequestArrays) -> int:
-    return drop_head(state, requests, False)  # noqa: FBT003 - fcfs
+queue_request.register(NaiveBatches)(queue_last)
+drop_request.register(NaiveBatches)(drop_first)

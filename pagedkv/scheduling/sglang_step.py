@@ -15,6 +15,7 @@ from pagedkv.engine_step import (
     decide_step,
     drop_request,
     forward_passes,
+    in_one_pass,
     queue_request,
 )
 from pagedkv.jit import lean_jit
@@ -36,7 +37,7 @@ from pagedkv.scheduling.waiting import (
     NUM_WAITING,
     TOKEN_BUDGET,
     SchedulerArrays,
-    drop_head,
+    drop_first,
 )
 from pagedkv.step_batch import StepBatch
 
@@ -233,27 +234,11 @@ def _apply_step(
     return num_sampled, num_sampled + extra, num_finished
 
 
-@forward_passes.register(SGLangEngine)
-@lean_jit
-def _forward_passes(
-    engine: SGLangEngine,
-    state: SchedulerArrays,
-    requests: RequestArrays,
-    batch: StepBatch,
-    num_entries: int,
-    passes: StepBatch,
-    ends: Int64Array,
-) -> int:
-    return 0
-
-
 @queue_request.register(SGLangEngine)
 @lean_jit
 def _queue_request(engine: SGLangEngine, state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
     join_queue(engine.counters, engine.records, state, requests, request)
 
 
-@drop_request.register(SGLangEngine)
-@lean_jit
-def _drop_request(engine: SGLangEngine, state: SchedulerArrays, requests: RequestArrays) -> int:
-    return drop_head(state, requests, by_priority=False)
+forward_passes.register(SGLangEngine)(in_one_pass)
+drop_request.register(SGLangEngine)(drop_first)

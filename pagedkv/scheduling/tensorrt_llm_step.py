@@ -13,6 +13,7 @@ from pagedkv.engine_step import (
     decide_step,
     drop_request,
     forward_passes,
+    in_one_pass,
     queue_request,
 )
 from pagedkv.jit import lean_jit
@@ -37,7 +38,7 @@ from pagedkv.scheduling.waiting import (
     NUM_RUNNING,
     NUM_WAITING,
     SchedulerArrays,
-    drop_head,
+    drop_first,
     start_running,
 )
 from pagedkv.scheduling.waiting_line import join_line, leave_line
@@ -240,27 +241,11 @@ def _apply_step(
     return num_sampled, num_tokens, num_finished
 
 
-@forward_passes.register(TensorRTLLMEngine)
-@lean_jit
-def _forward_passes(
-    engine: TensorRTLLMEngine,
-    state: SchedulerArrays,
-    requests: RequestArrays,
-    batch: StepBatch,
-    num_entries: int,
-    passes: StepBatch,
-    ends: Int64Array,
-) -> int:
-    return 0
-
-
 @queue_request.register(TensorRTLLMEngine)
 @lean_jit
 def _queue_request(engine: TensorRTLLMEngine, state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
     join_line(state, requests, request)
 
 
-@drop_request.register(TensorRTLLMEngine)
-@lean_jit
-def _drop_request(engine: TensorRTLLMEngine, state: SchedulerArrays, requests: RequestArrays) -> int:
-    return drop_head(state, requests, False)  # noqa: FBT003 - a ring
+forward_passes.register(TensorRTLLMEngine)(in_one_pass)
+drop_request.register(TensorRTLLMEngine)(drop_first)

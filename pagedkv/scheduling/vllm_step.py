@@ -16,6 +16,7 @@ from pagedkv.engine_step import (
     decide_step,
     drop_request,
     forward_passes,
+    in_one_pass,
     queue_request,
 )
 from pagedkv.jit import lean_jit
@@ -226,20 +227,6 @@ def _apply_step(
     return complete_and_free(state, requests, memory, rules, batch, num_entries, sampled, finished)
 
 
-@forward_passes.register(SchedulerLimits)
-@lean_jit
-def _forward_passes(
-    limits: SchedulerLimits,
-    state: SchedulerArrays,
-    requests: RequestArrays,
-    batch: StepBatch,
-    num_entries: int,
-    passes: StepBatch,
-    ends: Int64Array,
-) -> int:
-    return 0
-
-
 @queue_request.register(SchedulerLimits)
 @lean_jit
 def _queue_request(limits: SchedulerLimits, state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
@@ -250,3 +237,6 @@ def _queue_request(limits: SchedulerLimits, state: SchedulerArrays, requests: Re
 @lean_jit
 def _drop_request(limits: SchedulerLimits, state: SchedulerArrays, requests: RequestArrays) -> int:
     return drop_head(state, requests, limits.by_priority)
+
+
+forward_passes.register(SchedulerLimits)(in_one_pass)

@@ -1,6 +1,6 @@
 """Who runs and who waits: a ring under fcfs, a heap by (priority, arrival) under priority. Compiled functions over its arrays."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,6 +95,18 @@ def drop_head(state: SchedulerArrays, requests: RequestArrays, by_priority: bool
         place = child
     waiting[place] = request
     return first
+
+
+@lean_jit
+def queue_last(engine: Any, state: SchedulerArrays, requests: RequestArrays, request: int) -> None:
+    """`queue_request` of engines that serve in order of arrival."""
+    push_waiting(state, requests, request, False)  # noqa: FBT003
+
+
+@lean_jit
+def drop_first(engine: Any, state: SchedulerArrays, requests: RequestArrays) -> int:
+    """`drop_request` of engines whose queue is a ring."""
+    return drop_head(state, requests, False)  # noqa: FBT003
 
 
 @lean_jit
