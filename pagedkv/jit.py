@@ -32,7 +32,8 @@ def lean_jit(function: F) -> F:
     """Compile as `jit` does a function that makes no array, without counting the references to those that it is given.
 
     They outlive the call. Where a function passes many arrays on to others, counting costs several times what the work does. What
-    compiled code calls of it is `pagedkv.inner_code`: such functions may call each other many deep and still compile in seconds.
+    compiled code calls of it is `pagedkv.inner_code`, and what it gets of a NamedTuple is `pagedkv.tuple_reference`: such functions
+    may call each other many deep, with many arrays, and still compile in seconds.
     """
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return function

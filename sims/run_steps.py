@@ -92,7 +92,6 @@ def run_steps(
     Returns:
         IDLE, IN_FLIGHT (for clock[STEP_S] seconds from clock[NOW] on), ENDED or PAUSED. O(running) per step.
     """
-    # Taken apart once: what is passed on by name costs nothing, what is taken out of a tuple for every call does.
     engine, state, requests, memory, batch = loop.engine, loop.state, loop.requests, loop.memory, loop.batch
     decision, recorder, progress, clock, counts = loop.decision, loop.recorder, loop.progress, loop.clock, loop.state.counts
     passes, ends, sampled, finished, failed = loop.passes, loop.ends, loop.sampled, loop.finished, loop.failed

@@ -5,8 +5,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def lay_out(root: Path) -> Path:
     core, sims = Path(str(pagedkv.__file__)).parent, Path(str(pagedkv.sims.__file__)).parent
-    for name in ("__init__.py", "jit.py", "inner_code.py"):
+    for name in ("__init__.py", "jit.py", "inner_code.py", "tuple_reference.py"):
         (root / "pagedkv").mkdir(parents=True, exist_ok=True)
         shutil.copy(core / name, root / "pagedkv" / name)
     (root / "sims" / "engines").mkdir(parents=True)
@@ -110,6 +111,69 @@ def test_compiled_callers_share_one_version_for_all_signed_integers() -> None:
     if hasattr(compiled, "_inner"):
         assert len(compiled._inner.overloads) <= 1  # none if it was found on disk, in its caller
     assert _scaled(values, 2) == 360  # and Python can call it too
+
+
+class Inside(NamedTuple):
+    counts: Any
+    factor: float
+    is_doubled: bool
+
+
+class Outside(NamedTuple):
+    records: Any
+    inside: Inside
+    table: Any
+    every_other: Any
+    pair: tuple[int, float]
+    number: int
+
+
+@lean_jit
+def _total(inside: Inside, start: float) -> float:
+    for i in range(inside.counts.size):
+        inside.counts[i] += 1
+    total = start + inside.factor * inside.counts.sum()
+    return 2 * total if inside.is_doubled else total
+
+
+@lean_jit
+def _all_of(outside: Outside, rows: int) -> tuple[float, int, float, int, float]:
+    for row in range(rows):
+        outside.records[row]["b"] = outside.table[row, 1] + outside.every_other[row]
+    made_here = Inside(outside.inside.counts, 1.0, False)
+    negative = outside.every_other[-1]
+    return _total(outside.inside, 0.5), negative, _total(made_here, 0.0), len(outside.records), outside.pair[0] * outside.pair[1]
+
+
+def outside_of(rows: int, factor: float, *, is_doubled: bool) -> Outside:
+    records = np.zeros(rows, [("a", "<i4"), ("b", "<i8")])
+    inside = Inside(np.arange(rows), factor, is_doubled)
+    return Outside(records, inside, np.arange(2 * rows).reshape(rows, 2), np.arange(2 * rows)[::2], (3, 0.5), rows)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("is_doubled", [False, True])
+def test_compiled_code_sees_the_fields_of_tuples_as_python_does(rows: int, is_doubled: bool) -> None:
+    compiled, plain = outside_of(rows, 1.5, is_doubled=is_doubled), outside_of(rows, 1.5, is_doubled=is_doubled)
+    function: Any = _all_of
+    expected_total = (1 + is_doubled) * (0.5 + 1.5 * sum(range(1, rows + 1)))
+    expected = (expected_total, 2 * rows - 2, sum(range(2, rows + 2)), rows, 1.5)
+    assert function(compiled, rows) == expected
+    assert function(outside_of(rows, 1.5, is_doubled=is_doubled), rows) == expected  # other arrays, elsewhere in memory
+    assert compiled.inside.counts.tolist() == (plain.inside.counts + 2).tolist()
+    assert compiled.records["b"].tolist() == [2 * row + 1 + 2 * row for row in range(rows)]
+
+
+def test_fields_of_a_tuple_that_are_not_there_are_refused() -> None:
+    if not hasattr(_total, "_inner"):
+        pytest.skip("compilation is switched off")
+
+    @lean_jit
+    def asks(inside: Inside) -> int:
+        return inside.lengths  # type: ignore[attr-defined, no-any-return]
+
+    with pytest.raises(numba.TypingError, match="lengths"):
+        asks(Inside(np.arange(3), 1.0, is_doubled=False))
 
 
 def test_fixed_types_do_what_the_function_does_every_time() -> None:
