@@ -35,7 +35,7 @@ ARROWS = {
     "runtime": {"core", "kernels", "runtime"},
     "sims": {"core", "sims"},
 }
-CORE_LIBRARIES = {"numpy", "numba"}
+CORE_LIBRARIES = {"numpy", "numba", "llvmlite"}  # the last is part of what numba is
 CLOCKS_AND_DICE = ("time", "datetime", "random", "secrets", "uuid", "numpy.random")
 
 

@@ -184,9 +184,10 @@ def test_version_and_help_end_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert stdout(capsys, "-h") == stdout(capsys, "simulate --help")
 
 
-def test_help_explains_every_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
-    text = stdout(capsys, "--help")
+def test_help_explains_every_setting() -> None:
+    code = "from pagedkv.sims.cli import main; main(['--help'])"  # in a process of its own: a console keeps its first width
+    wide = environment() | {"COLUMNS": "400"}
+    text = subprocess.run([sys.executable, "-c", code], env=wide, capture_output=True, text=True, check=True).stdout
     for section in (LoadConfig, ServingConfig, MeasurementConfig):
         for field in fields(section):
             row = re.search(rf"^\W*--{field.name.replace('_', '-')} .*?  (\w.*)$", text, re.MULTILINE)
