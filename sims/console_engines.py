@@ -11,6 +11,8 @@ from pagedkv.sims.comparison import comparison
 from pagedkv.sims.console import STATUS_STYLE, side_by_side
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.engine_comparison import EngineComparison
+from pagedkv.sims.error_interval import calibration_lines
+from pagedkv.sims.run_texts import load_facts
 from pagedkv.units import GIB
 
 
@@ -22,10 +24,13 @@ def show_engines(compared: EngineComparison, console: Console) -> None:
     console.print(
         Text(f"{first.load.title} on {hardware}, {model}: {len(compared.results)} engines, each with its own defaults", "bold")
     )
+    console.print(Text(load_facts(next(iter(compared.results.values()))), "dim"))
     console.print()
     console.print(_memory(compared, document))
     console.print()
     console.print(_columns(document, console.width))
+    console.print()
+    console.print(_step_times(compared))
     console.print()
     console.print(_rules(compared, document))
     console.print()
@@ -33,19 +38,36 @@ def show_engines(compared: EngineComparison, console: Console) -> None:
 
 
 def _memory(compared: EngineComparison, document: dict[str, Any]) -> RenderableType:
-    """Return what each engine has: its KV cache, and the requests and tokens that it takes at once."""
-    table = plain_table("", "KV, GiB", "KV tokens", "longest request", "at once", "tokens a step")
+    """Return what each engine has: weights, KV cache, the requests and tokens that it takes at once; and what may go wrong."""
+    table = plain_table("", "weights", "KV, GiB", "KV tokens", "longest request", "at once", "tokens a step")
     for engine, results in compared.results.items():
         deployment, budget = results.scenario.deployment, document["budgets"][engine]
         table.add_row(
             engine,
+            deployment.weight_format.name,
             f"{budget['kv_cache'] / GIB:.2f}",
             f"{deployment.budget.usable_blocks * deployment.budget.block_size:,}",
             f"{deployment.scheduler.max_model_len:,}",
             f"{deployment.scheduler.max_num_seqs:,}",
             f"{deployment.scheduler.max_num_batched_tokens:,}",
         )
-    return Group(Text("Memory and limits", "bold"), table)
+    warnings = [
+        Text(f"{engine}: warning: {warning}", "yellow")
+        for engine, results in compared.results.items()
+        for warning in results.scenario.deployment.budget.warnings
+    ]
+    return Group(Text("Memory and limits", "bold"), table, *warnings)
+
+
+def _step_times(compared: EngineComparison) -> RenderableType:
+    """Say for each engine what its step times rest on, and what that makes of its figures."""
+    lines: list[RenderableType] = [Text("How well step times are known", "bold")]
+    for engine, results in compared.results.items():
+        first, *rest = calibration_lines(results.document())
+        style = "dim" if results.scenario.deployment.calibration.status == "validated" else "yellow"
+        lines.append(Padding(Text(f"{engine}: {first[0].lower()}{first[1:]}", style), (0, 0, 0, 2)))
+        lines += [Padding(Text(line), (0, 0, 0, 4)) for line in rest]
+    return Group(*lines)
 
 
 def _columns(document: dict[str, Any], width: int) -> RenderableType:

@@ -26,13 +26,14 @@ class EngineComparison:
     """By engine that does not start: why, and what would."""
 
     def document(self) -> dict[str, Any]:
-        """Return the comparison as one result document: a budget and an explanation per engine, a result per column."""
+        """Return the comparison as one result document: what each engine has, does and rests on, a result per column."""
         documents = {engine: results.document() for engine, results in self.results.items()}
         return {
             "schema_version": SCHEMA_VERSION,
             "config": flat(self.config),
             "configs": {engine: document["config"] for engine, document in documents.items()},
             "budgets": {engine: budget_document(results.scenario.deployment.budget) for engine, results in self.results.items()},
+            "calibrations": {engine: document["calibration"] for engine, document in documents.items()},
             "rules": {engine: rules_of(results.scenario) for engine, results in self.results.items()},
             "refused": self.refused,
             "results": [column for document in documents.values() for column in document["results"]],

@@ -12,8 +12,8 @@ def run_title(results: Results) -> str:
     return f"{scenario.load.title} on {scenario.deployment.hardware.title}, {scenario.model_titles}, {config['engine']}"
 
 
-def run_facts(results: Results) -> str:
-    """Return the settings that matter most, in a line."""
+def load_facts(results: Results) -> str:
+    """Return what matters most of the load and of how it is measured, in a line."""
     scenario, config = results.scenario, results.document()["config"]
     if config["workload"] is not None:
         load = f"workload {config['workload']}"
@@ -24,11 +24,17 @@ def run_facts(results: Results) -> str:
     else:
         load = f"trace format {config['trace_format']}, rate × {config['trace_rate'] or 1:g}"
     measured = config["duration"] or "until all are answered"
-    serving = f"weights {scenario.deployment.weight_format.name}, KV {config['kv_cache_dtype']}"
     return (
         f"{load} · lengths {scenario.load.lengths_name} · warm-up {config['warmup']}, measured {measured} · seed {config['seed']}"
-        + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
-        + f" · {serving} · max-model-len {scenario.deployment.scheduler.max_model_len:,} · "
+    ) + (f", {config['repeats']} repeats" if config["repeats"] > 1 else "")
+
+
+def run_facts(results: Results) -> str:
+    """Return the settings that matter most, in a line."""
+    scenario, config = results.scenario, results.document()["config"]
+    return (
+        f"{load_facts(results)} · weights {scenario.deployment.weight_format.name}, KV {config['kv_cache_dtype']}"
+        f" · max-model-len {scenario.deployment.scheduler.max_model_len:,} · "
         f"block-size {scenario.deployment.pool.block_size} · {_share(scenario.deployment)}"
         f"max-num-seqs {config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
         f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"

@@ -71,6 +71,22 @@ def test_the_terminal_names_engines_and_reasons(capsys: pytest.CaptureFixture[st
     assert "--engine ollama,vllm" in out
 
 
+def test_the_terminal_says_what_may_go_wrong_and_how_well_each_engine_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--engine", "vllm,sglang,llama-cpp", "--quantization", "bf16")
+    plain, document = run(capsys, *words)[0], json.loads(run(capsys, *words, "--json", "-")[0])
+    out = " ".join(plain.split())
+    assert "sglang: warning: engine, operating system and other programs leave" in out
+    assert out.count("warning:") == 1
+    for engine, calibration in document["calibrations"].items():
+        factor = f"{calibration['decode_factor']:.2f}"
+        assert f"{engine}: step times {calibration['status']}" in out
+        assert f"a factor of {factor} in decoding" in out
+    for column in document["results"]:
+        low, high = column["error_interval"]["output_tokens_per_s"]
+        assert f"{column['allocator']}: output tokens/s {low:,.0f} to {high:,.0f}" in out
+    assert "think time 2s" in out
+
+
 def test_the_folder_has_a_result_of_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run(capsys, "--engine", "vllm,ollama", "--out", str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "metrics.prom", "ollama", "trace.json", "vllm"]
