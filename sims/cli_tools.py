@@ -38,14 +38,14 @@ def fit(
     from pagedkv.sims.console_static import show_fit
     from pagedkv.sims.deployment import deploy
     from pagedkv.sims.fit import fit as static_fit
-    from pagedkv.sims.fit import under_other_rules
+    from pagedkv.sims.fit import under_each_rule
 
     deployment = deploy(serving)
     answer = static_fit(deployment, users=users, context=context)
     if json is None:
         print_view(lambda console: show_fit(answer, deployment, console))
     else:
-        engines = [asdict(other) for other in under_other_rules(deployment)]
+        engines = [asdict(other) for other in under_each_rule(deployment)]
         write_json(asdict(answer) | {"engines": engines}, json)
 
 

@@ -9,7 +9,7 @@ from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_n
 from pagedkv.sims.console import waterfall
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
-from pagedkv.sims.fit import Fit, under_other_rules
+from pagedkv.sims.fit import Fit, under_each_rule
 from pagedkv.sims.from_vllm import VllmCommand, offload_note
 from pagedkv.sims.glossary import Entry
 from pagedkv.units import GIB
@@ -40,9 +40,9 @@ def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
     )
     console.print()
     console.print("The same model and machine under each engine's rule, with its defaults:", style="bold")
-    for other in under_other_rules(deployment):
+    for other in under_each_rule(deployment):
         holds = "does not start" if other.kv_tokens is None else f"{other.kv_tokens:,} tokens"
-        console.print(Text.assemble((f"  {other.ledger}: {holds}", "bold"), f"\n    {other.equation}"))
+        console.print(Text.assemble((f"  {other.engine}: {holds}", "bold"), f"\n    {other.equation}"))
     console.print()
     if answer.longest_context is not None:
         console.print(f"{answer.users:,} requests at once can have {answer.longest_context:,} tokens each.", markup=False)

@@ -1,19 +1,13 @@
 """The static answer, at once: what fits, before anybody has sent a request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
-from pagedkv.ledgers.llama_cpp import DEFAULT_SLOTS, LlamaCppLedger
-from pagedkv.ledgers.sglang import SGLangLedger, default_chunked_prefill_size
-from pagedkv.ledgers.tensorrt_llm import TensorRTLLMLedger
-from pagedkv.ledgers.transformers import TransformersLedger
-from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.memory_plan import plan
-from pagedkv.memory_request import Ledger, MemoryRequest
-from pagedkv.sims.deployment import Deployment
-from pagedkv.sims.engines import load_engine
-from pagedkv.sims.vllm_versions import vllm_version
+from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.deployment import Deployment, memory_request
+from pagedkv.sims.engine_flags import of_one_engine
 
 CONTEXTS = tuple(1024 << i for i in range(10))
 """Contexts of the table, in tokens: 1k to 512k, as far as the model goes."""
@@ -78,8 +72,8 @@ def fit(deployment: Deployment, *, users: int | None = None, context: int | None
 class EngineFit:
     """The same model on the same machine under one engine's memory rule, with that engine's defaults."""
 
-    ledger: str
-    """Name of the rule in `pagedkv.ledgers`."""
+    engine: str
+    """As after --engine."""
     kv_tokens: int | None
     """Tokens that requests can hold; None if it does not start."""
     kv_cache_bytes: int | None
@@ -87,50 +81,26 @@ class EngineFit:
     """How the engine computes it, with this machine's numbers; or why it does not start."""
 
 
-def under_other_rules(deployment: Deployment) -> tuple[EngineFit, ...]:
-    """Return what every engine's memory rule gives this model on this machine, defaults where they differ from vLLM's."""
-    hardware, serving = deployment.hardware, deployment.config
-    chunk = default_chunked_prefill_size(hardware.visible_bytes)
-    longest = deployment.scheduler.max_model_len
-    # llama.cpp's -c sizes the whole cache: here for as many requests of max-model-len as it has slots.
-    rules: dict[str, tuple[Ledger, int]] = {
-        "vllm": (
-            VLLMLedger(
-                block_size=serving.block_size,
-                gpu_memory_utilization=load_engine(serving.engine).default_utilization(hardware),
-                cuda_graphs_set_aside=vllm_version(serving.engine).cuda_graphs_set_aside,
-            ),
-            deployment.scheduler.max_num_batched_tokens,
-        ),
-        "sglang": (SGLangLedger(), chunk),
-        "tensorrt-llm": (TensorRTLLMLedger(), deployment.scheduler.max_num_batched_tokens),
-        "llama-cpp": (LlamaCppLedger(ctx_size=DEFAULT_SLOTS * longest), 512),
-        "transformers": (TransformersLedger(), longest),
-    }
-    return tuple(_under(deployment, name, ledger, tokens) for name, (ledger, tokens) in rules.items())
+def under_each_rule(deployment: Deployment) -> tuple[EngineFit, ...]:
+    """Return what every engine's memory rule gives this model on this machine: what `simulate --engine` with its name starts from.
+
+    Settings of `deployment` that an engine has as well are kept, but for those that say how many requests it takes at once.
+    """
+    asked = replace(deployment.config, max_num_seqs=None, max_num_batched_tokens=None)
+    own = deployment.engine.name
+    return tuple(_under(asked, own if own.partition("@")[0] == name else name) for name in _RULES)
 
 
-def _under(deployment: Deployment, name: str, ledger: Ledger, max_num_batched_tokens: int) -> EngineFit:
-    serving = deployment.config
-    request = MemoryRequest(
-        model=deployment.model,
-        hardware=deployment.hardware,
-        ledger=ledger,
-        weight_format=deployment.weight_format,
-        kv_cache_dtype=serving.kv_cache_dtype,
-        max_model_len=deployment.scheduler.max_model_len,
-        max_num_seqs=deployment.scheduler.max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enforce_eager=serving.enforce_eager,
-        os_reserve_bytes=deployment.budget.os_reserve,
-        other_programs_bytes=deployment.budget.other_programs,
-    )
+_RULES = ("vllm", "sglang", "tensorrt-llm", "llama-cpp", "ollama", "naive")
+
+
+def _under(asked: ServingConfig, engine: str) -> EngineFit:
     try:
-        budget = plan(request)
+        budget = plan(memory_request(of_one_engine(asked, engine)))
     except ConfigError as error:
-        return EngineFit(ledger=name, kv_tokens=None, kv_cache_bytes=None, equation=str(error).partition(" What fits:")[0])
+        return EngineFit(engine=engine, kv_tokens=None, kv_cache_bytes=None, equation=str(error).partition(" What fits:")[0])
     tokens = budget.usable_blocks * budget.block_size
-    return EngineFit(ledger=name, kv_tokens=tokens, kv_cache_bytes=budget.kv_cache, equation=budget.equation)
+    return EngineFit(engine=engine, kv_tokens=tokens, kv_cache_bytes=budget.kv_cache, equation=budget.equation)
 
 
 def _state_blocks(deployment: Deployment) -> int:

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from pagedkv.catalogue import load_model
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
-from pagedkv.ledgers import LEDGERS
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import Deployment, deploy
-from pagedkv.sims.fit import CONTEXTS, fit, under_other_rules
+from pagedkv.sims.fit import CONTEXTS, fit, under_each_rule
 from pagedkv.step_allocation import step_allocator
 from pagedkv.step_batch import empty_batch
 
@@ -120,8 +119,8 @@ def test_what_nobody_can_mean_is_refused(users: int, context: int) -> None:
 @pytest.mark.parametrize("machine", [{}, {"other_programs": "12GiB"}, {"free_memory": "105GiB"}, {"os_reserve": "9GiB"}])
 def test_every_memory_rule_is_about_this_machine(machine: dict[str, Any]) -> None:
     deployment = deploy(ServingConfig(**machine))
-    rules = {other.ledger: other for other in under_other_rules(deployment)}
-    assert set(rules) == set(LEDGERS.names())
+    rules = {other.engine: other for other in under_each_rule(deployment)}
+    assert set(rules) == {"vllm", "sglang", "tensorrt-llm", "llama-cpp", "ollama", "naive"}
     assert rules["vllm"].kv_tokens == fit(deployment).kv_tokens  # here its defaults are what is deployed
     assert rules["vllm"].equation == deployment.budget.equation
     free = deployment.budget.free_at_start
@@ -130,17 +129,32 @@ def test_every_memory_rule_is_about_this_machine(machine: dict[str, Any]) -> Non
         assert rule.kv_tokens is not None
         assert rule.kv_cache_bytes == pytest.approx(rule.kv_tokens * 131_072, rel=0.001), name
         assert rule.kv_cache_bytes < free - deployment.budget.weights
-    whole = next(other for other in under_other_rules(deploy(ServingConfig())) if other.ledger == "sglang")
+    whole = next(other for other in under_each_rule(deploy(ServingConfig())) if other.engine == "sglang")
     assert (rules["sglang"].kv_tokens != whole.kv_tokens) == bool(machine)  # its share is of the memory that is free
 
 
+@pytest.mark.parametrize("asked", ["vllm", "llama-cpp"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gpt-oss-20b"])
+def test_each_rule_gives_what_its_engine_starts_with_whichever_is_asked_about(asked: str, model: str) -> None:
+    rules = under_each_rule(deploy(ServingConfig(model=model, engine=asked)))
+    for rule in rules:
+        serving = ServingConfig(model=model, engine=rule.engine)
+        if rule.kv_tokens is None:
+            with pytest.raises(ConfigError) as refused:
+                deploy(serving)
+            assert str(refused.value).startswith(rule.equation)
+        else:
+            budget = deploy(serving).budget
+            assert (rule.kv_tokens, rule.equation) == (budget.usable_blocks * budget.block_size, budget.equation)
+    assert rules == under_each_rule(deploy(ServingConfig(model=model)))
+
+
 def test_a_rule_under_which_the_engine_does_not_start_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    deployment = deploy(ServingConfig(other_programs="60GiB", gpu_memory_utilization=0.4))
-    (vllm,) = [other for other in under_other_rules(deployment) if other.ledger == "vllm"]
-    assert (vllm.kv_tokens, vllm.kv_cache_bytes) == (None, None)
-    assert "--gpu-memory-utilization 0.8" in vllm.equation
-    main(shlex.split("fit --other-programs 60GiB --gpu-memory-utilization 0.4"))
-    assert "vllm: does not start" in capsys.readouterr().out
+    (sglang,) = [other for other in under_each_rule(deploy(ServingConfig(model="gpt-oss-120b"))) if other.engine == "sglang"]
+    assert (sglang.kv_tokens, sglang.kv_cache_bytes) == (None, None)
+    assert "--mem-fraction-static" in sglang.equation
+    main(shlex.split("fit --model gpt-oss-120b"))
+    assert "sglang: does not start" in capsys.readouterr().out
 
 
 def document(arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -154,7 +168,7 @@ def test_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     read = document(arguments, capsys)
     deployment = deploy(ServingConfig(model="qwen3.5-27b", block_size=32))
     expected = asdict(fit(deployment, users=40, context=1000))
-    expected["engines"] = [asdict(other) for other in under_other_rules(deployment)]
+    expected["engines"] = [asdict(other) for other in under_each_rule(deployment)]
     assert read == json.loads(json.dumps(expected))
     main(shlex.split(f"fit {arguments} --json {tmp_path}/new/fit.json"))
     assert capsys.readouterr().out == ""
