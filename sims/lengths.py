@@ -1,26 +1,20 @@
 """How long requests are: distributions of prompt and output lengths, drawn in pairs."""
 
 import math
-import os
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.errors import ConfigError
 from pagedkv.sims.traces import read_noted_lengths
 
 Lengths = npt.NDArray[np.int64]
 
-_PROBE_DRAWS = 1 << 17
 _DRAWS_AT_ONCE = 64
-# Below this, rejection sampling becomes slow and what it gives has little to do with the distribution.
-_LEAST_SHARE = 1e-3
 
 
 class LengthDistribution(Protocol):
@@ -215,68 +209,6 @@ class FileLengths:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _RejectionLengths:
-    """What remains of `base`; see `restricted`."""
-
-    base: LengthDistribution
-    """The distribution drawn from."""
-    max_total: int
-    """Largest prompt plus output that is kept."""
-    share: float
-    """Share of `base` that is kept, roughly: sets how much is drawn at once."""
-    mean_prompt: float
-    """Mean prompt length of what is kept."""
-    mean_output: float
-    """Mean output length of what is kept."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.base.name}, at most {self.max_total} tokens"
-
-    def sample(self, rng: np.random.Generator, n: int) -> tuple[Lengths, Lengths]:
-        kept: list[tuple[Lengths, Lengths]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-        missing = n
-        while missing > 0:
-            prompt, output = self.base.sample(rng, min(math.ceil(1.1 * missing / self.share) + 16, 1 << 20))
-            fits = np.flatnonzero(prompt + output <= self.max_total)[:missing]
-            kept.append((prompt[fits], output[fits]))
-            missing -= len(fits)
-        prompts, outputs = zip(*kept, strict=True)
-        return np.concatenate(prompts), np.concatenate(outputs)
-
-
-def restricted(distribution: LengthDistribution, max_total: int) -> LengthDistribution:
-    """Return `distribution` given that prompt plus output is at most `max_total`.
-
-    A file loses the rows that are longer. From others, pairs are drawn until one fits; their means are then those of
-    131,072 draws.
-
-    Raises:
-        ConfigError: If no row of a file fits, or fewer than one pair in a thousand of another distribution.
-    """
-    if max_total >= distribution.max_total:
-        return distribution
-    if isinstance(distribution, FileLengths):
-        return distribution.restricted(max_total)
-    prompt, output = distribution.sample(np.random.default_rng(0), _PROBE_DRAWS)
-    total = prompt + output
-    fits = total <= max_total
-    share = float(fits.mean())
-    if share < _LEAST_SHARE:
-        raise ConfigError(
-            f"fewer than one request in a thousand of {distribution.name!r} has at most {max_total} tokens "
-            f"(prompt + output); one in a hundred has at most {math.ceil(np.quantile(total, 0.01))}"
-        )
-    return _RejectionLengths(
-        base=distribution,
-        max_total=max_total,
-        share=share,
-        mean_prompt=float(prompt[fits].mean()),
-        mean_output=float(output[fits].mean()),
-    )
-
-
 def draws(lengths: LengthDistribution, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
     """Yield prompt and output lengths without end: from a file in order its rows, again from the top after the last; else draws."""
     while True:
@@ -285,38 +217,3 @@ def draws(lengths: LengthDistribution, rng: np.random.Generator) -> Iterator[tup
         else:
             chunk = lengths.sample(rng, _DRAWS_AT_ONCE)
         yield from zip(chunk[0].tolist(), chunk[1].tolist(), strict=True)
-
-
-def length_names() -> tuple[str, ...]:
-    """Return the names of the tables in `lengths.toml`."""
-    return tuple(sorted(_tables()))
-
-
-def load_lengths(name_or_path: str) -> LengthDistribution:
-    """Return the distribution of that name, or the lengths in that file.
-
-    Raises:
-        ConfigError: If it is neither the name of a distribution nor looks like a path.
-        TraceFormatError: If it is a path, and the file cannot be read.
-    """
-    if name_or_path in length_names():
-        table = _tables()[name_or_path]
-        return QuantileLengths(
-            name=name_or_path,
-            source=table["source"],
-            probabilities=np.array(table["probabilities"], dtype=np.float64),
-            prompt_quantiles=np.array(table["prompt_tokens"], dtype=np.float64),
-            output_quantiles=np.array(table["output_tokens"], dtype=np.float64),
-            joint_ranks=np.array(table["joint_ranks"], dtype=np.int64),
-        )
-    path = Path(name_or_path)
-    if os.sep in name_or_path or path.suffix or path.exists():
-        return FileLengths.read(path)
-    hint = "The path of a trace or of a file of lengths works as well."
-    raise unknown_name("length distribution", name_or_path, length_names(), hint=hint)
-
-
-@cache
-def _tables() -> dict[str, dict[str, Any]]:
-    with Path(__file__).with_name("lengths.toml").open("rb") as file:
-        return tomllib.load(file)

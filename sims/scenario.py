@@ -18,11 +18,13 @@ from pagedkv.sims.config import (
 from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.engine_flags import refuse_flags_of_others
 from pagedkv.sims.goodput import Goal, parse_goals
-from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, load_lengths, restricted
+from pagedkv.sims.length_names import load_lengths
+from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop, SharedPrefixes, TraceReplay
 from pagedkv.sims.model_names import ModelNames, is_model_server, model_names
 from pagedkv.sims.model_serving import ModelServing, model_serving
 from pagedkv.sims.replication import Replication, replication
+from pagedkv.sims.restricted_lengths import restricted
 from pagedkv.sims.routing import DEFAULT_ROUTING
 from pagedkv.sims.traces import read_trace
 from pagedkv.sims.workload_config import check_workload_flags, resolve_workload

@@ -11,7 +11,7 @@ from pagedkv.kv_spec import kv_element_pair_bytes
 from pagedkv.sims.config import MeasurementConfig
 from pagedkv.sims.engines import load_engine
 from pagedkv.sims.goodput import parse_goals
-from pagedkv.sims.lengths import load_lengths
+from pagedkv.sims.length_names import load_lengths
 from pagedkv.sims.scenario import asked_allocators
 from pagedkv.sims.sweep_grid import Grid
 from pagedkv.sims.traces import read_trace

@@ -9,7 +9,7 @@ from typing import Any
 
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.config import MAX_S, parse_seconds
-from pagedkv.sims.lengths import length_names, load_lengths
+from pagedkv.sims.length_names import length_names, load_lengths
 from pagedkv.sims.token_lengths import MOST_TOKENS, LengthsOf, LognormalLengths, SameLength, TokenLengths, UniformLengths
 from pagedkv.sims.user_class import Turns, UserClass
 from pagedkv.sims.workload import MOST_CLASSES

@@ -7,15 +7,9 @@ from hypothesis import strategies as st
 
 from pagedkv.errors import ConfigError, TraceFormatError
 from pagedkv.sims.derive_lengths import main, spearman
-from pagedkv.sims.lengths import (
-    FileLengths,
-    FixedLengths,
-    LengthDistribution,
-    QuantileLengths,
-    length_names,
-    load_lengths,
-    restricted,
-)
+from pagedkv.sims.length_names import length_names, load_lengths
+from pagedkv.sims.lengths import FileLengths, FixedLengths, LengthDistribution, QuantileLengths
+from pagedkv.sims.restricted_lengths import restricted
 from pagedkv.sims.traces import read_lengths
 
 FILES = {"azure-conv": "azure_conv_2023.csv.gz", "sharegpt": "sharegpt_lengths.csv.gz"}

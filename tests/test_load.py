@@ -11,7 +11,8 @@ import simpy
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, SimulationConfig
-from pagedkv.sims.lengths import FileLengths, FixedLengths, load_lengths
+from pagedkv.sims.length_names import load_lengths
+from pagedkv.sims.lengths import FileLengths, FixedLengths
 from pagedkv.sims.load import ClosedLoop, Load, OpenLoop
 from pagedkv.sims.scenario import resolve
 

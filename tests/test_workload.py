@@ -13,7 +13,7 @@ import pytest
 
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
-from pagedkv.sims.lengths import load_lengths
+from pagedkv.sims.length_names import load_lengths
 from pagedkv.sims.max_users import max_users
 from pagedkv.sims.records import RequestLog
 from pagedkv.sims.results import simulate

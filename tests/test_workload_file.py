@@ -10,7 +10,7 @@ import pytest
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
-from pagedkv.sims.lengths import load_lengths
+from pagedkv.sims.length_names import load_lengths
 from pagedkv.sims.token_lengths import LognormalLengths, SameLength, UniformLengths
 from pagedkv.sims.user_class import Turns
 from pagedkv.sims.workload_file import load_workload, workload_names
