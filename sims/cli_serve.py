@@ -88,7 +88,7 @@ def _simulated(asked: ServeConfig, serving: ServingConfig) -> "tuple[ServedEngin
     from pagedkv.sims.deployment import deploy
     from pagedkv.sims.length_names import load_lengths
     from pagedkv.sims.lengths import draws
-    from pagedkv.sims.scenario import DEFAULT_LENGTHS
+    from pagedkv.sims.load_flags import DEFAULT_LENGTHS
     from pagedkv.sims.serve.simulated import SimulatedEngine, compile_steps
     from pagedkv.sims.serve.wall_clock import WallClock
 

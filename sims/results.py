@@ -9,8 +9,9 @@ from pagedkv.sims.command import flat
 from pagedkv.sims.config import ATTAIN, time_text
 from pagedkv.sims.engine_flags import ENGINE_FLAGS
 from pagedkv.sims.error_interval import error_intervals
+from pagedkv.sims.load_flags import DEFAULT_LENGTHS
 from pagedkv.sims.metrics import measure
-from pagedkv.sims.scenario import DEFAULT_LENGTHS, Scenario
+from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.simulation import Progress, Run, run
 from pagedkv.sims.statistics import ci95
 from pagedkv.sims.verdict import Verdict, judge
