@@ -14,8 +14,8 @@ from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.deployment import PAGE_BYTES
 from pagedkv.sims.load_flags import DEFAULT_THINK_TIME_S
 from pagedkv.sims.routing.prefix_affine import BALANCE_ABS_THRESHOLD, BALANCE_REL_THRESHOLD
+from pagedkv.sims.saturation import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
 from pagedkv.sims.step_constants import EAGER_S_PER_LAYER
-from pagedkv.sims.verdict import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
 from pagedkv.start_up import COMPILE_PEAK_BYTES, KERNEL_BUILD_BYTES, KERNEL_BUILD_MOST_BYTES, READAHEAD_BYTES
 from pagedkv.units import GIB, KIB
 from pagedkv.weight_format import WEIGHT_FORMATS

@@ -87,6 +87,11 @@ class ModelServing:
         """What each model runs as when it has the machine to itself."""
         return tuple(model.usual for model in self.models)
 
+    @property
+    def lower_context(self) -> int | None:
+        """The next lower automatic context than the first model has: with less, more models fit together; None below the lowest."""
+        return lower_context(self.deployments[0].scheduler.max_model_len)
+
 
 def model_serving(serving: ServingConfig, names: Sequence[str]) -> ModelServing:
     """Return the server of `names` on the machine of `serving`.

@@ -1,0 +1,96 @@
+"""What to try next: the command of a remedy that would start, or of more or less load."""
+
+import math
+from typing import Any
+
+from pagedkv.errors import ConfigError
+from pagedkv.sims.attainment import terms
+from pagedkv.sims.command import changed, command_line
+from pagedkv.sims.config import SimulationConfig
+from pagedkv.sims.limits import Binding
+from pagedkv.sims.missed_goal import MissedGoal
+from pagedkv.sims.scenario import Scenario, resolve
+from pagedkv.sims.simulation import Run
+from pagedkv.weight_format import load_weight_format
+
+
+def next_command(
+    scenario: Scenario, binding: Binding, runs: list[Run], why: MissedGoal | None, *, attain: float, fits: bool
+) -> str:
+    """Return the command to try next: more load if this one fits, else the nearest remedy that would start, else less load.
+
+    Less load does not help prompts that miss a goal all by themselves: a faster format does, or a goal that they can keep.
+
+    Args:
+        scenario: What ran.
+        binding: The limit that is reached, or would be reached first.
+        runs: Its runs.
+        why: Which goal is missed most, and why; None if they are met, or for want of goals.
+        attain: The share of requests that must meet the goals.
+        fits: Whether the load fits.
+    """
+    config, load = scenario.config, scenario.config.load
+    remedies: list[dict[str, Any]] = []
+    if not fits:
+        if binding == "max_model_len":
+            needed = max(int((run.log.prompt_tokens + run.log.output_tokens).max(initial=1)) for run in runs)
+            remedies = [{"max_model_len": needed}, {"over_length": "drop"}]
+        elif binding == "kv_memory":
+            remedies = [_more_kv(scenario)]
+        elif binding == "bandwidth" and (narrower := _narrower_format(scenario)):
+            remedies = [{"quantization": narrower}]
+        elif binding == "max_num_seqs":
+            remedies = [{"max_num_seqs": 2 * scenario.deployment.scheduler.max_num_seqs}]
+        elif binding == "model_loads" and scenario.model_serving is not None and (lower := scenario.model_serving.lower_context):
+            remedies = [{"ctx_size": lower}]
+    more = 2.0 if fits else 0.5
+    if why is not None and (why.prompts_alone_miss or load.users == 1):
+        remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]
+        remedies.append({"goodput": _goals_within_reach(scenario, runs, attain)})
+    elif load.users is not None:
+        remedies.append({"users": max(1, round(load.users * more))})
+    elif load.workload is not None:
+        remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]
+        remedies.append({"repeats": config.measurement.repeats + 4})
+    elif load.request_rate is not None:
+        remedies.append({"request_rate": load.request_rate * more})
+    else:
+        remedies.append({"trace_rate": (load.trace_rate or 1.0) * more})
+    return command_line(config, **next(remedy for remedy in remedies if _starts(config, remedy) or remedy is remedies[-1]))
+
+
+def _starts(config: SimulationConfig, remedy: dict[str, Any]) -> bool:
+    try:
+        resolve(changed(config, **remedy))
+    except ConfigError:
+        return False
+    return changed(config, **remedy) != config
+
+
+def _more_kv(scenario: Scenario) -> dict[str, Any]:
+    serving = scenario.config.serving
+    if serving.num_gpu_blocks_override is not None:
+        return {"num_gpu_blocks_override": 2 * serving.num_gpu_blocks_override}
+    return {"kv_cache_dtype": "fp8"}
+
+
+def _narrower_format(scenario: Scenario) -> str | None:
+    bits = scenario.deployment.weight_format.bits_per_weight
+    return "fp8" if bits > 8 else "nvfp4" if bits > 4.5 and "fp4" in scenario.deployment.hardware.reached_flops else None
+
+
+def _faster_formats(scenario: Scenario) -> list[str]:
+    hardware, current = scenario.deployment.hardware, scenario.deployment.weight_format
+    narrower = _narrower_format(scenario)
+    faster = narrower and hardware.effective_flops(load_weight_format(narrower)) > hardware.effective_flops(current)
+    return [narrower] if narrower and faster else []
+
+
+def _goals_within_reach(scenario: Scenario, runs: list[Run], attain: float) -> tuple[str, ...]:
+    """Return the goals with each limit that is missed raised to what the wanted share would keep, rounded up."""
+    texts = []
+    for term in terms(runs, scenario.goals, attain=attain):
+        limit_s = term.limit_s if term.reached_s is None else max(term.limit_s, term.reached_s)
+        raised_ms = f"{math.ceil(1e3 * limit_s):d}" if limit_s > term.limit_s else f"{1e3 * limit_s:g}"
+        texts.append(f"{term.metric}:{raised_ms}")
+    return tuple(texts)
