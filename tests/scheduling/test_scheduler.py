@@ -1,4 +1,4 @@
-"""The scheduler, one rule at a time. tests/properties holds them all together against an oracle."""
+"""vLLM's scheduler, one rule at a time. tests/properties holds them all together against an oracle."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from steps import add, advance, entries
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockKeys
@@ -13,7 +14,7 @@ from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.scheduling.content import NO_SEGMENTS
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
-from pagedkv.scheduling.step import Blocker, Step
+from pagedkv.scheduling.step import Blocker
 from pagedkv.scheduling.waiting import NUM_RUNNING, WAITING_HEAD
 from pagedkv.step_allocation import step_allocator
 from pagedkv.step_batch import StepBatch
@@ -30,23 +31,6 @@ def scheduler(*, num_blocks: int = 100, watermark: float = 0.0, allocator: str =
         watermark=watermark,
     )
     return Scheduler(settings, step_allocator(allocator, pool))
-
-
-def add(to: Scheduler, *lengths: tuple[int, int]) -> list[int | None]:
-    return [to.add(prompt_tokens=prompt, output_tokens=output) for prompt, output in lengths]
-
-
-def entries(step: Step) -> list[tuple[int, int]]:
-    """(request, tokens) in scheduling order."""
-    n = step.num_entries
-    return list(zip(step.batch["request"][:n].tolist(), step.batch["num_scheduled_tokens"][:n].tolist(), strict=True))
-
-
-def advance(one: Scheduler) -> list[tuple[int, int]]:
-    scheduled = entries(one.schedule())
-    one.complete()
-    one.check_integrity()
-    return scheduled
 
 
 def test_a_request_is_prefilled_then_decoded_token_by_token() -> None:
