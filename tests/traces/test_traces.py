@@ -1,3 +1,5 @@
+"""Traces: rows in CSV and JSON lines, their order and units, and what is refused of them."""
+
 import csv
 import gzip
 import json
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trace_samples import SAMPLES
 
 from pagedkv.errors import ConfigError, TraceFormatError
 from pagedkv.sims.traces import Trace, read_lengths, read_trace
@@ -20,23 +23,8 @@ EXAMPLES = {
         "2023-11-16 18:15:50.9951690,396,109\n"
         "2023-11-16 18:16:00.6805900,879,55\n"
     ),
-    "generic-csv": "arrival_s,prompt_tokens,output_tokens\n1.5,374,44\n5.814579,396,109\n15.5,879,55\n",
-    "mooncake-jsonl": (
-        '{"timestamp": 100, "input_length": 374, "output_length": 44, "hash_ids": [0]}\n'
-        '{"timestamp": 4414.579, "input_length": 396, "output_length": 109, "hash_ids": [0, 1]}\n'
-        '{"timestamp": 14100, "input_length": 879, "output_length": 55, "hash_ids": [2]}\n'
-    ),
+    **{name: SAMPLES[name] for name in ("generic-csv", "mooncake-jsonl")},
 }
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str | bytes], Path]:
-    def write(content: str | bytes) -> Path:
-        path = tmp_path / "trace"
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
 
 
 def azure(*rows: str) -> str:
