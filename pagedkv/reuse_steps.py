@@ -34,13 +34,13 @@ class ReuseStepAllocator:
     rounding_slots = lookahead_slots = 0
 
     def __init__(self, allocator: TensorRTLLMAllocator) -> None:
-        self.allocator = allocator
+        self.memory = memory = allocator.memory
         self.name, self.placement = allocator.name, allocator.placement
         self.num_slots, self.usable_slots = allocator.num_slots, allocator.usable_slots
         self.max_model_len = allocator.max_model_len
         self.unit_slots, self.state_units = allocator.unit_slots, allocator.state_slots // allocator.unit_slots
         self.admission_slots = allocator.admission_slots
-        self.arrays, self.rules = allocator.arrays, allocator.rules
+        self.arrays, self.rules = memory.arrays, memory.rules
         self.units_held = self.arrays.num_blocks
 
     def all_admission_slots(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64Array:
@@ -60,21 +60,21 @@ class ReuseStepAllocator:
 
     def slots_of_row(self, row: int) -> Int64Array:
         """Return the slots of the blocks in the table of `row`."""
-        return self.allocator.slots_of_row(row)
+        return self.memory.slots_of_row(row)
 
     def taken_slots(self) -> Int64Array:
         """Return the slots of blocks that somebody holds, be it for state."""
-        return self.allocator.taken_slots()
+        return self.memory.taken_slots()
 
     @property
     def free_slots(self) -> int:
         """Slots of the blocks on the GPU that nobody holds."""
-        return self.allocator.free_slots
+        return self.memory.free_slots
 
     @property
     def cached_slots(self) -> int:
         """Free slots that keep content for reuse."""
-        return self.allocator.num_cached_slots
+        return self.memory.num_cached_slots
 
     @property
     def shared_slots(self) -> int:
@@ -83,4 +83,4 @@ class ReuseStepAllocator:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pool and tree fit together, and with what rows hold. O(blocks + nodes)."""
-        self.allocator.check_rows(np.flatnonzero(self.units_held).tolist())
+        self.memory.check_rows(np.flatnonzero(self.units_held).tolist())

@@ -115,7 +115,7 @@ class _ReuseRows(_Rows):
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of stored blocks that nobody holds."""
-        return self._allocator.allocator.cached_slots()
+        return self._allocator.memory.cached_slots()
 
     def taken_slots(self) -> Int64Array:
         """Return the slots of blocks that somebody holds, be it for state."""

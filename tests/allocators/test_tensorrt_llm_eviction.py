@@ -117,7 +117,7 @@ def test_an_evicted_block_moves_to_the_host_and_a_hit_brings_it_back() -> None:
     assert world.last.copies[:, 0].tolist() == [32, 33, 34, 35]
     assert world.last.copies[0, 1] == world.blocks(user)[1] * 4
     assert (world.allocator.offloaded_slots, world.allocator.onboarded_slots) == (4, 4)
-    assert world.allocator._pool.host_blank() == [9, 8]
+    assert world.allocator.memory.pool.host_blank() == [9, 8]
 
 
 @pytest.mark.parametrize(("priority", "cached"), [(29, 0), (30, 4), (0, 4)])
@@ -195,4 +195,4 @@ def test_a_block_that_is_dropped_takes_what_the_host_keeps_behind_it_along() -> 
     assert world.cached(seq(0, 9)) == 8  # the tail is on the host
     world.fill(8)
     assert world.cached(seq(0, 9)) == 0
-    assert world.allocator._pool.host_blank() == [8]
+    assert world.allocator.memory.pool.host_blank() == [8]

@@ -192,7 +192,7 @@ class Machine(RuleBasedStateMachine):
 
     def longest_stored(self, request: KVRequest) -> int:
         wanted = request.token_ids.tolist()[:-1]
-        tree = self.allocator._pool.tree
+        tree = self.allocator.memory.pool.tree
         paths = map(tree.tokens_up_to, tree.nodes(request.namespace))
         return max((shared(path, wanted) for path in paths), default=0)
 

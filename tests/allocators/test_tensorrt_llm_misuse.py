@@ -65,7 +65,7 @@ def test_bad_use_is_told_and_changes_nothing(call: Callable[[Any, KVRequest], ob
     world.leave(seq(50, 9))
     request = world.admit(seq(0, 10))
     world.allocator.advance(5)
-    parts = [world.allocator._pool, world.allocator.arrays, *world.allocator._holdings.values()]
+    parts = [world.allocator.memory.pool, world.allocator.memory.arrays, *world.allocator._holdings.values()]
     before = state_of(parts)
     with pytest.raises(ConfigError, match=message):
         call(world.allocator, request)
@@ -117,7 +117,7 @@ def test_admission_slots_is_none_for_what_can_never_fit() -> None:
 
 def node(allocator: TensorRTLLMAllocator) -> int:
     """The first one that is stored."""
-    return allocator._pool.tree.nodes()[0]
+    return allocator.memory.pool.tree.nodes()[0]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,10 @@ def node(allocator: TensorRTLLMAllocator) -> int:
         pytest.param(lambda a, p: p.blank.__setitem__(8, p.blank[9]), id="host block twice"),
         pytest.param(lambda a, p: p.node_of.__setitem__(7, node(a)), id="blank block with a node"),
         pytest.param(lambda a, p: p.node_of.__setitem__(p.tree.nodes["block"][node(a)], -1), id="stored block without its node"),
-        pytest.param(lambda a, p: a._pool.gpu.remove(next(iter(a._pool.gpu))), id="free node not queued"),
-        pytest.param(lambda a, p: a._pool.gpu.set_ready(list(a._pool.gpu)[-1], ready=True), id="a node that is no leaf is ready"),
+        pytest.param(lambda a, p: a.memory.pool.gpu.remove(next(iter(a.memory.pool.gpu))), id="free node not queued"),
+        pytest.param(
+            lambda a, p: a.memory.pool.gpu.set_ready(list(a.memory.pool.gpu)[-1], ready=True), id="a node that is no leaf is ready"
+        ),
         pytest.param(lambda a, p: p.gpu.counts.__setitem__(NUM_READY, 0), id="queue that gives nothing"),
         pytest.param(lambda a, p: p.gpu.items["order"].__setitem__(slice(None), -1), id="queue that knows no item"),
         pytest.param(lambda a, p: p.gpu.items["place"].__setitem__(p.gpu.heap[0], 1), id="another place in the queue"),
@@ -141,11 +143,11 @@ def node(allocator: TensorRTLLMAllocator) -> int:
         pytest.param(lambda a, p: p.tree.tokens.__setitem__(node(a), 0), id="another key than its place among others says"),
         pytest.param(lambda a, p: p.tree.nodes["num_tokens"].__setitem__(node(a), 0), id="no key"),
         pytest.param(lambda a, p: p.tree.links.__setitem__((p.tree.nodes["parent"][node(a)], 0), -1), id="key lost"),
-        pytest.param(lambda a, p: p.tree.nodes["last_child"].__setitem__(a._pool.tree.root(""), -1), id="end of a list lost"),
-        pytest.param(lambda a, p: a._pool.tree._roots.clear(), id="root lost"),
-        pytest.param(lambda a, p: a.arrays.tables.__setitem__((0, 0), 7), id="another block in a table"),
-        pytest.param(lambda a, p: a.arrays.num_blocks.__setitem__(3, 1), id="a row of nobody holds a block"),
-        pytest.param(lambda a, p: a.arrays.rows["num_stored"].__setitem__(0, 1), id="wrong place in the tree"),
+        pytest.param(lambda a, p: p.tree.nodes["last_child"].__setitem__(a.memory.pool.tree.root(""), -1), id="end of a list lost"),
+        pytest.param(lambda a, p: a.memory.pool.tree._roots.clear(), id="root lost"),
+        pytest.param(lambda a, p: a.memory.arrays.tables.__setitem__((0, 0), 7), id="another block in a table"),
+        pytest.param(lambda a, p: a.memory.arrays.num_blocks.__setitem__(3, 1), id="a row of nobody holds a block"),
+        pytest.param(lambda a, p: a.memory.arrays.rows["num_stored"].__setitem__(0, 1), id="wrong place in the tree"),
         pytest.param(lambda a, p: a._free_rows.append(0), id="row twice"),
     ],
 )
@@ -154,6 +156,6 @@ def test_corruption_is_noticed(corrupt: Callable[[Any, Any], object]) -> None:
     world.leave(seq(50, 9))
     world.admit(seq(0, 10))
     world.memory.check()
-    corrupt(world.allocator, world.allocator._pool.arrays)
+    corrupt(world.allocator, world.allocator.memory.pool.arrays)
     with pytest.raises(IntegrityError):
         world.allocator.check_integrity()
