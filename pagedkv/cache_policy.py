@@ -1,7 +1,5 @@
 """What a pool keeps for reuse beyond vLLM's default: another eviction policy, and prefixes that end inside a block."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
@@ -10,20 +8,9 @@ from pagedkv.block_eviction import BlockEviction
 from pagedkv.block_grant import SHORTAGE, BlockCopy, count_new_blocks
 from pagedkv.block_moves import release_blocks, touch_blocks
 from pagedkv.block_pool import BlockPool
+from pagedkv.grant_plan import Growth
 from pagedkv.kv_request import KVRequest
 from pagedkv.partial_tails import CachedTail, PartialTails
-
-
-class Growth(NamedTuple):
-    """What one grant asks of the pool: see `grant_blocks`."""
-
-    table: Int32Array
-    held: int
-    hits: Int32Array
-    num_needed: int
-    num_gated: int
-    num_kept_free: int
-    first_written: int
 
 
 class CachePolicy:

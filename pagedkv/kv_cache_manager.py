@@ -10,10 +10,11 @@ from pagedkv.block_grant import SHORTAGE, BlockCopy, grant_blocks
 from pagedkv.block_moves import release_behind, release_blocks
 from pagedkv.block_pool import BlockPool
 from pagedkv.cache_events import CacheEvents
-from pagedkv.cache_policy import CachePolicy, Growth
+from pagedkv.cache_policy import CachePolicy
 from pagedkv.errors import IntegrityError
 from pagedkv.events import EventSink
 from pagedkv.eviction import EVICTION_POLICIES
+from pagedkv.grant_plan import GrantPlanner
 from pagedkv.kv_request import KVRequest
 from pagedkv.partial_tails import CachedTail
 from pagedkv.prefix_lookup import PrefixLookup
@@ -53,7 +54,7 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks=settings.num_blocks, enable_caching=enable_caching)
         self._requests = rows = TableRows(settings)
         self.tables, self._num_registered, self._states = rows.tables, rows.num_registered, rows.states
-        self._rows, self._free_rows = rows.of, rows.free
+        self._rows = rows.of
         self.num_state_blocks: int = rows.states.shape[1]
         """Blocks that each request takes at admission for state of fixed size."""
         more = settings.eviction != "lru" or 0 < settings.prefix_match_unit < settings.block_size
@@ -61,13 +62,12 @@ class KVCacheManager:
         """None: vLLM's default."""
         self._tails = self.policy.tails if self.policy else None
         self._lookup = PrefixLookup(self.pool, self._tails, block_size=self.block_size, max_model_len=self.max_model_len)
+        self._planner = GrantPlanner(rows, self._lookup, settings, enable_caching=enable_caching)
         self._arrays = (self.pool.blocks, self.pool.queue, self.pool.cache.index, self.pool.cache.buckets)
         self._copies: list[BlockCopy] = []
         self._replaced: Int32Array = np.empty((2, self.tables.blocks.shape[1]), np.int32)
         """Room for the blocks that one grant replaces, and their places."""
         self._events: CacheEvents | None = None
-        self._watermark_blocks = int(settings.watermark * settings.num_blocks)
-        self._reserve_full_isl = settings.reserve_full_isl
         self._freed_to_front = settings.freed_to_front
 
     @property
@@ -150,61 +150,44 @@ class KVCacheManager:
         Raises:
             ConfigError: If the numbers cannot be, or a hit is stale; nothing has changed then.
         """
-        self._lookup.check_known(request)
-        row = self._rows.get(request)
-        held = 0 if row is None else int(self.tables.num_blocks[row])
-        hits, num_slots = NO_BLOCKS, request.num_computed_tokens + num_new_tokens
-        if len(computed_blocks) or computed_tail is not None:
-            if row is not None:
-                raise request.error("holds blocks already: only an admission takes hits")
-            hits = np.asarray(computed_blocks, np.int32)
-            self._lookup.check(request, hits, computed_tail)
-            num_slots += hits.size * self.block_size + (0 if computed_tail is None else computed_tail.num_tokens)
-        request.check_slots(
-            num_new_tokens=num_new_tokens, num_lookahead_tokens=num_lookahead_tokens, num_slots_held=held * self.block_size
+        plan = self._planner.plan(
+            request,
+            num_new_tokens,
+            computed_blocks,
+            computed_tail,
+            num_lookahead_tokens=num_lookahead_tokens,
+            has_scheduled_reqs=has_scheduled_reqs,
+            full_sequence_must_fit=full_sequence_must_fit,
         )
-        request.check_length(num_slots, self.max_model_len)
-        gated, kept_free = 0, 0
-        if row is None:
-            if not self._free_rows:
-                raise request.error(f"all {len(self._rows)} rows are in use: free a request first, or raise max_num_seqs")
-            gate = self._reserve_full_isl if full_sequence_must_fit is None else full_sequence_must_fit
-            gated = self._blocks(request.num_tokens) if gate else 0
-            kept_free = self.num_state_blocks + (self._watermark_blocks if has_scheduled_reqs else 0)
-        needed = self._blocks(min(num_slots + num_lookahead_tokens, self.max_model_len))
-        place = self._free_rows[-1] if row is None else row
-        table, registered = self.tables.blocks[place], max(int(self._num_registered[place]), hits.size)
-        full = max(min(num_slots, request.num_tokens) // self.block_size, registered) if self.enable_caching else 0
-        first_written = max(request.num_computed_tokens // self.block_size, registered)
-        growth, num_states = None, self.num_state_blocks if row is None else 0
-        if self.policy is not None:
-            growth = Growth(table, held, hits, needed, gated, kept_free, first_written)
-            if not self.policy.make_room(growth, computed_tail, num_states=num_states, priority=request.priority):
-                return None
+        table, held, hits, needed, gated, kept_free, first_written, row, is_admission, registered, full, num_states = plan
+        if self.policy is not None and not self.policy.make_room(
+            plan.growth, computed_tail, num_states=num_states, priority=request.priority
+        ):
+            return None
         keys, replaced = request.block_keys, self._replaced
         num_replaced = grant_blocks(
             *self._arrays, table, held, hits, needed, gated, kept_free, first_written, keys, registered, full, replaced
         )
         if num_replaced == SHORTAGE:
             return None
-        if row is None:
+        if is_admission:
             self._requests.open(request)
             states = self.pool.get_new_blocks(self.num_state_blocks)
             assert states is not None  # the grant has kept them free
-            self._states[place] = states
-        self.tables.num_blocks[place], self._num_registered[place] = max(needed, held), full
+            self._states[row] = states
+        self.tables.num_blocks[row], self._num_registered[row] = max(needed, held), full
         if num_replaced:
             source, where = replaced[:, 0].tolist()
             if (num_tokens := request.num_computed_tokens - where * self.block_size) > 0:
                 self._copies.append(BlockCopy(source, int(table[where]), num_tokens))
-        if self.policy is not None and growth is not None:
-            replaced, states = replaced[:, :num_replaced], self._states[place, :num_states]
+        if self.policy is not None:
+            replaced, states = replaced[:, :num_replaced], self._states[row, :num_states]
             self._copies += self.policy.granted(
-                request, place, growth, computed_tail, registered=(registered, full), replaced=replaced, states=states
+                request, row, plan.growth, computed_tail, registered=(registered, full), replaced=replaced, states=states
             )
         taken: Int32Array = table[held + hits.size : needed].copy()
         if self._events is not None and (taken.size or num_replaced or full > registered):
-            self._events.granted(request, hits, table[:needed], registered, self._states[place, :num_states])
+            self._events.granted(request, hits, table[:needed], registered, self._states[row, :num_states])
         return taken
 
     def take_copies(self) -> Sequence[BlockCopy]:
@@ -240,21 +223,16 @@ class KVCacheManager:
                 nobody can share; nothing has changed then.
         """
         row, table = self._requests.expect(parent), self.block_table(parent)
-        registered, tails = int(self._num_registered[row]), self._tails
         if child in self._rows:
             raise child.error("holds blocks already: only a request that holds nothing can be forked into")
-        if child.num_tokens != parent.num_tokens:
-            raise child.error(f"{child.num_tokens} known tokens: needs the {parent.num_tokens} of request {parent.request_id!r}")
-        self._lookup.check_known(child)
-        if not self.pool.cache.carry(table[:registered], child.block_keys) or (tails and not tails.agree(row, table, child)):
-            raise child.error(f"its keys are not those of request {parent.request_id!r}: needs the same tokens and namespace")
+        self._lookup.check_fork(parent, child, row, table, num_registered=int(self._num_registered[row]))
         if self.num_state_blocks:
             raise child.error("cannot share a state of fixed size: compute its tokens anew instead")
         child.check_place(len(self._rows), len(self.tables.num_blocks))
         self.pool.share(table)
         place = self._requests.fork(row, child)
-        if tails:
-            tails.fork(row, place)
+        if self._tails:
+            self._tails.fork(row, place)
 
     def free_lookahead(self, request: KVRequest) -> int:
         """Give back the blocks beyond its computed tokens, once a step has told which drafts were right; return their number.
@@ -267,7 +245,7 @@ class KVCacheManager:
         row = self._requests.expect(request)
         if not 0 < request.num_computed_tokens <= self.tables.num_blocks[row] * self.block_size:
             raise request.error(f"{request.num_computed_tokens} computed tokens: needs 1 or more, each with a slot")
-        kept = max(self._blocks(request.num_computed_tokens), int(self._num_registered[row]))
+        kept = max(-(-request.num_computed_tokens // self.block_size), int(self._num_registered[row]))
         surplus = self.tables.of(row)[kept:]
         self._release(surplus)
         self.tables.num_blocks[row] = kept
@@ -320,9 +298,6 @@ class KVCacheManager:
         for request, row in self._rows.items():
             if self._tails is not None and not self._tails.agree(row, self.tables.of(row), request):
                 raise IntegrityError(f"units of the blocks {self.tables.of(row)} do not carry keys of {request.request_id!r}")
-
-    def _blocks(self, num_slots: int) -> int:
-        return -(-num_slots // self.block_size)
 
     def _release(self, blocks: Int32Array) -> None:
         release = release_blocks if self._freed_to_front else release_behind

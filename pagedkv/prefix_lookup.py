@@ -42,3 +42,12 @@ class PrefixLookup:
             found = found and self._tails is not None and self._tails.carry(tail, request, hits.size)
         if not found:
             raise request.error(f"{what} do not carry its keys (any more): look them up again")
+
+    def check_fork(self, parent: KVRequest, child: KVRequest, row: int, table: Int32Array, *, num_registered: int) -> None:
+        """Raise ConfigError unless `child` knows the tokens of `parent`, whose `table` is that of `row`, as far as keys tell."""
+        if child.num_tokens != parent.num_tokens:
+            raise child.error(f"{child.num_tokens} known tokens: needs the {parent.num_tokens} of request {parent.request_id!r}")
+        self.check_known(child)
+        same = self._pool.cache.carry(table[:num_registered], child.block_keys)
+        if not same or (self._tails is not None and not self._tails.agree(row, table, child)):
+            raise child.error(f"its keys are not those of request {parent.request_id!r}: needs the same tokens and namespace")

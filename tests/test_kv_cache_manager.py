@@ -194,7 +194,7 @@ def test_corruption_is_noticed(where: str) -> None:
     if where == "tables":
         cache.tables.blocks[cache._rows[live], 1] = 5
     elif where == "rows":
-        cache._free_rows.pop()
+        cache._requests.free.pop()
     else:
         live.block_keys = request(range(1, 9)).block_keys
     with pytest.raises(IntegrityError):

@@ -130,7 +130,7 @@ def state_of(manager: KVCacheManager) -> list[Any]:
         manager.tables.blocks,
         manager._num_registered,
     ]
-    return [[array.tolist() for array in arrays], dict(manager._rows), list(manager._free_rows)]
+    return [[array.tolist() for array in arrays], dict(manager._rows), list(manager._requests.free)]
 
 
 class ManagerMachine(RuleBasedStateMachine):
