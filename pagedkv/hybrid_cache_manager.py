@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from pagedkv.arrays import NO_BLOCKS, Int32Array
 from pagedkv.block_pool import BlockPool
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.free_queue import NULL_BLOCK
+from pagedkv.group_lookup import GroupLookup
 from pagedkv.group_rules import GroupRule, GroupTables
 from pagedkv.kv_request import KVRequest
 from pagedkv.request_rows import RequestRows
@@ -83,7 +83,13 @@ class HybridCacheManager:
         """By row: blocks in all its tables, null ones not included."""
         self._requests = RequestRows(self.max_num_seqs)
         self._rows = self._requests.of
-        self._key_block_size = settings.block_size
+        self._lookup = GroupLookup(
+            self.pool,
+            self.groups,
+            alignment=self.alignment,
+            key_block_size=settings.block_size,
+            max_model_len=settings.max_model_len,
+        )
         self._watermark_blocks = int(settings.watermark * settings.num_blocks)
         self._reserve_full_isl = settings.reserve_full_isl
 
@@ -122,26 +128,13 @@ class HybridCacheManager:
     def get_computed_blocks(self, request: KVRequest) -> tuple[tuple[Int32Array, ...], int]:
         """Return, by group, the cached blocks of its longest known prefix, null where none is needed, and the prefix's tokens.
 
-        Each group in turn shortens the prefix to one that it has a hit for, until all agree: that is the longest on which they can.
-        It ends at a multiple of all block sizes, and before the last token, which is always computed. Changes nothing.
-        O(groups * hits) expected.
+        That is the longest on which all groups agree. It ends at a multiple of all block sizes, and before the last token, which is
+        always computed. Changes nothing. O(groups * hits) expected.
 
         Raises:
             ConfigError: If the request has too few keys.
         """
-        self._check_known(request)
-        hits = [NO_BLOCKS] * len(self.groups)
-        length = (request.num_tokens - 1) // self.alignment * self.alignment if self.pool.enable_caching else 0
-        agreed = i = 0
-        while length and agreed < len(hits):
-            find_run = partial(self.groups[i].find_run, request)
-            shorter, hits[i] = self.rules[i].longest_hit(length, self.alignment, find_run)
-            agreed = agreed + 1 if shorter == length else 1
-            length, i = shorter, (i + 1) % len(hits)
-        if not length:
-            return (NO_BLOCKS,) * len(hits), 0
-        nulls = [np.zeros(rule.first_block(length), np.int32) for rule in self.rules]
-        return tuple(np.concatenate(parts) for parts in zip(nulls, hits, strict=True)), length
+        return self._lookup.blocks(request)
 
     def allocate_slots(
         self,
@@ -171,24 +164,18 @@ class HybridCacheManager:
             ConfigError: If the numbers cannot be, or a hit is stale; nothing has changed then.
         """
         row = self._rows.get(request)
-        self._check_known(request)
-        hits, num_hit_tokens = self._checked_hits(request, computed_blocks) if computed_blocks else ((), 0)
+        self._lookup.check_known(request)
+        hits, num_hit_tokens = self._lookup.by_group(request, computed_blocks) if computed_blocks else ((), 0)
+        if num_hit_tokens:
+            if row is not None:
+                raise request.error(f"hits of {num_hit_tokens} tokens, but it holds blocks already: only an admission takes hits")
+            self._lookup.check(request, hits, num_hit_tokens)
         num_slots = request.num_computed_tokens + num_hit_tokens + num_new_tokens
         self._check_slots(request, row, num_new_tokens, num_slots)
         if row is not None:
             self._num_held[row] -= sum([group.give_back(row, request.num_computed_tokens) for group in self.groups])
         gate = row is None and (self._reserve_full_isl if full_sequence_must_fit is None else full_sequence_must_fit)
-        needs, counts, num_gated = [], [], 0
-        for group in self.groups:
-            rule = group.rule
-            held = num_hit_tokens // rule.block_size if row is None else int(group.tables.num_blocks[row])
-            needs.append(max(rule.num_blocks(num_slots), held))
-            counts.append(needs[-1] - rule.first_new_block(held, needs[-1]))
-            beyond = 0
-            if gate:
-                peak = rule.peak_blocks(request.num_tokens, self.max_new_tokens) - (held - rule.first_block(num_hit_tokens))
-                beyond = min(rule.num_blocks(request.num_tokens) - held, peak)
-            num_gated += max(counts[-1], beyond)
+        needs, counts, num_gated = self._needs(request, row, num_slots, num_hit_tokens, gate=gate)
         revived = sum(int(np.count_nonzero(self.pool.ref_cnt[hit[hit != NULL_BLOCK]] == 0)) for hit in hits)
         kept_free = self._watermark_blocks if row is None and has_scheduled_reqs else 0
         if num_gated + revived + kept_free > self.num_free_blocks:
@@ -242,6 +229,26 @@ class HybridCacheManager:
                     f"request {request.request_id!r}, counted {self._num_held[row]} blocks: {faults}, {tables[request].tolist()}"
                 )
 
+    def _needs(
+        self, request: KVRequest, row: int | None, num_slots: int, num_hit_tokens: int, *, gate: bool
+    ) -> tuple[list[int], list[int], int]:
+        """Return, by group, the length of its table and the new blocks in it; and for how many blocks there must be room in all.
+
+        With a `gate` that is for what all known tokens will hold.
+        """
+        needs, counts, num_gated = [], [], 0
+        for group in self.groups:
+            rule = group.rule
+            held = num_hit_tokens // rule.block_size if row is None else int(group.tables.num_blocks[row])
+            needs.append(max(rule.num_blocks(num_slots), held))
+            counts.append(needs[-1] - rule.first_new_block(held, needs[-1]))
+            beyond = 0
+            if gate:
+                peak = rule.peak_blocks(request.num_tokens, self.max_new_tokens) - (held - rule.first_block(num_hit_tokens))
+                beyond = min(rule.num_blocks(request.num_tokens) - held, peak)
+            num_gated += max(counts[-1], beyond)
+        return needs, counts, num_gated
+
     def _admit(self, request: KVRequest, hits: Sequence[Int32Array]) -> int:
         """Hold the hits of a new request in a row of its own."""
         row = self._requests.open(request)
@@ -268,10 +275,6 @@ class HybridCacheManager:
                 group.register(request, row, num_slots, self.alignment)
         return tuple(taken)
 
-    def _check_known(self, request: KVRequest) -> None:
-        num_keys = request.num_tokens // self._key_block_size if self.pool.enable_caching else 0
-        request.check_known(max_model_len=self.max_model_len, num_keys=num_keys)
-
     def _check_slots(self, request: KVRequest, row: int | None, num_new_tokens: int, num_slots: int) -> None:
         room = 0
         if row is not None:
@@ -287,22 +290,3 @@ class HybridCacheManager:
                 f"{request.num_computed_tokens} computed tokens, but what the next one reads was given back when it had more: "
                 "preempt it"
             )
-
-    def _checked_hits(self, request: KVRequest, computed_blocks: Sequence[Int32Array]) -> tuple[tuple[Int32Array, ...], int]:
-        """Return hits by group and their tokens, after a look whether each is still cached; no tokens, no hits."""
-        hits = tuple(np.asarray(blocks, np.int32) for blocks in computed_blocks)
-        lengths = {hit.size * rule.block_size for hit, rule in zip(hits, self.rules, strict=False)}
-        if len(hits) != len(self.groups) or len(lengths) != 1:
-            raise request.error(f"hits of {sorted(lengths)} tokens in {len(hits)} groups: needs one length in {len(self.groups)}")
-        length = lengths.pop()
-        if not length:
-            return (), 0
-        if request in self._rows:
-            raise request.error(f"hits of {length} tokens, but it holds blocks already: only an admission takes hits")
-        if length >= request.num_tokens:
-            raise request.error(f"hits of {length} tokens leave none of {request.num_tokens} to compute: the last one must be")
-        for group, hit in zip(self.groups, hits, strict=True):
-            first = group.rule.first_block(length)
-            if hit[:first].any() or not np.array_equal(group.find_run(request, first, hit.size), hit[first:]):
-                raise request.error(f"hits {hit.tolist()} do not carry its keys (any more): look them up again")
-        return hits, length
