@@ -18,8 +18,10 @@ from pagedkv.step_memory import (
     find_cached,
     free_row,
     grant,
+    moved_blocks,
     no_news,
     nothing_cached,
+    nothing_moved,
     rows_of,
     slots_of,
 )
@@ -114,6 +116,9 @@ def _free_row(memory: GrowingRows, rules: GrowingRules, row: int) -> None:
     if memory.held[row] > 0:
         release_interval(memory.heap, row)
         memory.held[row] = 0
+
+
+moved_blocks.register(GrowingRows)(nothing_moved)
 
 
 @slots_of.register(GrowingRows)

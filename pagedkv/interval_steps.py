@@ -18,8 +18,10 @@ from pagedkv.step_memory import (
     find_cached,
     free_row,
     grant,
+    moved_blocks,
     no_news,
     nothing_cached,
+    nothing_moved,
     rows_of,
     slots_of,
 )
@@ -100,6 +102,9 @@ def _free_row(memory: IntervalArrays, rules: IntervalRules, row: int) -> None:
         release_slots(memory.heap, memory.addresses[row])
         memory.held[row] = 0
         memory.rounding[0] -= rounded_size(memory.heap, size) - size
+
+
+moved_blocks.register(IntervalArrays)(nothing_moved)
 
 
 @slots_of.register(IntervalArrays)

@@ -1,5 +1,7 @@
 """The paged allocator for a whole step at once, in compiled code."""
 
+from typing import Any
+
 import numpy as np
 
 import pagedkv.scheduling.paged_grants  # noqa: F401 - what compiled code does with this kind of memory
@@ -101,14 +103,14 @@ class PagedStepAllocator:
         self.usable_slots = (settings.num_blocks - 1) * settings.block_size
         self.units_held = self.tables.num_blocks
         self.rounding_slots = 0
-        self.rules = PagedRules(
+        self.paged_rules = PagedRules(
             int(settings.block_size),
             int(settings.watermark * settings.num_blocks),
             bool(settings.reserve_full_isl),
             bool(settings.enable_prefix_caching),
             bool(settings.freed_to_front),
         )
-        self.arrays = PagedArrays(
+        self.paged_arrays = PagedArrays(
             self.pool.blocks,
             self.pool.queue,
             self.pool.cache.index,
@@ -121,6 +123,8 @@ class PagedStepAllocator:
             np.zeros(2, np.int64),
             np.zeros((settings.max_num_seqs, 2), np.int32),
         )
+        self.arrays: Any = self.paged_arrays
+        self.rules: Any = self.paged_rules
 
     @property
     def copies(self) -> Int32Array:
@@ -128,7 +132,7 @@ class PagedStepAllocator:
 
         Who writes first into a block that he shares with a fork gets one of his own.
         """
-        return self.arrays.copies[: self.arrays.forks[NUM_COPIES]]
+        return self.paged_arrays.copies[: self.paged_arrays.forks[NUM_COPIES]]
 
     def fork(self, row: int, child_row: int, num_tokens: int) -> None:
         """Let `child_row`, which holds nothing, hold the blocks of the first `num_tokens` of `row` too. O(blocks).
@@ -142,8 +146,8 @@ class PagedStepAllocator:
         self.pool.share(tables.blocks[row, :number])
         tables.blocks[child_row, :number] = tables.blocks[row, :number]
         tables.num_blocks[child_row] = number
-        self.arrays.num_registered[child_row] = min(self.arrays.num_registered[row], number)
-        self.arrays.forks[NUM_FORKS] += 1
+        self.paged_arrays.num_registered[child_row] = min(self.paged_arrays.num_registered[row], number)
+        self.paged_arrays.forks[NUM_FORKS] += 1
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if even the empty pool is too small (the last output token never needs a slot, drafts do)."""
@@ -173,8 +177,8 @@ class PagedStepAllocator:
                 first,
                 last,
                 num_running,
-                self.rules.watermark_blocks,
-                self.rules.reserve_full_isl,
+                self.paged_rules.watermark_blocks,
+                self.paged_rules.reserve_full_isl,
             )
         )
 
@@ -229,7 +233,7 @@ class PagedStepAllocator:
         states = self.state_tables[list(tables)].reshape(-1)
         held = np.array([*(block for table in tables.values() for block in table), *states], np.int64)
         inside = ((lengths >= 0) & (lengths <= width)).all() and ((held > NULL_BLOCK) & (held < self.pool.num_blocks)).all()
-        registered = self.arrays.num_registered
+        registered = self.paged_arrays.num_registered
         unkeyed = [row for row, table in tables.items() if not self.pool.blocks["next_same"][table[: registered[row]]].all()]
         if (registered > lengths).any() or unkeyed:
             raise IntegrityError(f"{registered.tolist()} blocks should carry their key, in tables {tables}; rows {unkeyed} do not")

@@ -21,6 +21,7 @@ from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.growing_steps import GrowingStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
+from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.reuse_steps import ReuseStepAllocator
 from pagedkv.step_batch import StepBatch
@@ -222,10 +223,11 @@ def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:
             f"a scheduler drives whole blocks and lru: prefix-match-unit is {settings.prefix_match_unit}, needs 0, and eviction "
             f"{settings.eviction!r}, needs 'lru'"
         )
-    if settings.enable_prefix_caching and name != PagedStepAllocator.name:
+    for paged in (PagedStepAllocator, OffloadStepAllocator):
+        if name == paged.name:
+            return paged(settings)
+    if settings.enable_prefix_caching:
         raise ConfigError(f"a scheduler shares prefixes in paged memory only: {name} needs enable_prefix_caching off here")
-    if name == PagedStepAllocator.name:
-        return PagedStepAllocator(settings)
     allocator = ALLOCATORS.load(name)(settings)
     if isinstance(allocator, ContiguousAllocator):
         return IntervalStepAllocator(allocator)

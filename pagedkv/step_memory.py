@@ -83,6 +83,11 @@ def keep_content(memory: Any, rules: Any, requests: Any, segments: Any, request:
     """Keep for others what a running `request` has computed, as far as that is done: its row is about to be given back."""
 
 
+@lean_jit
+def no_content(memory: Any, rules: Any, requests: Any, segments: Any, request: int, row: int) -> None:
+    """`note_computed` and `keep_content` of memory that has nothing to do then."""
+
+
 @by_kind
 def free_row(memory: Any, rules: Any, row: int) -> Any:
     """Give back all that `row` holds."""
@@ -96,3 +101,14 @@ def slots_of(memory: Any, rules: Any) -> Any:
 @by_kind
 def rows_of(memory: Any, rules: Any) -> Any:
     """Return (units held, by row; slots in a unit; units of each running request for its state)."""
+
+
+@by_kind
+def moved_blocks(memory: Any, rules: Any) -> Any:
+    """Return (blocks copied from a second tier, blocks copied to it) for the step that was decided last."""
+
+
+@lean_jit
+def nothing_moved(memory: Any, rules: Any) -> tuple[int, int]:
+    """`moved_blocks` of memory without a second tier."""
+    return 0, 0

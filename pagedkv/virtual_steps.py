@@ -18,8 +18,10 @@ from pagedkv.step_memory import (
     find_cached,
     free_row,
     grant,
+    moved_blocks,
     no_news,
     nothing_cached,
+    nothing_moved,
     rows_of,
     slots_of,
 )
@@ -121,6 +123,9 @@ def _free_row(memory: VirtualArrays, rules: VirtualRules, row: int) -> None:
     if memory.held[row] > 0:
         release_pages(memory.pages, memory.places[row])
         memory.held[row] = 0
+
+
+moved_blocks.register(VirtualArrays)(nothing_moved)
 
 
 @slots_of.register(VirtualArrays)

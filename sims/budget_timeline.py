@@ -142,7 +142,7 @@ def nvme_note(timeline: MemoryTimeline, compute_s: float) -> str | None:
     return (
         f"A second tier is the NVMe alone: the KV of {PREFIX_TOKENS:,} tokens ({size / MIB:,.0f} MiB) comes back in "
         f"{1e3 * seconds:,.0f} ms ({rate.value / 1e9:g} GB/s, {1e3 * latency.value:.1f} ms of latency); computing it takes "
-        f"{1e3 * compute_s:,.0f} ms. Runs of simulate have no such tier."
+        f"{1e3 * compute_s:,.0f} ms. With it: simulate --offload-size 200GiB."
     )
 
 

@@ -52,6 +52,9 @@ def comparison(document: dict[str, Any]) -> list[Row]:
     ):
         if any(c[key] is not None for c in columns):
             rows.append(row(title, *(_percent(c[key]) for c in columns)))
+    for key, title in (("num_loaded_tokens", "tokens from the second tier"), ("num_offloaded_tokens", "tokens to the second tier")):
+        if any(c[key] is not None for c in columns):
+            rows.append(row(title, *(_number(c[key], ".0f") for c in columns)))
     for key, title in (
         ("busy_share", "time with a step running"),
         ("memory_bandwidth_share", "memory bandwidth used"),

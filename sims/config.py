@@ -144,6 +144,12 @@ class ServingConfig:
     """Most tokens of one request per step while others are there; 0 is no limit."""
     enable_prefix_caching: bool | None = None
     """Paged memory keeps what was computed, for prompts that begin alike [default: yes; no for models with state layers]."""
+    offload_size: str | None = None
+    """vLLM: room for what leaves the prefix cache in a second tier, e.g. 200GiB; adds the column paged-offload [default: none]."""
+    offload_tier: str | None = None
+    """vLLM: where it is, nvme or host [default: nvme on unified memory, where host memory frees nothing; else host]."""
+    offload_bandwidth: str | None = None
+    """vLLM: rate of copies to it, and from it, e.g. 25GB/s [default: what the machine's disk reads, if the catalogue has one]."""
     watermark: float = 0.0
     """Share of the blocks that an admission leaves free while something runs."""
     scheduler_reserve_full_isl: bool | None = None

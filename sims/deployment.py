@@ -23,6 +23,8 @@ from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.drafting import Drafting, drafting_of
 from pagedkv.sims.engine_flags import refuse_flags_of_others
 from pagedkv.sims.engines import EnginePreset, load_engine
+from pagedkv.sims.second_tier import SecondTier, second_tier
+from pagedkv.sims.step_formula import NO_COPIES
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.units import parse_bytes, size_bytes
 from pagedkv.weight_format import WeightFormat, load_weight_format
@@ -49,6 +51,8 @@ class Deployment:
     step_time: RooflineStepTime
     calibration: Calibration
     """What its constants rest on, and how far they may be off."""
+    tier: SecondTier | None
+    """Where what leaves the prefix cache goes; None: nowhere."""
 
     def scheduler_over(self, allocator: str) -> StepScheduler:
         """Return a scheduler with nobody in it, over `allocator`."""
@@ -86,8 +90,8 @@ def deploy(serving: ServingConfig) -> Deployment:
     budget, engine = plan(request), load_engine(serving.engine)
     model, hardware, weight_format = request.model, request.hardware, request.weight_format
     drafting = drafting_of(serving, model, weight_format)
-    limits = engine.scheduler_settings(serving, model, hardware)
-    kv_spec = model.kv_spec(serving.kv_cache_dtype)
+    limits, kv_spec = engine.scheduler_settings(serving, model, hardware), model.kv_spec(serving.kv_cache_dtype)
+    tier = second_tier(serving, hardware, kv_spec, budget)
     calibration = calibration_for(
         hardware,
         engine.name,
@@ -106,7 +110,7 @@ def deploy(serving: ServingConfig) -> Deployment:
         weight_format=weight_format,
         budget=budget,
         scheduler=limits,
-        pool=_pool(serving, engine, kv_spec, budget, limits),
+        pool=_pool(serving, engine, kv_spec, budget, limits, offload_blocks=0 if tier is None else tier.num_blocks),
         step_time=RooflineStepTime(
             model,
             hardware,
@@ -115,8 +119,10 @@ def deploy(serving: ServingConfig) -> Deployment:
             enforce_eager=engine.runs_eagerly(serving),
             drafting=drafting,
             constants=calibration.constants,
+            copies=NO_COPIES if tier is None else tier.coefficients(budget.block_bytes),
         ),
         calibration=calibration,
+        tier=tier,
     )
 
 
@@ -195,7 +201,13 @@ def _without_usual(
 
 
 def _pool(
-    serving: ServingConfig, engine: EnginePreset, kv_spec: KVCacheSpec, budget: MemoryBudget, limits: SchedulerSettings
+    serving: ServingConfig,
+    engine: EnginePreset,
+    kv_spec: KVCacheSpec,
+    budget: MemoryBudget,
+    limits: SchedulerSettings,
+    *,
+    offload_blocks: int,
 ) -> KVPoolSettings:
     reserve_full_isl, freed_to_front = engine.admission(serving)
     state_bytes = kv_spec.state_bytes_per_sequence
@@ -213,6 +225,7 @@ def _pool(
         freed_to_front=freed_to_front,
         lookahead_slots=limits.num_speculative_tokens,
         enable_prefix_caching=bool(engine.caching_allocators) and serving.enable_prefix_caching is not False and not state_bytes,
+        offload_blocks=offload_blocks,
         state_slots=-(-state_bytes // budget.kv_bytes_per_token),
     )
 

@@ -176,6 +176,8 @@ class Engine:
         recorder = self._recorder
         recorder.look_elsewhere()
         cost = total_cost(self._step_time.cost(batch, batch.size) for batch in self._scheduler.forward_passes())
+        if (moved := self._scheduler.moved_blocks) != (0, 0):
+            cost = self._step_time.beside_copies(cost, *moved)
         recorder.step(step, self._env.now, cost)
         return cost.total_s
 

@@ -35,7 +35,7 @@ def fleet_record(recorders: Sequence[RunRecord], *, warmup_s: float, end_s: floa
         counters=counters,
         window_s=np.array([warmup_s, end_s]),
     )
-    return RunRecord(arrays, caches_prefixes=recorders[0].caches_prefixes)
+    return RunRecord(arrays, caches_prefixes=recorders[0].caches_prefixes, offloads=recorders[0].offloads)
 
 
 def _sums(recorders: Sequence[RunRecord], window_s: float) -> Float64Array:

@@ -115,6 +115,18 @@ _ENTRIES = (
         "What of their own work (prompt and outputs so far) they need not do again; none if none came back.",
     ),
     _entry(
+        "num_loaded_tokens",
+        "tokens loaded",
+        "tokens copied from the second tier, in steps that end within the window",
+        "Part of the tokens found. None without a second tier.",
+    ),
+    _entry(
+        "num_offloaded_tokens",
+        "tokens offloaded",
+        "tokens copied to the second tier, in steps that end within the window",
+        "What left the prefix cache and was not in the tier yet.",
+    ),
+    _entry(
         "num_draft_tokens", "drafted tokens", "drafts that steps have verified, in all of the run", "None where nothing drafts."
     ),
     _entry("num_accepted_tokens", "accepted tokens", "those of them that became output", "Each is a step less for its request."),

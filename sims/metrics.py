@@ -40,6 +40,12 @@ def _prefix_figures(recorder: RunRecord) -> dict[str, Any]:
     }
 
 
+def _tier_figures(recorder: RunRecord) -> dict[str, Any]:
+    """Return what moved between the KV cache and a second tier; None where there is none."""
+    loaded, offloaded = recorder.copied_tokens if recorder.offloads else (None, None)
+    return {"num_loaded_tokens": loaded, "num_offloaded_tokens": offloaded}
+
+
 def _draft_figures(recorder: RunRecord) -> dict[str, Any]:
     """Return what became of the drafts; None where there were none."""
     drafted, accepted = recorder.draft_tokens
@@ -110,6 +116,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
         "error_rate": (len(log) - len(served)) / len(log) if len(log) else None,
         "num_preemptions": recorder.num_preemptions,
         **_prefix_figures(recorder),
+        **_tier_figures(recorder),
         **_draft_figures(recorder),
         "running_mean": sums.gauges[RUNNING] / observed_s if observed_s else None,
         "running_max": recorder.running_max,

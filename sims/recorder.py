@@ -6,6 +6,7 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.heaps import HEAPS
+from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.scheduling.step import Step, StepScheduler
 from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED
 from pagedkv.sims.recording import (
@@ -23,6 +24,7 @@ from pagedkv.sims.recording import (
     TOKENS,
     RecorderArrays,
     gap_bin,
+    record_copies,
     record_idle,
     record_longer,
     record_step,
@@ -52,7 +54,8 @@ class Recorder(RunRecord):
             np.zeros(NUM_COUNTERS, np.int64),
             np.array([warmup_s, end_s]),
         )
-        super().__init__(arrays, caches_prefixes=scheduler.caches_prefixes)
+        offloads = isinstance(scheduler.allocator, OffloadStepAllocator) and scheduler.caches_prefixes
+        super().__init__(arrays, caches_prefixes=scheduler.caches_prefixes, offloads=offloads)
         self.running_elsewhere: Callable[[], int] | None = None
         """Tells how many requests run on other replicas; None if there are none."""
         self._scheduler = scheduler
@@ -132,6 +135,8 @@ class Recorder(RunRecord):
             start_s,
             (*cost,),
         )
+        loaded, offloaded = scheduler.moved_blocks
+        record_copies(self.arrays, loaded * allocator.unit_slots, offloaded * allocator.unit_slots, start_s, (*cost,))
 
     def linger(self, start_s: float, end_s: float) -> None:
         """Note that the step recorded last takes until `end_s` instead of `start_s`: other processes have the machine too."""

@@ -27,9 +27,8 @@ ITL_BIN_RATIO = 1.001
 ITL_BINS = 28_000
 
 ITERATIONS, REQUEST_STEPS, RUNNING_MAX, NUM_PREEMPTIONS, NUM_OUTPUT_TOKENS, NUM_COMPLETED = range(6)
-QUERIED_TOKENS, HIT_TOKENS, RESUMED_TOKENS, RESUMED_HIT_TOKENS, RUNNING_ELSEWHERE, DRAFT_TOKENS, ACCEPTED_TOKENS, NUM_COUNTERS = (
-    range(6, 14)
-)
+QUERIED_TOKENS, HIT_TOKENS, RESUMED_TOKENS, RESUMED_HIT_TOKENS, RUNNING_ELSEWHERE, DRAFT_TOKENS, ACCEPTED_TOKENS = range(6, 13)
+LOADED_TOKENS, OFFLOADED_TOKENS, NUM_COUNTERS = range(13, 16)
 """RUNNING_ELSEWHERE is told, not counted: how many run on the other replicas, so that RUNNING_MAX is the fleet's."""
 
 
@@ -188,6 +187,16 @@ def record_step(
     if end_s > r.window_s[0]:
         r.counters[RUNNING_MAX] = max(r.counters[RUNNING_MAX], r.gauges[RUNNING] + r.counters[RUNNING_ELSEWHERE])
         r.counters[NUM_PREEMPTIONS] += num_preempted
+
+
+@lean_jit
+def record_copies(
+    r: RecorderArrays, num_loaded: int, num_offloaded: int, start_s: float, cost: tuple[float, float, float, float, float]
+) -> None:
+    """Record the tokens that a step launched at `start_s` copies from a second tier, and to it."""
+    if start_s + (cost[0] + cost[1] + cost[2]) > r.window_s[0]:
+        r.counters[LOADED_TOKENS] += num_loaded
+        r.counters[OFFLOADED_TOKENS] += num_offloaded
 
 
 @lean_jit

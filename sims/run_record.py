@@ -5,9 +5,11 @@ from pagedkv.sims.recording import (
     DRAFT_TOKENS,
     HIT_TOKENS,
     ITERATIONS,
+    LOADED_TOKENS,
     NUM_COMPLETED,
     NUM_OUTPUT_TOKENS,
     NUM_PREEMPTIONS,
+    OFFLOADED_TOKENS,
     QUERIED_TOKENS,
     REQUEST_STEPS,
     RESUMED_HIT_TOKENS,
@@ -22,10 +24,12 @@ from pagedkv.sims.timeline import TimelineArrays
 class RunRecord:
     """Integrals, counts and the timeline of a run."""
 
-    def __init__(self, arrays: RecorderArrays, *, caches_prefixes: bool) -> None:
+    def __init__(self, arrays: RecorderArrays, *, caches_prefixes: bool, offloads: bool = False) -> None:
         self.arrays = arrays
         self.caches_prefixes = caches_prefixes
         """Whether there is a prefix cache."""
+        self.offloads = offloads
+        """Whether a second tier keeps what leaves it."""
 
     @property
     def integrals(self) -> Integrals:
@@ -71,6 +75,11 @@ class RunRecord:
     def prefix_tokens(self) -> tuple[int, int]:
         """Tokens of requests admitted for the first time, and those of them found in the prefix cache, within the window."""
         return int(self.arrays.counters[QUERIED_TOKENS]), int(self.arrays.counters[HIT_TOKENS])
+
+    @property
+    def copied_tokens(self) -> tuple[int, int]:
+        """Tokens copied from a second tier, and to it, within the window."""
+        return int(self.arrays.counters[LOADED_TOKENS]), int(self.arrays.counters[OFFLOADED_TOKENS])
 
     @property
     def draft_tokens(self) -> tuple[int, int]:

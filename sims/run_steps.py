@@ -25,10 +25,10 @@ from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.sims.drafting import Acceptance, accept_drafts
-from pagedkv.sims.recording import RecorderArrays, record_idle, record_step, record_tokens, set_external, set_gauges
-from pagedkv.sims.step_formula import StepCoefficients, cost_of_passes, whole_step_cost
+from pagedkv.sims.recording import RecorderArrays, record_copies, record_idle, record_step, record_tokens, set_external, set_gauges
+from pagedkv.sims.step_formula import StepCoefficients, beside_copies, cost_of_passes, whole_step_cost
 from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import rows_of, slots_of
+from pagedkv.step_memory import moved_blocks, rows_of, slots_of
 
 IDLE, IN_FLIGHT, ENDED, PAUSED = 0, 1, 2, 3
 """Why the loop came back: nobody is there; a step runs beyond the horizon, or from when requests were given up; requests have ended
@@ -67,6 +67,15 @@ class LoopArrays(NamedTuple):
 
 
 @lean_jit
+def _cost_of_step(loop: LoopArrays, coefficients: StepCoefficients, num_entries: int) -> tuple[float, float, float, float, float]:
+    """Return what the step costs that was decided, as the engine computes it: in one pass or in several."""
+    num_passes = forward_passes(loop.engine, loop.state, loop.requests, loop.batch, num_entries, loop.passes, loop.ends)
+    if num_passes > 0:
+        return cost_of_passes(coefficients, loop.passes, loop.ends, num_passes)
+    return whole_step_cost(coefficients, loop.batch, num_entries)
+
+
+@lean_jit
 def run_steps(
     loop: LoopArrays,
     rules: Any,
@@ -94,7 +103,7 @@ def run_steps(
     """
     engine, state, requests, memory, batch = loop.engine, loop.state, loop.requests, loop.memory, loop.batch
     decision, recorder, progress, clock, counts = loop.decision, loop.recorder, loop.progress, loop.clock, loop.state.counts
-    passes, ends, sampled, finished, failed = loop.passes, loop.ends, loop.sampled, loop.finished, loop.failed
+    sampled, finished, failed = loop.sampled, loop.finished, loop.failed
     arrival_s = recorder.times["arrival_s"]
     units_held, unit_slots, state_units = rows_of(memory, rules)
     for _ in range(steps_at_once):
@@ -131,15 +140,13 @@ def run_steps(
                 failed[0] = drop_request(engine, state, requests)
                 progress[NUM_FAILED] = 1
             return ENDED
-        num_passes = forward_passes(engine, state, requests, batch, entries, passes, ends)
-        if num_passes > 0:
-            cost = cost_of_passes(coefficients, passes, ends, num_passes)
-        else:
-            cost = whole_step_cost(coefficients, batch, entries)
+        loaded, offloaded = moved_blocks(memory, rules)
+        cost = beside_copies(coefficients.copies, _cost_of_step(loop, coefficients, entries), loaded, offloaded)
         free, cached, shared, rounding = slots_of(memory, rules)
         set_gauges(recorder.gauges, state, requests, batch, entries, units_held, unit_slots, state_units, free, cached, shared)
         set_external(recorder.gauges, rounding, needs_extent, decision[BLOCKER])
         record_step(recorder, batch, decision[RAN_BEFORE], entries, decision[PREEMPTED], decision[BLOCKER], now_s, cost)
+        record_copies(recorder, loaded * unit_slots, offloaded * unit_slots, now_s, cost)
         step_s = cost[0] + cost[1] + cost[2]
         progress[STEP_RUNS] = 1
         if now_s + step_s >= horizon_s or progress[NUM_FAILED] > 0:

@@ -28,9 +28,11 @@ def serve_command(serving: ServingConfig) -> str:
     What sizes the cache and the steps is always there: vLLM's own defaults differ by version and machine.
 
     Raises:
-        ConfigError: If `serving` cannot work, or vLLM cannot serve such weights or such a cache.
+        ConfigError: If `serving` cannot work, vLLM cannot serve such weights or such a cache, or there is a second tier.
     """
     deployment = deploy(serving)
+    if deployment.tier is not None:
+        raise ConfigError("--offload-size: which connector a second tier needs in vLLM is not known here; leave it out")
     model, flags = _weights(deployment, serving)
     flags += [word for flag, value in _values(deployment, serving, vllm_version(serving.engine)) for word in (f"--{flag}", value)]
     flags += _switches(deployment, serving)

@@ -67,6 +67,20 @@ class RooflineCoefficients(NamedTuple):
     """The same for attention."""
 
 
+class CopyCoefficients(NamedTuple):
+    """What copies of KV blocks to and from a second tier cost."""
+
+    block_s: float
+    """Copying one block."""
+    latency_s: float
+    """Until the copies of a step begin."""
+    both_at_once: bool
+    """Copies to the tier and from it do not slow each other down, as on PCIe; on a disk they share its rate."""
+
+
+NO_COPIES = CopyCoefficients(0.0, 0.0, both_at_once=False)
+
+
 class StepCoefficients(NamedTuple):
     """What a step costs with the model, and what drafting for the next one costs."""
 
@@ -75,6 +89,7 @@ class StepCoefficients(NamedTuple):
     """Of what drafts; not looked at without passes."""
     num_draft_passes: int
     """Passes of it after each step: the first over the step's own tokens, those behind it over one token of each that decodes."""
+    copies: CopyCoefficients
 
 
 class StepParts(NamedTuple):
@@ -215,6 +230,21 @@ def cost_of_passes(
         traffic_s += further[3]
         arithmetic_s += further[4]
     return memory_s, compute_s, overhead_s, traffic_s, arithmetic_s
+
+
+@lean_jit
+def beside_copies(
+    c: CopyCoefficients, cost: tuple[float, float, float, float, float], num_loaded: int, num_offloaded: int
+) -> tuple[float, float, float, float, float]:
+    """Return what a step costs while so many blocks come from a second tier, and so many go there.
+
+    Copies run beside the step, layer by layer; what takes them longer than the step, it waits for, as it does for memory.
+    """
+    if num_loaded + num_offloaded == 0:
+        return cost
+    num_blocks = max(num_loaded, num_offloaded) if c.both_at_once else num_loaded + num_offloaded
+    waits_s = c.latency_s + c.block_s * num_blocks - (cost[0] + cost[1] + cost[2])
+    return cost[0] + max(waits_s, 0.0), cost[1], cost[2], cost[3], cost[4]
 
 
 @lean_jit

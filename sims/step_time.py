@@ -14,7 +14,15 @@ from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.drafting import Drafting
 from pagedkv.sims.step_constants import EAGER_S_PER_LAYER, StepConstants, catalogue_constants
-from pagedkv.sims.step_formula import NO_WINDOW, RooflineCoefficients, StepCoefficients, whole_step_cost
+from pagedkv.sims.step_formula import (
+    NO_COPIES,
+    NO_WINDOW,
+    CopyCoefficients,
+    RooflineCoefficients,
+    StepCoefficients,
+    beside_copies,
+    whole_step_cost,
+)
 from pagedkv.step_batch import StepBatch, empty_batch
 from pagedkv.weight_format import WeightFormat
 
@@ -49,6 +57,9 @@ class StepTimeModel(Protocol):
 
     def cost(self, batch: StepBatch, num_entries: int) -> StepCost:
         """Return what a step over the first `num_entries` of `batch` costs."""
+
+    def beside_copies(self, cost: StepCost, num_loaded: int, num_offloaded: int) -> StepCost:
+        """Return what a step costs while so many blocks come from a second tier, and so many go there."""
 
 
 def _most_tokens_read(group: LayerGroup) -> int:
@@ -150,6 +161,7 @@ class RooflineStepTime:
         enforce_eager: bool = False,
         drafting: Drafting | None = None,
         constants: StepConstants | None = None,
+        copies: CopyCoefficients = NO_COPIES,
     ) -> None:
         if constants is None:
             constants = catalogue_constants(hardware, weight_format)
@@ -174,11 +186,15 @@ class RooflineStepTime:
                 draft, drafting.model, hardware, weight_format=drafting.weight_format, kv_spec=spec, constants=its
             )
             passes = drafting.num_passes
-        self.coefficients = StepCoefficients(whole, draft, passes)
+        self.coefficients = StepCoefficients(whole, draft, passes, copies)
 
     def cost(self, batch: StepBatch, num_entries: int) -> StepCost:
         """Return what a step over the first `num_entries` of `batch` costs. O(entries × layer groups)."""
         return StepCost(*whole_step_cost(self.coefficients, batch, num_entries))
+
+    def beside_copies(self, cost: StepCost, num_loaded: int, num_offloaded: int) -> StepCost:
+        """Return what a step costs while so many blocks come from a second tier, and so many go there."""
+        return StepCost(*beside_copies(self.coefficients.copies, (*cost,), num_loaded, num_offloaded))
 
     def unloaded_e2e_s(
         self, prompt_tokens: int, output_tokens: int, *, num_cached_tokens: int = 0, max_num_batched_tokens: int

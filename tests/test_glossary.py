@@ -21,6 +21,7 @@ from pagedkv.sims.scenario import resolve
 METRICS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 NAMES = {"engine", "model", "hardware", "text"}
 """Fields that say what the user asked for, and the verdict's own sentence."""
+TIER_FIGURES = {"num_loaded_tokens", "num_offloaded_tokens"}
 DRAFT_FIGURES = {"num_draft_tokens", "num_accepted_tokens", "draft_acceptance_rate"}
 PREFIX_FIGURES = {"num_queried_tokens", "num_hit_tokens", "prefix_hit_rate", "resumed_hit_rate"}
 """None where there is no prefix cache."""
@@ -50,7 +51,7 @@ def fields(value: Any) -> Iterator[str]:
 def test_every_field_of_the_results_is_explained(document: dict[str, Any]) -> None:
     for result in document["results"]:
         absent = {name for name, value in result.items() if value is None}
-        assert absent <= DRAFT_FIGURES | ({"resumed_hit_rate"} if result["allocator"] == "paged" else PREFIX_FIGURES)
+        assert absent <= TIER_FIGURES | DRAFT_FIGURES | ({"resumed_hit_rate"} if result["allocator"] == "paged" else PREFIX_FIGURES)
         assert set(fields(result)) - NAMES <= set(GLOSSARY)
         assert {name.partition(".")[0] for name in result["ci95"]} <= set(GLOSSARY)
 

@@ -32,7 +32,7 @@ def check_search(search: BeamSearch, scheduler: Scheduler, models: ModelPair, *,
 
 def longest_beam(width: int, allocator: PagedStepAllocator) -> int:
     """Return the most tokens, prompt included, of each of `width` beams of which none shares a block: as after a preemption."""
-    blocks = allocator.usable_slots // allocator.unit_slots - allocator.rules.watermark_blocks
+    blocks = allocator.usable_slots // allocator.unit_slots - allocator.paged_rules.watermark_blocks
     return blocks // width * allocator.unit_slots + 1  # the last token needs no slot
 
 

@@ -81,6 +81,11 @@ class BatchScheduler(ABC):
         return self._path.shared_slots
 
     @property
+    def moved_blocks(self) -> tuple[int, int]:
+        """Blocks that the step decided last copies from a second tier of the memory, and to it."""
+        return self._path.moved_blocks
+
+    @property
     def preempted(self) -> Int64Array:
         """Requests preempted in the step decided last, in order. A view."""
         return self.step_arrays.preempted[: self._step.num_preempted]

@@ -10,6 +10,7 @@ from pagedkv.scheduling.step import BLOCKERS, Step
 from pagedkv.scheduling.step_path import StepArrays
 from pagedkv.step_allocation import CompiledMemory
 from pagedkv.step_batch import StepBatch
+from pagedkv.step_memory import moved_blocks
 
 
 class CompiledPath:
@@ -21,6 +22,7 @@ class CompiledPath:
         # Their arguments have the same types in every step.
         self._decide, self._apply = fixed_types(decide_step.of(engine)), fixed_types(apply_step.of(engine))
         self._passes = fixed_types(forward_passes.of(engine))
+        self._moved = fixed_types(moved_blocks.of(memory.arrays))
 
     @property
     def cached_slots(self) -> int:
@@ -31,6 +33,12 @@ class CompiledPath:
     def shared_slots(self) -> int:
         """Slots that are held more than once, each counted as often as it is held beyond the first time."""
         return self.memory.shared_slots
+
+    @property
+    def moved_blocks(self) -> tuple[int, int]:
+        """Blocks that the step decided last copies from a second tier of the memory, and to it."""
+        moved: tuple[int, int] = self._moved(self.memory.arrays, self.memory.rules)
+        return moved
 
     def schedule(self, step: Step, arrays: StepArrays) -> None:
         """Decide a step and take its slots."""

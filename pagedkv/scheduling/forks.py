@@ -24,7 +24,7 @@ class Forks:
         segments = keyed_segments(keys, paged.unit_slots) if keys is not None else content
         child = requests.fork(
             parent,
-            segments if paged.rules.caches and segments is not None else NO_SEGMENTS,
+            segments if paged.paged_rules.caches and segments is not None else NO_SEGMENTS,
             self._keys.room(parent),
         )
         if parent in self._keys:
@@ -47,7 +47,7 @@ class Forks:
         if request == parent or not alike or any(requests[name][request] != requests[name][parent] for name in names):
             raise ConfigError(f"request {request} cannot go on from {parent}: needs another of the same prompt, and as far")
         self._keys.expect_of_fork(parent, keys)
-        if keys is None and paged.rules.caches:
+        if keys is None and paged.paged_rules.caches:
             raise ConfigError(
                 f"request {request} cannot go on from {parent}: its blocks are known by its number, needs keys_follow"
             )

@@ -18,7 +18,10 @@ from pagedkv.step_memory import (
     find_cached,
     grant,
     keep_content,
+    moved_blocks,
+    no_content,
     note_computed,
+    nothing_moved,
     rows_of,
     slots_of,
 )
@@ -43,6 +46,9 @@ def _covers(pool: PagedArrays, rules: PagedRules, row: int, num_slots: int, num_
     return enough
 
 
+moved_blocks.register(PagedArrays)(nothing_moved)
+
+
 @slots_of.register(PagedArrays)
 @lean_jit
 def _slots_of(pool: PagedArrays, rules: PagedRules) -> tuple[int, int, int, int]:
@@ -56,6 +62,14 @@ def _rows_of(pool: PagedArrays, rules: PagedRules) -> tuple[Int32Array, int, int
     return pool.num_blocks, rules.block_size, pool.states.shape[1]
 
 
+@lean_jit
+def blocks_due(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, request: int, row: int, num_tokens: int) -> int:
+    """Return how many blocks `grant` takes for the next tokens of a running `request`, a tail of its own among them."""
+    computed = requests["num_computed_tokens"][request]
+    parts = pool.forks[NUM_FORKS] > 0 and shares_tail(pool, rules, row, computed)
+    return int(max(-(-(computed + num_tokens) // rules.block_size) - int(pool.num_blocks[row]), 0) + parts)
+
+
 @grant.register(PagedArrays)
 @lean_jit
 def _grant(
@@ -65,13 +79,12 @@ def _grant(
     slots, held = requests["num_computed_tokens"][request] + num_tokens, int(pool.num_blocks[row])
     registered = int(pool.num_registered[row])
     filled = rules.caches and min(slots, requests["num_known_tokens"][request]) >= (registered + 1) * rules.block_size
-    needed = max(-(-slots // rules.block_size), held)
     full = min(slots, requests["num_known_tokens"][request]) // rules.block_size if filled else registered
-    parts = pool.forks[NUM_FORKS] > 0 and shares_tail(pool, rules, row, requests["num_computed_tokens"][request])
-    if needed - held + parts > pool.queue[NUM_FREE]:
+    if blocks_due(pool, rules, requests, request, row, num_tokens) > pool.queue[NUM_FREE]:
         return False
-    if parts:
+    if pool.forks[NUM_FORKS] > 0 and shares_tail(pool, rules, row, requests["num_computed_tokens"][request]):
         part_tail(pool, rules, row, requests["num_computed_tokens"][request])
+    needed = max(-(-slots // rules.block_size), held)
     take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held)
     if full > registered:
         _register(pool, rules, requests, segments, request, row, registered, full)
@@ -118,6 +131,55 @@ def _find_cached(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, 
     return int(most) * rules.block_size
 
 
+@lean_jit
+def hold_hits(
+    pool: PagedArrays,
+    rules: PagedRules,
+    requests: RequestArrays,
+    request: int,
+    row: int,
+    num_hits: int,
+    slots: int,
+    something_runs: bool,  # noqa: FBT001
+) -> bool:
+    """Let a waiting `request` hold its hits if there is room for all its `slots`; return whether there is. O(hits)."""
+    kept_free = pool.states.shape[1] + (rules.watermark_blocks if something_runs else 0)
+    needed = -(-slots // rules.block_size)
+    gated = -(-requests["num_known_tokens"][request] // rules.block_size) if rules.reserve_full_isl else 0
+    hits, table, revived = pool.hits[:num_hits], pool.tables[row], 0
+    for block in hits:
+        revived += pool.blocks["ref_cnt"][block] == 0  # those leave the free queue, so they need room too
+    if max(gated, needed) - num_hits + revived + kept_free > pool.queue[NUM_FREE]:
+        return False
+    touch_blocks(pool.blocks, pool.queue, hits)
+    for i in range(num_hits):
+        table[i] = hits[i]
+    return True
+
+
+@lean_jit
+def take_admitted(
+    pool: PagedArrays,
+    rules: PagedRules,
+    requests: RequestArrays,
+    segments: Segments,
+    request: int,
+    row: int,
+    num_hits: int,
+    slots: int,
+) -> None:
+    """Give a `request` that holds its hits what it needs besides for `slots`: there is room. O(blocks taken and filled)."""
+    needed, num_states = -(-slots // rules.block_size), pool.states.shape[1]
+    full = num_hits
+    if rules.caches:
+        full = max(min(slots, requests["num_known_tokens"][request]) // rules.block_size, num_hits)
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - num_hits, pool.tables[row], num_hits)
+    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, num_states, pool.states[row], 0)
+    if full > 0:
+        _register(pool, rules, requests, segments, request, row, num_hits, full)
+    pool.num_blocks[row] = needed
+
+
 @admit.register(PagedArrays)
 @lean_jit
 def _admit(
@@ -132,39 +194,13 @@ def _admit(
     something_runs: bool,  # noqa: FBT001
 ) -> bool:
     """Give a waiting `request` its hits and the slots of its first tokens. O(hits + blocks taken and filled)."""
-    slots, known = num_cached + num_tokens, requests["num_known_tokens"][request]
-    num_hits, num_states = num_cached // rules.block_size, pool.states.shape[1]
-    kept_free = num_states + (rules.watermark_blocks if something_runs else 0)
-    needed = -(-slots // rules.block_size)
-    gated = -(-known // rules.block_size) if rules.reserve_full_isl else 0
-    full = max(min(slots, known) // rules.block_size, num_hits) if rules.caches else num_hits
-    hits, table, revived = pool.hits[:num_hits], pool.tables[row], 0
-    for block in hits:
-        revived += pool.blocks["ref_cnt"][block] == 0  # those leave the free queue, so they need room too
-    if max(gated, needed) - num_hits + revived + kept_free > pool.queue[NUM_FREE]:
+    num_hits, slots = num_cached // rules.block_size, num_cached + num_tokens
+    if not hold_hits(pool, rules, requests, request, row, num_hits, slots, something_runs):
         return False
-    touch_blocks(pool.blocks, pool.queue, hits)
-    for i in range(num_hits):
-        table[i] = hits[i]
-    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - num_hits, table, num_hits)
-    take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, num_states, pool.states[row], 0)
-    if full > 0:
-        _register(pool, rules, requests, segments, request, row, num_hits, full)
-    pool.num_blocks[row] = needed
+    take_admitted(pool, rules, requests, segments, request, row, num_hits, slots)
     return True
 
 
-@note_computed.register(PagedArrays)
-@lean_jit
-def _note_computed(
-    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int
-) -> None:
-    """Blocks carry their keys from the step on that fills them."""
-
-
-@keep_content.register(PagedArrays)
-@lean_jit
-def _keep_content(
-    pool: PagedArrays, rules: PagedRules, requests: RequestArrays, segments: Segments, request: int, row: int
-) -> None:
-    """Blocks keep their keys when they are given back."""
+note_computed.register(PagedArrays)(no_content)
+keep_content.register(PagedArrays)(no_content)
+"""Blocks carry their keys from the step on that fills them, and keep them when they are given back."""

@@ -85,6 +85,7 @@ class PlainPath:
     """First come, first served; without prefix caching, drafts and forks."""
 
     cached_slots = shared_slots = 0
+    moved_blocks = 0, 0
 
     def __init__(self, roster: Roster, allocator: StepAllocator, limits: SchedulerLimits) -> None:
         """Decide for `roster`.

@@ -9,7 +9,12 @@ from pagedkv.radix_arrays import EVICTABLE, PROTECTED, RadixRules
 from pagedkv.radix_cache import CacheArrays, make_room, num_free_slots
 from pagedkv.radix_walks import copy_blocks, insert, lock_path, match_prefix, piece_end, unlock_path
 from pagedkv.slot_list import give_back, num_listed, take_listed
-from pagedkv.step_memory import rows_of, slots_of
+from pagedkv.step_memory import (
+    moved_blocks,
+    nothing_moved,
+    rows_of,
+    slots_of,
+)
 
 NOBODY = -1
 """In `RowArrays.ends`: nobody has the row."""
@@ -41,6 +46,9 @@ class RowRules(NamedTuple):
     """Whether anything is stored at all."""
     refreshes: bool
     """Whether prompts that wait count as used now and then: under lru."""
+
+
+moved_blocks.register(RowArrays)(nothing_moved)
 
 
 @slots_of.register(RowArrays)

@@ -26,7 +26,9 @@ from pagedkv.step_memory import (
     free_row,
     grant,
     keep_content,
+    moved_blocks,
     note_computed,
+    nothing_moved,
     rows_of,
     slots_of,
 )
@@ -112,6 +114,9 @@ def _keep_content(
 @lean_jit
 def _free_row(memory: ReuseArrays, rules: ReuseRules, row: int) -> None:
     release_row(memory, row)
+
+
+moved_blocks.register(ReuseArrays)(nothing_moved)
 
 
 @slots_of.register(ReuseArrays)

@@ -18,7 +18,15 @@ from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.slot_arrays import NUM_BUSY, SlotArrays, choose_slot, end_slot, start_slot
 from pagedkv.slot_cells import SlotCells, leave_slot, take_cells
-from pagedkv.step_memory import admit, each_admission_slots, grant, rows_of, slots_of
+from pagedkv.step_memory import (
+    admit,
+    each_admission_slots,
+    grant,
+    moved_blocks,
+    nothing_moved,
+    rows_of,
+    slots_of,
+)
 
 NO_END = np.iinfo(np.int64).max
 """In place of a number of cells: as many as anybody asks for."""
@@ -109,6 +117,9 @@ def _num_spare_cells(memory: SlotCells, rules: SlotRules) -> int:
     return int(memory.cells.num_seqs.size - memory.cells.counters[HELD])
 
 
+moved_blocks.register(SlotCells)(nothing_moved)
+
+
 @slots_of.register(SlotCells)
 @lean_jit
 def _slots_of_cells(memory: SlotCells, rules: SlotRules) -> tuple[int, int, int, int]:
@@ -163,6 +174,9 @@ def _end_row_of_stream(memory: SlotStreams, rules: SlotRules, row: int, num_kept
 def _num_spare_in_streams(memory: SlotStreams, rules: SlotRules) -> int:
     """Whoever gets a slot has cells to its end."""
     return NO_END
+
+
+moved_blocks.register(SlotStreams)(nothing_moved)
 
 
 @slots_of.register(SlotStreams)

@@ -83,6 +83,10 @@ class StepScheduler(Protocol):
         """Slots that are held more than once, each counted as often as it is held beyond the first time."""
 
     @property
+    def moved_blocks(self) -> tuple[int, int]:
+        """Blocks that the step decided last copies from a second tier of the memory, and to it."""
+
+    @property
     def preempted(self) -> Int64Array:
         """Requests preempted by the step decided last, in order."""
 

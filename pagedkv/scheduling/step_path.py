@@ -57,6 +57,10 @@ class StepPath(Protocol):
     def shared_slots(self) -> int:
         """Slots that are held more than once, each counted as often as it is held beyond the first time."""
 
+    @property
+    def moved_blocks(self) -> tuple[int, int]:
+        """Blocks that the step decided last copies from a second tier of the memory, and to it."""
+
     def schedule(self, step: Step, arrays: StepArrays) -> None:
         """Decide a step and take its slots: write it into both, whose batch is the same."""
 

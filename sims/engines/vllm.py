@@ -36,12 +36,13 @@ class VLLM:
 
     @property
     def caching_allocators(self) -> tuple[str, ...]:
-        """Paged memory."""
-        return ("paged",)
+        """Paged memory, with a second tier or without."""
+        return ("paged", "paged-offload")
 
     def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
         """Return paged memory, and what it is compared with; drafts are for paged memory only."""
-        return ("paged",) if serving.num_speculative_tokens else DEFAULT_ALLOCATORS
+        own = self.columns(serving)
+        return own if serving.num_speculative_tokens else (*own, *(name for name in DEFAULT_ALLOCATORS if name not in own))
 
     def runs_eagerly(self, serving: ServingConfig) -> bool:
         """Return what the user says."""
@@ -74,9 +75,8 @@ class VLLM:
         return self.version.reserve_full_isl if gate is None else gate, self.version.freed_to_front
 
     def columns(self, serving: ServingConfig) -> tuple[str, ...]:
-        """Return paged memory: the others are no part of vLLM."""
-        del serving
-        return ("paged",)
+        """Return paged memory, with a second tier and without if there is one: the others are no part of vLLM."""
+        return ("paged",) if serving.offload_size is None else ("paged-offload", "paged")
 
     def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
         """Return how it batches."""

@@ -44,8 +44,10 @@ class SimulatedEngine:
             seed: Decides which drafts are accepted.
 
         Raises:
-            ConfigError: If the engine is not vLLM.
+            ConfigError: If the engine is not vLLM, or is to have a second tier.
         """
+        if deployment.tier is not None:
+            raise ConfigError("--offload-size: serve has no second tier; simulate has")
         scheduler = deployment.scheduler_over("paged")
         if not deployment.engine.name.startswith("vllm") or not isinstance(scheduler, Scheduler):
             raise ConfigError(f"--engine {deployment.engine.name} cannot be served yet: use --engine vllm")

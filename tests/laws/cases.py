@@ -63,6 +63,7 @@ class Case:
             state_slots=self.state_slots,
             watermark=self.watermark,
             page_tokens=8,
+            offload_blocks=20,
             enable_prefix_caching=self.allocator in preset.caching_allocators,
         )
         return preset.scheduler(ServingConfig(engine=self.engine, **self.variant), limits, pool, self.allocator)
@@ -111,7 +112,7 @@ MEMORIES = [
     for name in VARIANTS
     for allocator in (
         *load_engine(name).allocators(ServingConfig(engine=name)),
-        *(("contiguous-growing", "tensorrt-llm") if name == "vllm" else ()),
+        *(("contiguous-growing", "tensorrt-llm", "paged-offload") if name == "vllm" else ()),
     )
     if allocator not in ("paged", "hybrid")
 ]
