@@ -105,10 +105,16 @@ def code_rows() -> tuple[Row, ...]:
             "stock CUDA virtual memory; Prabhu et al., vAttention, ASPLOS 2025",
         ),
         (
-            "moving and copying tokens, mapping pages",
+            "moving and copying tokens within the memory, mapping pages",
             "no simulated time, whatever the allocator",
             "estimated",
             "not priced, in favour of the allocators that need them",
+        ),
+        (
+            "copies to and from a second tier",
+            "beside the step, which waits for what takes longer; a disk is written at the rate at which it is read",
+            "estimated",
+            "connectors copy layer by layer; published figures of a Spark's disk are of reading",
         ),
         (
             "vLLM's defaults by device",
