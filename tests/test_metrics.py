@@ -79,6 +79,7 @@ def test_three_requests_by_hand(tmp_path: Path) -> None:
         {
             **{"num_injected": 3, "num_finished": 3, "num_rejected": 0, "num_failed": 0, "num_unfinished": 0},
             **dict.fromkeys(("num_draft_tokens", "num_accepted_tokens", "draft_acceptance_rate")),
+            **dict.fromkeys(("num_loaded_tokens", "num_offloaded_tokens")),
             **dict.fromkeys(("num_queried_tokens", "num_hit_tokens", "prefix_hit_rate", "resumed_hit_rate")),
             **{"num_preemptions": 1, "running_mean": 7 / 5, "running_max": 2, "waiting_mean": 3 / 5, "waiting_time_share": 2 / 5},
             **{"output_tokens_per_s": 6 / 5, "request_throughput_per_s": 3 / 5, "goodput_per_s": 1 / 5, "goodput_share": 1 / 3},
