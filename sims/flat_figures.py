@@ -7,19 +7,20 @@ from pagedkv.sims.recording import KV_KINDS
 
 COUNTS = ("num_injected", "num_finished", "num_rejected", "num_failed", "num_unfinished", "num_preemptions")
 _PREFIX_COUNTS = ("num_queried_tokens", "num_hit_tokens")
-_TIER_COUNTS = ("num_loaded_tokens", "num_offloaded_tokens")
+TIER_FIGURES = ("num_loaded_tokens", "num_offloaded_tokens")
+"""There are none without a second tier."""
 _DRAFT_COUNTS = ("num_draft_tokens", "num_accepted_tokens")
 DRAFT_FIGURES = (*_DRAFT_COUNTS, "draft_acceptance_rate")
 """There are none without speculative decoding."""
 _LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
 _SHARES = ("kv", "kv_when_waiting")
-SUMMED = (*COUNTS, *_PREFIX_COUNTS, *_TIER_COUNTS, *_DRAFT_COUNTS, "iterations", "request_steps", "simulated_s")
+SUMMED = (*COUNTS, *_PREFIX_COUNTS, *TIER_FIGURES, *_DRAFT_COUNTS, "iterations", "request_steps", "simulated_s")
 """Figures that are summed over repeats; the others are means."""
 FIGURES = (
     *COUNTS,
     "error_rate",
     *(*_PREFIX_COUNTS, "prefix_hit_rate", "resumed_hit_rate"),
-    *_TIER_COUNTS,
+    *TIER_FIGURES,
     *DRAFT_FIGURES,
     *("running_mean", "running_max", "waiting_mean", "waiting_time_share"),
     *(f"{shares}.{kind}" for shares in _SHARES for kind in KV_KINDS),

@@ -10,7 +10,7 @@ import pytest
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
 from pagedkv.sims.export import to_json
-from pagedkv.sims.flat_figures import DRAFT_FIGURES, FIGURES
+from pagedkv.sims.flat_figures import DRAFT_FIGURES, FIGURES, TIER_FIGURES
 from pagedkv.sims.run_comparison import Difference, compare_runs
 
 FLAGS = "--think-time 1s --random-input-len 400 --random-output-len 60 --hardware rtx-4090 --duration 6s --warmup 2s"
@@ -49,7 +49,9 @@ def test_settings_and_figures_that_differ(runs: tuple[Path, Path]) -> None:
     assert rate.difference == documents[1]["output_tokens_per_s"] - documents[0]["output_tokens_per_s"]
     assert rate.significant is True
     assert figures["num_injected"].first == documents[0]["num_injected"] / 3
-    assert figures.keys() >= {name for name in FIGURES if not name.startswith(("kv_when", "goodput", "resumed", *DRAFT_FIGURES))}
+    assert figures.keys() >= {
+        name for name in FIGURES if not name.startswith(("kv_when", "goodput", "resumed", *TIER_FIGURES, *DRAFT_FIGURES))
+    }
 
 
 def test_a_run_against_itself_differs_in_nothing(runs: tuple[Path, Path]) -> None:
