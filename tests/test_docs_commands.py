@@ -3,11 +3,15 @@
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.sims.cli import app
+from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.scenario import resolve
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -15,6 +19,14 @@ PAGES = [DOCS / "getting-started.md", *sorted((DOCS / "howto").glob("*.md"))]
 QUESTIONS = [page for page in PAGES[1:] if page.name != "index.md"]
 SHOWN = re.compile(r"^```bash\n((?:simulate|pagedkv) [^\n]*)\n```\n(?:\n```text\n(.*?)^```$)?", re.M | re.S)
 LEFT_OUT = "[...]"
+README = (ROOT / "README.md").read_text("utf-8")
+OF_THE_READER = ("azure.csv.gz", "run1/config.toml")
+"""Files that a line of the README names and nobody has."""
+README_RUNS = [
+    line
+    for line in re.split(r" && |; | \| | +#|\n", "\n".join(re.findall(r"^simulate .*$", README, re.M)))
+    if line.startswith("simulate --") and not any(file in line for file in OF_THE_READER)
+]
 
 
 def shown(page: Path) -> list[tuple[str, str]]:
@@ -67,6 +79,23 @@ def test_a_changed_output_is_noticed() -> None:
     assert not re.match(pattern(shows), "a\nb\nTTFT P99, ms   420\nmore\n")
     assert re.match(pattern("x [...] y\n"), "x 12 y\n\n")
     assert not re.match(pattern("x [...] y\n"), "x 12 y\nand more\n")
+
+
+@pytest.mark.parametrize("command", README_RUNS)
+def test_a_simulation_of_the_readme_could_run(command: str) -> None:
+    _, asked, _ = app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
+    load, measurement = asked.kwargs.get("load", LoadConfig()), asked.kwargs.get("measurement", MeasurementConfig())
+    serving = asked.kwargs.get("serving", ServingConfig())
+    for engine in serving.engine.split(","):
+        config = SimulationConfig(load=load, serving=replace(serving, engine=engine), measurement=measurement)
+        assert resolve(config).load.title
+
+
+def test_the_readme_says_how_many_people_fit_as_the_first_steps_do() -> None:
+    found = re.search(r"^paged: (\d+) users", (DOCS / "getting-started.md").read_text("utf-8"), re.M)
+    assert found is not None
+    assert f"[{found[1]} fit](docs/getting-started.md" in README
+    assert f"{found[1]} in the first case" in (DOCS / "static-vs-dynamic.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", QUESTIONS, ids=lambda page: page.stem)
