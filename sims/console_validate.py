@@ -19,16 +19,24 @@ def show_validation(validation: Validation, console: Console, *, rows: bool) -> 
 
 
 def show_sections(sections: Sequence[Section], console: Console, *, rows: bool) -> None:
-    """Print sections, and which bars were missed in them."""
+    """Print sections, which bars were missed in them, and which sections that says nothing about."""
     for section in sections:
         _show(section, console, rows=rows)
+    left = [section for section in sections if section.skipped]
+    of = f"{len(sections)} section{'s' if len(sections) > 1 else ''}"
     failed = [(section, check) for section in sections for check in section.checks if check.outcome == "fails"]
     if failed:
         console.print(Text(f"{len(failed)} bar{'s' if len(failed) > 1 else ''} missed:", "bold red"))
         for section, check in failed:
             console.print(f"  {section.name}: {check.what}: {check.simulated}, {check.bar}", soft_wrap=True, markup=False)
+    elif any(check.outcome == "holds" for section in sections for check in section.checks):
+        whole = f"of {len(sections) - len(left)} of {of} " if left else ""
+        console.print(Text(f"All bars {whole}hold.", "bold green"))
     else:
-        console.print(Text("All bars hold.", "bold green"))
+        console.print(Text("No bar was checked.", "bold yellow"))
+    if left:
+        names = ", ".join(section.name for section in left)
+        console.print(Text(f"Not checked: {len(left)} of {of}, for want of data: {names}.", "yellow"), soft_wrap=True)
 
 
 def _show(section: Section, console: Console, *, rows: bool) -> None:

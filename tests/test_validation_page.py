@@ -6,12 +6,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
 from pagedkv.sims.command import flat
 from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.config_file import read_settings
+from pagedkv.sims.console_validate import show_sections
 from pagedkv.sims.validation.checks import Check, Section, at_most, within
 from pagedkv.sims.validation.page import PAGE, ROWS_PAGE, between_marks, markdown, rewritten, rows_page
 from pagedkv.sims.validation.run import SECTIONS, Validation, validate
@@ -117,6 +119,27 @@ def test_the_command_prints_bars_and_json(shared_data: Path, capsys: pytest.Capt
     assert document["holds"]
     assert [each["name"] for each in document["sections"]] == ["mooncake"]
     assert document["sections"][0]["checks"][0]["outcome"] == "holds"
+
+
+def said_of(*sections: Section) -> str:
+    console = Console(width=200)
+    with console.capture() as shown:
+        show_sections(sections, console, rows=False)
+    return shown.get()
+
+
+def test_the_last_lines_say_of_which_sections_they_speak() -> None:
+    good = Section(name="good", title="t", source="s", checks=(at_most("x", 0.1, 0.5),))
+    bad = Section(name="bad", title="t", source="s", checks=(at_most("x", 1.0, 0.5),))
+    left = [Section(name=name, title="t", source="", skipped="no file") for name in ("left1", "left2")]
+    assert said_of(good).endswith("All bars hold.\n")
+    assert said_of(good, *left).endswith(
+        "All bars of 1 of 3 sections hold.\nNot checked: 2 of 3 sections, for want of data: left1, left2.\n"
+    )
+    assert said_of(*left).endswith("No bar was checked.\nNot checked: 2 of 2 sections, for want of data: left1, left2.\n")
+    missed = said_of(bad, left[0])
+    assert "1 bar missed:" in missed
+    assert missed.endswith("Not checked: 1 of 2 sections, for want of data: left1.\n")
 
 
 def test_a_check_fails_beyond_its_bar() -> None:
