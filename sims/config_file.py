@@ -11,7 +11,7 @@ from cyclopts import CycloptsError
 
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.command import to_toml
-from pagedkv.sims.config import DEFAULT_ALLOCATORS, GOES_WITH, LOAD_KINDS, ServingConfig, SimulationConfig
+from pagedkv.sims.config import DEFAULT_ALLOCATORS, GOES_WITH, LOAD_KINDS, ServingConfig, SimulationConfig, parse_seconds
 from pagedkv.sims.config_words import FIELD_TYPES, parse_config
 
 PATHS = ("trace", "lengths", "workload", "model", "hardware")
@@ -47,12 +47,32 @@ def read_settings(path: str) -> dict[str, Any]:
 
 
 def without_other_loads(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """Return `settings` without a load of another kind than the flags `given`, and what belongs to it."""
+    """Return `settings` without a load of another kind than the flags `given`, and what belongs to it.
+
+    To it belong a warm-up and a duration that say no more than that load's default: for a load that ends they are others.
+    """
     kinds = given & set(LOAD_KINDS)
+    if kinds or "num_prompts" in given:
+        settings = _without_usual_window(settings)
     if not kinds:
         return settings
     others = {name for name, loads in GOES_WITH.items() if not kinds & set(loads)} | set(LOAD_KINDS) - kinds
     return {name: value for name, value in settings.items() if name.replace("-", "_") not in others}
+
+
+def _without_usual_window(settings: dict[str, Any]) -> dict[str, Any]:
+    from pagedkv.sims.scenario import DEFAULT_DURATION_S, DEFAULT_WARMUP_S  # noqa: PLC0415 (numba takes a while to import)
+
+    ends = "trace" in settings or any(name in settings for name in ("num-prompts", "num_prompts"))
+    usual = {"warmup": 0.0} if ends else {"warmup": DEFAULT_WARMUP_S, "duration": DEFAULT_DURATION_S}
+    return {name: value for name, value in settings.items() if name not in usual or not _lasts(value, usual[name])}
+
+
+def _lasts(value: Any, seconds: float) -> bool:
+    try:
+        return parse_seconds(str(value), name="time") == seconds
+    except ConfigError:  # said where the setting is read
+        return False
 
 
 def with_files(command: str, words: Sequence[str], paths: Sequence[str]) -> tuple[list[str], list[str]]:

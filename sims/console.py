@@ -21,7 +21,7 @@ from pagedkv.sims.scenario import Scenario
 from pagedkv.units import gib
 
 _BAR_WIDTH = 30
-STATUS_STYLE = {"stable": "green", "saturated": "yellow", "rejecting": "red", "failed": "red"}
+STATUS_STYLE = {"stable": "green", "saturated": "yellow", "rejecting": "red", "failed": "red", "unmeasured": "yellow"}
 
 
 def show(results: Results, console: Console) -> None:

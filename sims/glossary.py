@@ -217,7 +217,7 @@ _ENTRIES = (
     _entry("replica", "replica", "0 to number of replicas − 1", "Which one; --fault AT:FOR:REPLICA names it so."),
     _entry("up_s", "time up", "seconds of the window in which its process ran", "E − W without a fault."),
     _entry("verdict", "verdict", "status, fits, binding", "Whether the load fits, and which limit binds."),
-    _entry("status", "status", "failed > rejecting > saturated > stable", "The first of them that holds."),
+    _entry("status", "status", "failed > rejecting > saturated > unmeasured > stable", "The first of them that holds."),
     _entry(
         "stable",
         "stable",
@@ -232,6 +232,12 @@ _ENTRIES = (
         "open loop. Without, it does not.",
     ),
     _entry("rejecting", "rejecting", "num_rejected > 0", "Some requests can never run here."),
+    _entry(
+        "unmeasured",
+        "unmeasured",
+        "num_injected = 0, and none waits",
+        "No request arrived between the warm-up and the end: nothing is said about the load, and no limit is named.",
+    ),
     _entry(
         "fits",
         "fits",

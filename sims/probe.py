@@ -48,7 +48,7 @@ class Probe:
         With no request whose fate is known, as with few users in a short run, nothing has been missed either.
         """
         if not self.terms:
-            return self.verdict.status == "stable"
+            return _is_stable(self.verdict)
         return self.verdict.fits or (self.attained is None and self.refused == 0)
 
     def surely_meets(self, share: float) -> bool:
@@ -82,9 +82,14 @@ def probe(config: SimulationConfig, allocator: str, *, attain: float, progress: 
         attained=attained(result.runs, scenario.goals) if scenario.goals else None,
         attained_ci95=ci95([share for share in shares if share is not None]),
         by_repeat=tuple(zip(shares, (each["output_tokens_per_s"] for each in figures), strict=True)),
-        stable_repeats=sum(verdict.status == "stable" for verdict in alone) / len(alone),
+        stable_repeats=sum(map(_is_stable, alone)) / len(alone),
         terms=terms(result.runs, scenario.goals, attain=attain),
     )
+
+
+def _is_stable(verdict: Verdict) -> bool:
+    """Return whether nobody was seen to wait: a run so short, or with so few users, that no request counts says so, too."""
+    return verdict.status in ("stable", "unmeasured")
 
 
 class Probes:

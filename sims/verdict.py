@@ -7,6 +7,7 @@ import numpy as np
 
 from pagedkv.sims.attainment import attained
 from pagedkv.sims.closed_loop import people
+from pagedkv.sims.command import command_line
 from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.limits import LIMIT_NAMES, Binding, queue_blocker, step_limit
 from pagedkv.sims.mean_waits import MeanWaits
@@ -16,8 +17,9 @@ from pagedkv.sims.records import Outcome
 from pagedkv.sims.saturation import THROUGHPUT_SHARE_LIMIT, saturation
 from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.simulation import Run
+from pagedkv.sims.unmeasured import unmeasured
 
-Status = Literal["stable", "saturated", "rejecting", "failed"]
+Status = Literal["stable", "saturated", "rejecting", "failed", "unmeasured"]
 
 NEARLY_FULL = 0.1
 """With less than this share of the KV pool or of the running batch free, it is the nearest limit."""
@@ -30,8 +32,8 @@ class Verdict:
     status: Status
     fits: bool
     """With goals: they are met, nobody is turned away, and an open loop's queue does not rise. Without: stable."""
-    binding: Binding
-    """The limit that is reached, or would be reached first."""
+    binding: Binding | None
+    """The limit that is reached, or would be reached first; None if nothing was measured."""
     missed: str | None
     """Which goal is missed most, and why; None if the goals are met, or for want of goals."""
     text: str
@@ -55,6 +57,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         status = "rejecting"
     elif slow or queueing:
         status = "saturated"
+    elif figures["num_injected"] == 0:
+        return _of_nothing(scenario, runs)
     share = attained(runs, scenario.goals) if scenario.goals else None
     missed = share is not None and share < attain
     why = missed_goal(scenario, runs) if missed and status != "rejecting" else None
@@ -90,6 +94,19 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         missed=None if why is None else why.text,
         text=text,
         next_command=next_command(scenario, binding, runs, why, attain=attain, fits=fits),
+    )
+
+
+def _of_nothing(scenario: Scenario, runs: list[Run]) -> Verdict:
+    """Return the verdict of runs in which no request counts and none waits: neither a limit nor advice about one."""
+    why = unmeasured(scenario, runs)
+    return Verdict(
+        status="unmeasured",
+        fits=False,
+        binding=None,
+        missed=None,
+        text=f"{scenario.load.title}: nothing was measured: {why.text}.",
+        next_command=command_line(scenario.config, **why.remedy),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pagedkv.sims.cli import main
-from pagedkv.sims.config_file import ASKED_FOR, file_text, read_settings, with_files
+from pagedkv.sims.config_file import ASKED_FOR, file_text, read_settings, with_files, without_other_loads
 from pagedkv.sims.config_words import parse_config
 from pagedkv.sims.sweep_grid import parse_grid
 
@@ -138,3 +138,31 @@ def test_what_a_file_may_not_say(command: str, folder: Path, capsys: pytest.Capt
 def test_help_says_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([command, "--help"])
     assert "--config" in capsys.readouterr().out
+
+
+# --- another load ---------------------------------------------------------------------------------------------------
+
+
+def test_a_window_that_was_the_other_loads_default_does_not_survive_it(folder: Path) -> None:
+    def kept(text: str, given: set[str]) -> dict[str, Any]:
+        (folder / "c.toml").write_text(text)
+        return without_other_loads(read_settings("c.toml"), given)
+
+    users = 'users = 10\nduration = "600s"\nwarmup = "1m"\n'
+    assert kept(users, {"trace"}) == kept(users, {"request_rate", "num_prompts"}) == {}
+    assert kept(users, {"num_prompts"}) == {"users": 10}
+    assert kept(users, {"seed"}) == {"users": 10, "duration": "600s", "warmup": "1m"}
+    wished = 'users = 10\nduration = "30s"\nwarmup = "5s"\n'
+    assert kept(wished, {"trace"}) == {"duration": "30s", "warmup": "5s"}
+    trace = 'trace = "t.csv"\nwarmup = "0s"\n'
+    assert kept(trace, {"users"}) == {}
+    assert kept(trace.replace("0s", "60s"), {"users"}) == {"warmup": "60s"}
+    assert kept('users = 1\nwarmup = "soon"\n', {"trace"}) == {"warmup": "soon"}  # is refused where it is read
+
+
+def test_a_trace_in_the_place_of_users_is_measured_from_its_first_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "t.csv").write_text("arrival,input,output\n0,90,9\n1.5,80,8\n")
+    (folder / "c.toml").write_text('users = 10\nduration = "600s"\nwarmup = "60s"\nhardware = "rtx-4090"\nmax-model-len = 1024\n')
+    found = answer(capsys, "--config c.toml --trace t.csv --allocator paged")
+    assert found["results"][0]["num_finished"] == 2
+    assert found["config"]["warmup"] == "0s"

@@ -231,6 +231,38 @@ def test_a_verdict_needs_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert not result["verdict"]["fits"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("--users 10 --duration 1ms", "no request arrived in the 0.001 s after the warm-up of 60 s; a longer --duration has some"),
+        ("--request-rate 0.0001 --duration 1s", "no request arrived in the 1 s after"),
+        ("--trace easy.csv --warmup 1h", "arrive in the warm-up of 3600 s, the last after"),
+        ("--users 2 --num-prompts 3 --duration 1us", "the run ends after 1e-06 s, before the first request"),
+        (
+            "--users 1 --think-time 1s --random-input-len 100 --random-output-len 8000 --duration 10s",
+            "everybody still waits for an earlier answer; --warmup 0s counts those",
+        ),
+    ],
+)
+def test_nothing_measured_names_no_limit_and_proposes_a_run_that_measures(
+    arguments: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(f"{arguments} --allocator paged", capsys)
+    assert result["num_injected"] == 0
+    verdict = result["verdict"]
+    assert (verdict["status"], verdict["fits"], verdict["binding"]) == ("unmeasured", False, None)
+    assert "nothing was measured" in verdict["text"]
+    assert why in verdict["text"]
+    assert "quantization" not in verdict["next_command"]
+    assert run(verdict["next_command"].removeprefix("simulate "), capsys)["num_injected"] > 0
+
+
+def test_a_search_in_too_short_a_time_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["max-users", "--duration", "1ms", "--allocator", "paged"])
+    assert "give a longer --duration" in capsys.readouterr().err
+
+
 def test_a_longer_context_is_only_proposed_if_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
     proposal = run("--trace one_too_long.csv --hardware rtx-4090 --allocator paged", capsys)["verdict"]["next_command"]
     run(proposal.removeprefix("simulate "), capsys)
