@@ -15,6 +15,7 @@ from pagedkv.memory_budget import MemoryBudget
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
+from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.quantity import parse_quantity
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
@@ -59,7 +60,13 @@ class Deployment:
         return self.engine.scheduler(self.config, self.scheduler, self.pool_of(allocator), allocator)
 
     def pool_of(self, allocator: str) -> KVPoolSettings:
-        """Return what `allocator` is built from: all divide the same bytes, and those with blocks per layer group their own way."""
+        """Return what `allocator` is built from: all divide the same bytes, and those with blocks per layer group their own way.
+
+        Raises:
+            ConfigError: If it needs a second tier and there is none.
+        """
+        if allocator == OffloadStepAllocator.name and self.tier is None and self.pool.enable_prefix_caching:
+            raise ConfigError(f"--allocator {allocator} needs a second tier: add --offload-size, e.g. 200GiB")
         if allocator in self.engine.caching_allocators:
             return self.pool
         if allocator != "hybrid":

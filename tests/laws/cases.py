@@ -112,7 +112,7 @@ MEMORIES = [
     for name in VARIANTS
     for allocator in (
         *load_engine(name).allocators(ServingConfig(engine=name)),
-        *(("contiguous-growing", "tensorrt-llm", "paged-offload") if name == "vllm" else ()),
+        *(("contiguous-growing", "tensorrt-llm") if name == "vllm" else ()),
     )
     if allocator not in ("paged", "hybrid")
 ]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.radix_rows import RadixRows
@@ -63,6 +64,19 @@ def agree(compiled: Run, slow: Run) -> None:
     for mine, other in zip(compiled.allocator.arrays, slow.allocator.arrays, strict=True):
         np.testing.assert_array_equal(mine, other)
     records_agree(compiled, slow)
+
+
+@given(cases("vllm", "paged-offload"))
+@settings(max_examples=40)
+def test_law_14_with_a_second_tier(case: Case) -> None:
+    compiled, slow = served(case, step_by_step=False), served(case, step_by_step=True)
+    records_agree(compiled, slow)
+    for run_ in (compiled, slow):
+        assert isinstance(run_.allocator, OffloadStepAllocator)
+    for name in ("pool", "tier"):
+        for mine, other in zip(getattr(compiled.allocator.arrays, name), getattr(slow.allocator.arrays, name), strict=True):
+            np.testing.assert_array_equal(mine, other)
+    event(f"loads: {compiled.allocator.num_loaded > 0}")
 
 
 @given(

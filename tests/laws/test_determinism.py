@@ -20,7 +20,9 @@ from pagedkv.sims.scenario import resolve
 
 CONFIG = SimulationConfig(
     load=LoadConfig(users=10, think_time="1s", random_input_len=250, random_output_len=30, random_range_ratio=0.9),
-    serving=ServingConfig(max_model_len=900, max_num_seqs=8, num_gpu_blocks_override=80, max_num_batched_tokens=512),
+    serving=ServingConfig(
+        max_model_len=900, max_num_seqs=8, num_gpu_blocks_override=80, max_num_batched_tokens=512, offload_size="1GiB"
+    ),
     measurement=MeasurementConfig(allocator=("paged", "contiguous-oracle"), duration="20s", warmup="3s", repeats=2),
 )
 OPEN = replace(CONFIG, load=LoadConfig(request_rate=2.0, burstiness=0.5, num_prompts=30))

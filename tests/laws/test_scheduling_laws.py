@@ -40,6 +40,8 @@ TRACE = "arrival_s,input_tokens,output_tokens\n" + "".join(
 def scenario(load: LoadConfig, *, num_blocks: int = 100, duration: str | None = None, **serving: Any) -> Scenario:
     """A Spark with few blocks and small pages: requests queue, are preempted and, if longer than 900 tokens, rejected."""
     limits = {"max_model_len": 900, "max_num_batched_tokens": 512, "num_gpu_blocks_override": num_blocks, **serving}
+    if "model" not in serving:  # the other has state, which is not cached
+        limits["offload_size"] = "1GiB"
     resolved = resolve(
         SimulationConfig(
             load=load,
