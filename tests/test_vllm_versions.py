@@ -34,6 +34,14 @@ def started(engine: str, *, num_blocks: int = 9, **settings: Any) -> tuple[Sched
     return Scheduler(deployment.scheduler, allocator), allocator
 
 
+@pytest.mark.parametrize("engine", [OLD, NEW])
+def test_fewer_tokens_in_a_step_than_requests_lower_the_default_of_those(engine: str) -> None:
+    assert served(engine, max_num_batched_tokens=16).scheduler.max_num_seqs == 16
+    assert served(engine, max_num_batched_tokens=300, max_num_seqs=300).scheduler.max_num_seqs == 300
+    with pytest.raises(ConfigError, match=r"is 299, and max-num-seqs 300: .*--max-num-batched-tokens 300 or --max-num-seqs 299"):
+        served(engine, max_num_batched_tokens=299, max_num_seqs=300)
+
+
 def step(scheduler: Scheduler) -> int:
     """Do one step; return how many requests it computed."""
     num = scheduler.schedule().num_entries

@@ -95,7 +95,13 @@ class VLLM:
         return "the request that came last is preempted and recomputes"
 
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
-        """Return vLLM's limits of a step: its defaults depend on the device."""
+        """Return vLLM's limits of a step: its defaults depend on the device.
+
+        Source: EngineArgs (max_num_seqs by default is at most the tokens of a step), SchedulerConfig.verify_max_model_len.
+
+        Raises:
+            ConfigError: If a step has fewer tokens than max_num_seqs, as vLLM has it.
+        """
         longest, chunked = longest_request(serving, model), serving.enable_chunked_prefill is not False
         counts_alone = hardware.unified and not self.version.knows_gb10
         device = replace(hardware, small_compute_device=False) if counts_alone else hardware
@@ -104,8 +110,16 @@ class VLLM:
             tokens = device.default_max_num_batched_tokens
             if not chunked:
                 tokens = max(tokens, longest)  # a prompt must fit into one step
+        if seqs is None:
+            seqs = min(device.default_max_num_seqs, max(tokens, 1))
+        elif 0 < tokens < seqs:
+            given = "" if serving.max_num_batched_tokens else ", the default"
+            raise ConfigError(
+                f"max-num-batched-tokens is {tokens:,}{given}, and max-num-seqs {seqs:,}: vLLM does not start with fewer "
+                f"tokens than requests in a step; --max-num-batched-tokens {seqs} or --max-num-seqs {tokens} would do"
+            )
         return SchedulerSettings(
-            max_num_seqs=device.default_max_num_seqs if seqs is None else seqs,
+            max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
             max_model_len=longest,
             enable_chunked_prefill=chunked,
