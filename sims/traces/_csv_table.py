@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pagedkv.errors import TraceFormatError
-from pagedkv.sims.traces._rows import NEEDED_TOKENS, Column, Parser, parse_tokens, shown
+from pagedkv.sims.traces._rows import NEEDED_TOKENS, Column, Parser, parse_seconds, parse_tokens, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +50,24 @@ class CsvTable:
         return cls(path=path, header=header, header_line=lines[0], line_numbers=lines[1:], cells=cells[1:])
 
     def find(self, names: Sequence[str]) -> int | None:
-        """Return the index of the column that has the earliest of `names`, in any case, or None."""
-        lowered = [name.lower() for name in self.header]
-        return next((lowered.index(name.lower()) for name in names if name.lower() in lowered), None)
+        """Return the index of the column that has one of `names`, in any case, or None; raises TraceFormatError if several have.
+
+        A column without a number, such as the text of prompts, does not count beside one with numbers.
+        """
+        lowered = {name.lower() for name in names}
+        found = [index for index, name in enumerate(self.header) if name.lower() in lowered]
+        if len(found) > 1:
+            found = [i for i in found if any(parse_seconds(row[i]) is not None for row in self.cells)] or found
+        if len(found) > 1:
+            same = " and ".join(repr(self.header[index]) for index in found)
+            raise TraceFormatError(
+                f"{self.path}, line {self.header_line}: the columns {same} say the same thing, so which is meant is not clear: "
+                "remove all but one, or give the others names of your own"
+            )
+        return found[0] if found else None
 
     def column(self, names: Sequence[str], *, parse: Parser = parse_tokens, needed: str = NEEDED_TOKENS) -> Column:
-        """Return the column that has the earliest of `names`; raises TraceFormatError if there is none."""
+        """Return the column that has one of `names`; raises TraceFormatError if there is none, or several."""
         index = self.find(names)
         if index is None:
             header = shown(",".join(self.header))

@@ -1,4 +1,7 @@
-"""The usual names of arrivals and lengths, in CSV headers and JSON objects; of several that fit, the earliest listed is read."""
+"""The usual names of arrivals and lengths, in CSV headers and JSON objects.
+
+Of several that fit, a JSON object's earliest listed is read; a CSV header may have one.
+"""
 
 ARRIVAL_S = ("arrival_s", "timestamp_s", "arrival_time", "arrived_at", "arrival")
 """Arrival in seconds."""

@@ -12,7 +12,7 @@ from pagedkv.sims.traces._rows import Rows, time_column
 
 @TRACE_FORMATS.register("generic-csv")
 class GenericCsv:
-    """Column names in any case and order; of several that fit, the earliest listed. Other columns are not read."""
+    """Column names in any case and order; of several that fit, none is guessed. Other columns are not read."""
 
     first_line: ClassVar[str] = (
         f"a CSV header with a column {' | '.join(ARRIVAL_S)} (seconds) or {' | '.join(ARRIVAL_MS)} (milliseconds), "
@@ -29,6 +29,7 @@ class GenericCsv:
         """Split the file; see `TraceFormat.rows`."""
         table = CsvTable.parse(path, text)
         arrival = None
+        table.find((*ARRIVAL_S, *ARRIVAL_MS))  # refuses both at once
         for names, unit_s in ((ARRIVAL_S, 1.0), (ARRIVAL_MS, 1e-3)):
             if arrival is None and table.find(names) is not None:
                 column = table.column(names)

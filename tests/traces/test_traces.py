@@ -76,7 +76,7 @@ def test_a_file_reads_the_same_however_it_is_stored(name: str, variant: str, wri
         "timestamp_ms , prompt_len, generated_tokens\n0,1,1\n1500, 7, 8",
         "id,num_decode_tokens,num_prefill_tokens,arrived_at\nx,1,1,0\ny,8,7,1.5",
         '"note","input_tokens","output_length","timestamp_s"\n"a, ""b""",1,1,0\n"c\nd",7,8,15e-1',
-        "arrival_time,input_length,output_len,output_tokens\n0,1,9,1\n1.5,7,9,8",
+        "arrival_time,input_length,my_output,output_tokens\n0,1,9,1\n1.5,7,9,8",
     ],
 )
 def test_generic_csv_takes_the_usual_names(text: str, write: Callable[[str], Path]) -> None:
@@ -85,6 +85,25 @@ def test_generic_csv_takes_the_usual_names(text: str, write: Callable[[str], Pat
     assert trace.arrival_s.tolist() == [0, 1.5]
     assert trace.prompt_tokens.tolist() == [1, 7]
     assert trace.output_tokens.tolist() == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("header", "same"),
+    [
+        ("arrival_s,prompt_tokens,prompt_tokens,output_tokens", "'prompt_tokens' and 'prompt_tokens'"),
+        ("arrival_s,prompt_tokens,Input_Tokens,output_tokens", "'prompt_tokens' and 'Input_Tokens'"),
+        ("arrival_s,arrival_ms,input,output", "'arrival_s' and 'arrival_ms'"),
+        ("arrival,input,output,completion_tokens", "'output' and 'completion_tokens'"),
+    ],
+)
+def test_two_columns_of_one_meaning_are_not_guessed_between(header: str, same: str, write: Callable[[str], Path]) -> None:
+    with pytest.raises(TraceFormatError, match=f"line 1: the columns {same} say the same thing.*remove all but one"):
+        read_trace(write(f"{header}\n0,5,6,7\n"))
+
+
+def test_columns_that_are_not_read_and_texts_beside_lengths_may_be_there_twice(write: Callable[[str], Path]) -> None:
+    trace = read_trace(write("note,arrival,prompt,prompt_tokens,output,output_tokens,note\na,0,Why?,5,Because.,7,b\n"))
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([5], [7])
 
 
 def test_offsets_of_dates_count(write: Callable[[str], Path]) -> None:
