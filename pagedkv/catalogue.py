@@ -15,6 +15,8 @@ from pagedkv.hf_config import model_from_config
 from pagedkv.model_spec import ModelSpec
 from pagedkv.model_toml import model_from_table
 
+USERS_UTF_8 = "utf-8-sig"
+"""Encoding of files that people write: UTF-8, and with the byte-order mark that Windows' editors put before it."""
 MAX_JSON_BYTES = 2**24
 """No config.json is larger."""
 
@@ -110,7 +112,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{str(path)!r} is larger than {MAX_JSON_BYTES:,} bytes: is it a config.json?")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding=USERS_UTF_8))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config.json {str(path)!r}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -144,7 +146,7 @@ def _hardware(name: str) -> HardwareSpec:
 
 def _hardware_file(path: Path) -> HardwareSpec:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding=USERS_UTF_8))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the hardware file {str(path)!r}: {error}") from error
     except tomllib.TOMLDecodeError as error:

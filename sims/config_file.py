@@ -9,6 +9,7 @@ from typing import Any
 
 from cyclopts import CycloptsError
 
+from pagedkv.catalogue import USERS_UTF_8
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.command import to_toml
 from pagedkv.sims.config import DEFAULT_ALLOCATORS, GOES_WITH, LOAD_KINDS, ServingConfig, SimulationConfig, parse_seconds
@@ -37,7 +38,7 @@ def read_settings(path: str) -> dict[str, Any]:
         ConfigError: If it cannot be read.
     """
     try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        settings = tomllib.loads(Path(path).read_text(encoding=USERS_UTF_8))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the configuration {path!r}: {error}") from error
     if "config" in settings:

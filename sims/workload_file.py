@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pagedkv.catalogue import USERS_UTF_8
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.config import MAX_S, parse_seconds
 from pagedkv.sims.length_names import length_names, load_lengths
@@ -64,7 +65,7 @@ def load_workload(name_or_path: str) -> tuple[UserClass, ...]:
         raise unknown_name("workload", name_or_path, workload_names(), hint="The path of a .toml file works as well.")
     where = _Place(name_or_path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding=USERS_UTF_8))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise where.error(f"cannot be read as a workload: {reason}") from error

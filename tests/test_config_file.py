@@ -63,6 +63,29 @@ def test_names_and_absolute_paths_stay(folder: Path) -> None:
     assert read_settings("c.toml") == {name: value for name, value in settings.items() if value is not None}
 
 
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("config", 'think-time = "1s"\n'),
+        (
+            "workload",
+            '[[class]]\nname = "all"\nusers = 2\nthink_time = "1s"\nprompt = { mean = 90, cv = 1 }\noutput = { mean = 9, cv = 1 }\n',
+        ),
+        ("hardware", 'like = "rtx-4090"\n'),
+    ],
+)
+def test_the_mark_that_windows_puts_before_a_file_is_no_error(
+    flag: str, text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"{SMALL.replace('--hardware rtx-4090', '') if flag == 'hardware' else SMALL} --allocator paged --{flag} f.toml"
+    words = words.replace("--think-time 1s", "") if flag != "hardware" else words
+    words += "" if flag == "workload" else " --users 2"
+    (folder / "f.toml").write_text(text, encoding="utf-8")
+    plain = answer(capsys, words)
+    (folder / "f.toml").write_text(text, encoding="utf-8-sig")
+    assert answer(capsys, words)["results"] == plain["results"]
+
+
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
