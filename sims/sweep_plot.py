@@ -33,7 +33,7 @@ def figure(sweep: Sweep, metric: str) -> go.Figure:
             y=values,
             error_y={"array": halves} if any(bounds) else None,
             name=labels(others) or metric,
-            mode="lines+markers",
+            mode="lines+markers" if axis.numeric else "markers",  # between names lies nothing
             line=series(i),
             marker={"size": 8, "symbol": ["x" if row.figure("num_preemptions") else "circle" for row in known]},
         )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ def test_the_page_is_offline_and_has_a_line_per_combination(undisturbed: Path) -
     assert '<meta name="viewport" content="width=device-width' in page
     assert "responsive: true" in page
     assert "goodput_share" in page
+
+
+def test_only_values_between_which_something_lies_are_joined(undisturbed: Path, tmp_path: Path) -> None:
+    run_sweep(grid(f"{BASE} --users 2 --kv-cache-dtype auto,fp8"), tmp_path / "names", workers=1)
+    modes = [set(re.findall(r'"mode":"([a-z+]+)"', (at / "sweep.html").read_text())) for at in (undisturbed, tmp_path / "names")]
+    assert modes == [{"lines+markers"}, {"markers"}]
 
 
 def test_json_is_the_document(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
