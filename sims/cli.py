@@ -82,6 +82,10 @@ def simulate(
     scenario = resolve(asked)
     folder, _ = output_path(out, "--out"), output_path(images, "--images")
     files = {"--json": output_path(None if json == "-" else json, "--json"), "--report": output_path(report, "--report")}
+    if images is not None:
+        from pagedkv.sims.figure_files import check_images
+
+        check_images()
     for place, flag in ((out, "--out"), (images, "--images")):
         if place is not None:
             prepare_folder(Path(place), flag=flag)
@@ -98,7 +102,7 @@ def simulate(
         watch_run(scenario, check_watchable(scenario), Console(highlight=False))
     with ProgressOnStderr(scenario.allocators, repeats=measurement.repeats) as progress:
         results = run_all(scenario, progress=progress)
-    page = made_report(results, images) if images is not None or files["--report"] is not None else None
+    page, drawn = made_report(results, images) if images is not None or files["--report"] is not None else (None, True)
     if folder is not None:
         write(results, folder, page=page)
     if (file := files["--report"]) is not None and page is not None:
@@ -109,13 +113,16 @@ def simulate(
         for warning in scenario.deployment.budget.warnings:
             print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
         sys.stdout.write(to_json(results.document()))
-        return
-    from pagedkv.sims.console import show
+    else:
+        from pagedkv.sims.console import show
 
-    print_view(lambda console: show(results, console))
-    for path in (folder, *files.values()):
-        if path is not None:
-            print(f"Written: {path}", file=sys.stderr)  # noqa: T201
+        print_view(lambda console: show(results, console))
+        for path in (folder, *files.values()):
+            if path is not None:
+                print(f"Written: {path}", file=sys.stderr)  # noqa: T201
+    if not drawn:  # all else is there, and what was asked is not
+        sys.stdout.flush()
+        sys.exit(BAD_INPUT)
 
 
 @tools.command

@@ -26,16 +26,16 @@ def report_file(report: str | None) -> Path | None:
     return path
 
 
-def made_report(results: "Results", images: str | None) -> str:
-    """Return the page of `results`, and write its pictures to the folder `images`, if there is one, or say why not."""
+def made_report(results: "Results", images: str | None) -> tuple[str, bool]:
+    """Return the page of `results`, and whether its pictures were written to the folder `images`, if one is given; say why not."""
     from pagedkv.sims.figure_files import write_images
     from pagedkv.sims.report import report
 
-    made = report(results)
+    made, why_not = report(results), None
     if images is not None:
         why_not = write_images(made.figures, Path(images))
         print(why_not or f"Written: {images}", file=sys.stderr)  # noqa: T201
-    return made.html()
+    return made.html(), why_not is None
 
 
 def question_command(question: str, asked: SimulationConfig, *, attain: float) -> str:

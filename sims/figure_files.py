@@ -7,6 +7,7 @@ from typing import Any
 
 from plotly.graph_objects import Figure
 
+from pagedkv.errors import ConfigError
 from pagedkv.sims.export import prepare_folder
 
 FORMATS = ("svg", "png")
@@ -14,6 +15,16 @@ _WIDTH = 1000
 _SCALE = {"svg": 1, "png": 2}
 """Twice as many pixels for a bitmap: legible in print."""
 _HOW = "pip install 'pagedkv[images]', and a Chrome or Chromium, write them"
+
+
+def check_images() -> None:
+    """Make sure that there is something to write pictures with, before anything is computed.
+
+    Raises:
+        ConfigError: If kaleido is not installed.
+    """
+    if importlib.util.find_spec("kaleido") is None:
+        raise ConfigError(f"--images writes SVG and PNG, and kaleido is not installed; {_HOW}, and --report FILE needs neither")
 
 
 def write_images(figures: Mapping[str, Figure], folder: Path) -> str | None:
@@ -24,10 +35,9 @@ def write_images(figures: Mapping[str, Figure], folder: Path) -> str | None:
         folder: Made if it is not there.
 
     Raises:
-        ConfigError: If the folder cannot be written.
+        ConfigError: If the folder cannot be written, or kaleido is not installed.
     """
-    if importlib.util.find_spec("kaleido") is None:
-        return f"no PNG or SVG of the figures: kaleido is not installed; {_HOW}"
+    check_images()
     prepare_folder(folder, flag="--images")
     import kaleido  # noqa: PLC0415 (not part of the light install)
 

@@ -1,4 +1,4 @@
-"""Figures as files: without kaleido, or without a browser for it, one line says so and the rest is there all the same."""
+"""Figures as files: without kaleido the run does not begin; where a browser fails, all else is written, and the status says so."""
 
 import importlib.util
 import sys
@@ -26,16 +26,32 @@ def kaleido(monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
     monkeypatch.setitem(sys.modules, "kaleido", module)
 
 
-def test_without_kaleido_one_line_says_so_and_the_report_is_written(
+def test_without_kaleido_the_run_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kaleido(monkeypatch, None)
-    main([*RUN, "--images", str(tmp_path / "pictures"), "--report", str(tmp_path / "r.html")])
-    told = [line for line in capsys.readouterr().err.splitlines() if "PNG" in line]
-    how = "pip install 'pagedkv[images]', and a Chrome or Chromium, write them"
-    assert told == [f"no PNG or SVG of the figures: kaleido is not installed; {how}"]
+    with pytest.raises(SystemExit) as exit:
+        main([*RUN, "--images", str(tmp_path / "pictures"), "--report", str(tmp_path / "r.html")])
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "")
+    assert "kaleido is not installed; pip install 'pagedkv[images]', and a Chrome or Chromium, write them" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_browser_that_fails_leaves_the_report_and_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(tasks: list[dict[str, Any]]) -> None:
+        raise RuntimeError("no browser was found")
+
+    kaleido(monkeypatch, write)
+    with pytest.raises(SystemExit) as exit:
+        main([*RUN, "--images", str(tmp_path / "pictures"), "--report", str(tmp_path / "r.html")])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert "Verdict" in out
+    assert "no PNG or SVG of the figures: no browser was found" in err
     assert "figure-slowest" in (tmp_path / "r.html").read_text("utf-8")
-    assert not list((tmp_path / "pictures").iterdir())
 
 
 def test_every_figure_of_the_report_is_written_in_both_formats_still(
@@ -77,7 +93,10 @@ def test_pictures_that_kaleido_did_not_write_are_named(tmp_path: Path, monkeypat
     assert told == f"no picture in {tmp_path / 'a.png'}: kaleido did not write it"
 
 
-def test_a_folder_that_cannot_be_is_refused_before_anything_is_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaleido(monkeypatch, lambda tasks: None)
     (tmp_path / "file").write_text("")
     for place, why in (
         ("", "give it the name of a folder"),
