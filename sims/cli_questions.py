@@ -111,7 +111,7 @@ def max_context(
 
 def sweep(
     *flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    out: Annotated[str, Parameter(group=OUTPUT)],
+    out: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     workers: Annotated[int | None, Parameter(group=OUTPUT)] = None,
     metric: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     config: Config = None,
@@ -139,6 +139,11 @@ def sweep(
 
     del config  # main has put its settings among the flags
     check_json(json)
+    if out is None:
+        raise ConfigError(
+            "sweep needs flags with several values, and a folder for what comes out: "
+            "simulate sweep --users 20..100:20 --block-size 16,64 --out sweep/"
+        )
     grid, folder = parse_grid(flags), output_path(out, "--out")
     assert folder is not None
     steps = [f"of {len(grid):,} runs, {i:,} done" for i in range(len(grid) + 1)]
@@ -163,7 +168,7 @@ def sweep(
         write_json(result.document(), json)
 
 
-def compare(first: str, second: str, *, json: Json = None) -> None:
+def compare(first: str | None = None, second: str | None = None, *, json: Json = None) -> None:
     """Say what differs between two runs: settings, figures, and with --repeats in both whether it is more than noise.
 
     Args:
@@ -174,6 +179,8 @@ def compare(first: str, second: str, *, json: Json = None) -> None:
     from pagedkv.sims.console_compare import show_run_comparison
     from pagedkv.sims.run_comparison import compare_runs
 
+    if first is None or second is None:
+        raise ConfigError("compare needs two runs, each a summary.json or a folder that --out wrote: simulate compare run1/ run2/")
     check_json(json)
     compared = compare_runs(Path(first), Path(second))
     if json is None:

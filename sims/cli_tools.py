@@ -33,7 +33,7 @@ def fit(
     Args:
         users: Say how long the context of so many requests can be at once.
         context: Say how many requests of so many tokens fit at once.
-        json: - prints one JSON document.
+        json: Write the answer to this file; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.console_static import show_fit
     from pagedkv.sims.deployment import deploy

@@ -17,7 +17,7 @@ from pagedkv.sims.workload_config import check_workload_flags, resolve_workload
 DEFAULT_THINK_TIME_S = 20.0
 DEFAULT_LENGTHS = "azure-conv"
 
-_LARGEST = {
+LARGEST = {
     "users": 1_000_000,
     "request_rate": 1e6,
     "num_prompts": 10**9,
@@ -51,7 +51,7 @@ def check_load_flags(load: LoadConfig) -> None:
             goes_with = " or ".join(f"--{each.replace('_', '-')}" for each in loads)
             raise ConfigError(f"--{name.replace('_', '-')} goes with {goes_with}, not with --{kind.replace('_', '-')}")
     check_workload_flags(load)
-    for name, largest in _LARGEST.items():
+    for name, largest in LARGEST.items():
         value, smallest = getattr(load, name), _SMALLEST.get(name, 1)
         if value is not None and not smallest <= value <= largest:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: needs {smallest:g} to {largest:,.0f}")

@@ -68,7 +68,13 @@ def _asked(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--model {text!r} names no model: write --model llama-3.1-8b")
-    return tuple(dict.fromkeys(load_model(name).name for name in names))
+    models = tuple(load_model(name).name for name in names)
+    if twice := [name for name in dict.fromkeys(models) if models.count(name) > 1]:
+        raise ConfigError(
+            f"--model {text} names {' and '.join(twice)} more than once: name each model once; it is loaded once and serves all "
+            f"who ask for it, so that --model {','.join(dict.fromkeys(models))} would do"
+        )
+    return models
 
 
 def _of_class(user_class: UserClass, workload: str) -> str | None:

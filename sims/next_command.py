@@ -8,6 +8,7 @@ from pagedkv.sims.attainment import terms
 from pagedkv.sims.command import changed, command_line
 from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.limits import Binding
+from pagedkv.sims.load_flags import LARGEST
 from pagedkv.sims.missed_goal import MissedGoal
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run
@@ -48,14 +49,16 @@ def next_command(
         remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]
         remedies.append({"goodput": _goals_within_reach(scenario, runs, attain)})
     elif load.users is not None:
-        remedies.append({"users": max(1, round(load.users * more))})
+        remedies.append({"users": min(max(1, round(load.users * more)), LARGEST["users"])})
     elif load.workload is not None:
         remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]
         remedies.append({"repeats": config.measurement.repeats + 4})
     elif load.request_rate is not None:
-        remedies.append({"request_rate": load.request_rate * more})
+        remedies.append({"request_rate": min(load.request_rate * more, LARGEST["request_rate"])})
     else:
-        remedies.append({"trace_rate": (load.trace_rate or 1.0) * more})
+        remedies.append({"trace_rate": min((load.trace_rate or 1.0) * more, LARGEST["trace_rate"])})
+    if fits:
+        remedies.append({"repeats": config.measurement.repeats + 4})  # of the largest load that there is: how sure that is
     return command_line(config, **next(remedy for remedy in remedies if _starts(config, remedy) or remedy is remedies[-1]))
 
 

@@ -122,6 +122,12 @@ BAD_INPUT: dict[str, tuple[str, ...]] = {
     "--users 5 --random-input-len 0 --random-output-len 5": ("input_len 0", "at least 1"),
     "--users 5 --random-input-len 5 --random-output-len 5 --random-range-ratio 1": ("range_ratio 1.0", "[0, 1)"),
     "--users 5 --no-enable-chunked-prefill --max-num-batched-tokens 99": ("max-num-batched-tokens is 99", "needs 32768 or more"),
+    "--users 5 --max-num-batched-tokens 16 --max-num-seqs 256": ("is 16,", "max-num-seqs 256", "--max-num-seqs 16 would do"),
+    "--users 5 --max-num-seqs 5000": ("is 2,048, the default", "--max-num-batched-tokens 5000 or --max-num-seqs 2048"),
+    "--users 5 --engine ollama --model llama-3.1-8b,llama-3.1-8b": ("llama-3.1-8b more than once", "--model llama-3.1-8b would do"),
+    "sweep": ("a folder for what comes out", "--out sweep/"),
+    "compare": ("needs two runs", "simulate compare run1/ run2/"),
+    "compare run1": ("needs two runs", "simulate compare run1/ run2/"),
     # flags that contradict each other
     "": ("--users N", "--request-rate R", "--trace FILE", "none of them", "Try --users 100"),
     "--users 5 --request-rate 2": ("--users and --request-rate", "Try --users 100"),

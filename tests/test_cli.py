@@ -197,6 +197,12 @@ def test_help_explains_every_setting() -> None:
         assert re.search(rf"{flag} .*\w+ \w+", text)
 
 
+def test_no_help_is_mangled_by_a_word_that_begins_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], ["fit"], ["max-users"], ["sweep"], ["compare"], ["validate"], ["budget"], ["calibrate"]):
+        main([*command, "--help"])
+        assert "•" not in capsys.readouterr().out
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from pagedkv.sims.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)

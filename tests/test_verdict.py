@@ -257,6 +257,15 @@ def test_nothing_measured_names_no_limit_and_proposes_a_run_that_measures(
     assert run(verdict["next_command"].removeprefix("simulate "), capsys)["num_injected"] > 0
 
 
+def test_no_more_load_is_proposed_than_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(f"--request-rate 1000000 --num-prompts 3 {FIXED.format(10, 2)} --allocator paged", capsys)
+    assert result["verdict"]["fits"]
+    proposal = shlex.split(result["verdict"]["next_command"])[1:]
+    assert float(proposal[proposal.index("--request-rate") + 1]) == 1e6
+    assert proposal[-2:] == ["--repeats", "5"]
+    assert run(shlex.join(proposal), capsys)["num_injected"] > 0
+
+
 def test_a_search_in_too_short_a_time_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["max-users", "--duration", "1ms", "--allocator", "paged"])
