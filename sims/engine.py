@@ -15,7 +15,7 @@ from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance, accept_drafts
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.shared_machine import SharedMachine
-from pagedkv.sims.step_time import StepTimeModel, total_cost
+from pagedkv.sims.step_time import StepCost, StepTimeModel, total_cost
 
 
 class ServingEngine(Protocol):
@@ -77,6 +77,10 @@ class Engine:
         self._env = env
         self._machine = machine
         self._step_end_s = env.now
+        self._work: simpy.Event | None = None
+        """Of the step in flight, or the last one, on a machine that is shared."""
+        self._cost = StepCost(0.0, 0.0, 0.0)
+        """Of that step."""
         self._scheduler = scheduler
         self._step_time = step_time
         self._acceptance = acceptance
@@ -132,7 +136,7 @@ class Engine:
         if self._idle_since_s is not None:
             self._recorder.idle(self._idle_since_s, self._env.now)
         else:
-            self._recorder.linger(self._step_end_s, self._env.now)
+            self._slowed()
 
     def stop(self) -> None:
         """End now, as a process does that is killed: what runs comes to nothing, and whoever waits is told `Outcome.FAILED`."""
@@ -161,15 +165,25 @@ class Engine:
                 continue
             step_s = self._launch(step)
             self._step_end_s = env.now + step_s
-            yield env.timeout(step_s) if self._machine is None else self._machine.work(step_s)
+            if self._machine is None:
+                yield env.timeout(step_s)
+            else:
+                self._work = self._machine.work(step_s)
+                yield self._work
             if self._stopped:
                 return
-            recorder.linger(self._step_end_s, env.now)
+            self._slowed()
             accept_drafts(self._acceptance, step.batch, step.num_entries)
             scheduler.complete()
             recorder.tokens(env.now)
             for request in scheduler.finished:
                 self._finish(int(request), failed=False)
+
+    def _slowed(self) -> None:
+        """Record what others did to the step in flight, up to now."""
+        self._recorder.linger(self._step_end_s, self._env.now)
+        if self._machine is not None and self._work is not None:
+            self._recorder.worked(self._step_end_s, self._cost, self._machine.measured_s(self._work))
 
     def _launch(self, step: Step) -> float:
         """Record that `step` begins; return how long it takes."""
@@ -179,6 +193,7 @@ class Engine:
         if (moved := self._scheduler.moved_blocks) != (0, 0):
             cost = self._step_time.beside_copies(cost, *moved)
         recorder.step(step, self._env.now, cost)
+        self._cost = cost
         return cost.total_s
 
     def _finish(self, request: int, *, failed: bool) -> None:

@@ -12,6 +12,7 @@ from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED
 from pagedkv.sims.recording import (
     ACCEPTED_TOKENS,
     BLOCKERS,
+    COST_S,
     DRAFT_TOKENS,
     INTERNAL,
     ITL_BINS,
@@ -142,6 +143,17 @@ class Recorder(RunRecord):
         """Note that the step recorded last takes until `end_s` instead of `start_s`: other processes have the machine too."""
         if end_s > start_s:
             record_longer(self.arrays, start_s, end_s)
+
+    def worked(self, alone_end_s: float, cost: StepCost, measured_s: float) -> None:
+        """Note that `measured_s` of the step recorded last were done in the window: alone, it would have lasted to `alone_end_s`.
+
+        It was recorded as if the machine did it at once. With others it goes on longer, and at the window's edges that is not the
+        part of it that falls inside.
+        """
+        as_if_alone_s = min(alone_end_s, self.end_s) - max(alone_end_s - cost.total_s, self.warmup_s)
+        if cost.total_s > 0:
+            share = (measured_s - max(as_if_alone_s, 0.0)) / cost.total_s
+            self.arrays.sums[COST_S:ITL_SUM_S] += share * np.array(cost)
 
     def _count_groups(self, allocator: RequestByRequest, step: Step) -> None:
         """Count slots by what is in them where a token has one in each group of layers. O(running × groups), not compiled."""

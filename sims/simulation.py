@@ -171,7 +171,7 @@ def _run_models(
     progress: Callable[[float], None] | None,
     watch: Watch | None,
 ) -> Run:
-    machine = SharedMachine(env)
+    machine = SharedMachine(env, from_s=scenario.warmup_s)
 
     def start(model: int, variant: ModelVariant, load: ModelLoad) -> Runner:
         assert variant.deployment is not None  # it has been read, so it fits

@@ -69,7 +69,7 @@ def test_names_and_absolute_paths_stay(folder: Path) -> None:
         ("config", 'think-time = "1s"\n'),
         (
             "workload",
-            '[[class]]\nname = "all"\nusers = 2\nthink_time = "1s"\nprompt = { mean = 90, cv = 1 }\noutput = { mean = 9, cv = 1 }\n',
+            '[[class]]\nname = "a"\nusers = 2\nthink_time = "1s"\nprompt = { mean = 90, cv = 1 }\noutput = { mean = 9, cv = 1 }\n',
         ),
         ("hardware", 'like = "rtx-4090"\n'),
     ],

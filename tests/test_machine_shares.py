@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, Si
 from pagedkv.sims.metrics import measure
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.scenario import Scenario, resolve
+from pagedkv.sims.shared_machine import SharedMachine
 from pagedkv.sims.simulation import run
 from pagedkv.sims.step_time import RooflineStepTime, StepCost
 from pagedkv.step_batch import StepBatch, empty_batch
@@ -124,3 +126,34 @@ def test_what_is_reached_of_two_rates_adds_up() -> None:
     kv_bytes = 50_001 * LLAMA.kv_spec("auto").bytes_per_token
     assert cost.traffic_s == pytest.approx((LLAMA.dense_streamed_bytes(LLAMA.native_format) + kv_bytes) / 273e9)
     assert cost.traffic_s < cost.memory_s
+
+
+@settings(max_examples=8, deadline=None)
+@given(users=st.integers(2, 8), seed=st.integers(0, 3), warmup_s=st.floats(0.5, 30.0))
+def test_processes_that_share_a_machine_use_no_more_than_all_of_it(users: int, seed: int, warmup_s: float) -> None:
+    one = resolve(
+        SimulationConfig(
+            load=LoadConfig(users=users, think_time="100ms"),
+            serving=ServingConfig(engine="ollama", model="llama-3.1-8b,qwen3-32b", quantization="q4_k_m"),
+            measurement=MeasurementConfig(allocator=("ollama",), warmup=f"{warmup_s}s", duration="7s"),
+        )
+    )
+    figures = measure(run(one, "ollama", seed=seed), ())
+    assert 0 <= figures["busy_share"] <= 1 + 1e-9
+    reach = max(
+        max(reaches.weights_reach, reaches.kv_reach) for reaches in (each.step_time.coefficients.model for each in one.deployments)
+    )
+    assert figures["memory_bandwidth_share"] <= figures["busy_share"] * reach * (1 + 1e-9)
+
+
+def test_a_shared_machine_counts_work_from_the_moment_that_it_is_watched() -> None:
+    env = simpy.Environment()
+    machine = SharedMachine(env, from_s=1.0)
+    long, short = machine.work(4.0), machine.work(1.0)  # half the speed each until 2, then one has it all
+    env.run(until=1.5)
+    assert (machine.measured_s(long), machine.measured_s(short)) == (0.25, 0.25)
+    env.run(until=3.0)
+    assert (machine.measured_s(long), machine.measured_s(short)) == (1.5, 0.5)
+    env.run(until=long)
+    assert env.now == 5.0
+    assert machine.measured_s(long) + machine.measured_s(short) == 4.0
