@@ -3,6 +3,7 @@
 Source: `GenerationMixin._beam_search` of transformers 5.24, whose texts and scores the tests compare.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -102,3 +103,13 @@ class BeamSearch:
         if len(self.finished) < self.params.width:
             return False
         return self.params.early_stopping or best / length**self.params.length_penalty <= self.finished[-1].score
+
+
+def held_beams(searches: Sequence[BeamSearch | None]) -> list[bool]:
+    """Return by entry whether it is a beam that is held: others of its search, which go on together, are not there.
+
+    Args:
+        searches: By entry whose known tokens are all computed: the search that it is a beam of, None if it is no beam.
+    """
+    there = Counter(id(search) for search in searches)
+    return [search is not None and there[id(search)] < len(search.members) for search in searches]

@@ -128,17 +128,12 @@ class LLMEngine:
             self.allocator,
         )
         self.observer = observer
-        self.texts = TextTable(self.scheduler)
+        self.texts = TextTable(self.scheduler, self.models.runner.fork_state)
 
     @property
     def num_unfinished(self) -> int:
         """Texts that are not done, of requests that run or wait; beams count as one each."""
         return len(self.texts)
-
-    @property
-    def can_fork(self) -> bool:
-        """Whether a request can have several texts: not with layers of linear attention, whose states nobody shares."""
-        return not self.models.has_states
 
     def add_request(
         self,
@@ -159,7 +154,8 @@ class LLMEngine:
             max_tokens: Most tokens to generate.
             eos_token_id: Tokens that end the text.
             sampling: How tokens are drawn.
-            n: Texts to generate. They share the prompt's blocks, the last one until they write to it; text i is drawn by seed + i.
+            n: Texts to generate. They share the prompt's blocks, the last one until they write to it, and each has a copy of the
+                states of linear attention; text i is drawn by seed + i.
             beams: Search so: then the `n` best texts come at its end, all tokens at once.
             priority: Its urgency under policy "priority".
             salt: Only requests of the same salt share blocks.
@@ -175,8 +171,6 @@ class LLMEngine:
             raise ConfigError(f"token ids {ids.min()} to {ids.max()}: the model has 0 to {self.models.vocab_size - 1}")
         if n < 1:
             raise ConfigError(f"n is {n}: needs 1 or more texts")
-        if not self.can_fork and (n > 1 or beams is not None):
-            raise ConfigError("several texts of a prompt: forks share blocks, and no state of linear attention; ask n times")
         ends = frozenset(() if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id)
         search = None
         if beams is not None:

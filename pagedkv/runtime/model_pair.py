@@ -8,6 +8,7 @@ import torch
 
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import ConfigError
+from pagedkv.runtime.beam_search import held_beams
 from pagedkv.runtime.drafter import Drafter, check_draft
 from pagedkv.runtime.model_layers import check_model, linear_layers, model_layers
 from pagedkv.runtime.model_runner import ModelRunner, StepInput
@@ -53,7 +54,7 @@ class ModelPair:
         """
         check_model(model, with_states=True)
         self.has_states = bool(linear_layers(model.config))
-        """Whether layers keep a state of each sequence, which cannot be shared, or taken back."""
+        """Whether layers keep a state of each sequence, which is copied for a fork, and cannot be taken back."""
         if draft is not None:
             check_draft(draft, model, num_drafts)
             check_model(draft)
@@ -97,8 +98,12 @@ class ModelPair:
             for text, drafted, begin, end in zip(texts, drafts, first.tolist(), np.minimum(last, known).tolist(), strict=True)
         ]
         wanted = np.maximum(last - known + 1, 0)
-        logits = self.runner.logits(StepInput(tokens=tokens, last=last, num_logits=wanted, tables=tables, rows=rows))
         entries = np.flatnonzero(wanted).tolist()
+        again = None
+        if self.has_states:
+            again = np.zeros(len(texts), np.bool_)
+            again[entries] = held_beams([texts[i].search for i in entries])
+        logits = self.runner.logits(StepInput(tokens=tokens, last=last, num_logits=wanted, tables=tables, rows=rows, again=again))
         return Computed(entries, [drafts[i] for i in entries], logits)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from pagedkv.arrays import Int32Array, Int64Array
+from pagedkv.arrays import BoolArray, Int32Array, Int64Array
 from pagedkv.errors import ConfigError
 from pagedkv.runtime.attention import use_paged_attention
 from pagedkv.runtime.forward_plan import ForwardPlan, plan_tokens
@@ -47,6 +47,12 @@ class StepCache(Cache):
             if isinstance(layer, PagedLayer):
                 layer.num_columns = 0
 
+    def fork(self, row: int, child_row: int) -> None:
+        """Copy the states of a row of the running batch to another row."""
+        for layer in self.layers:
+            if isinstance(layer, StateLayer):
+                layer.fork(row, child_row)
+
     @property
     def state_bytes(self) -> int:
         """What layers of linear attention keep."""
@@ -74,6 +80,8 @@ class StepInput:
     """Its blocks [sequences, max_blocks], int32, -1 behind those that it holds."""
     rows: Int64Array
     """Its place in the running batch, which is another's only after it has gone."""
+    again: BoolArray | None = None
+    """Whether its last token is computed again in a later step: then its state stays before it. None: nobody's is."""
 
 
 class ModelRunner:
@@ -106,11 +114,7 @@ class ModelRunner:
         kept = np.concatenate([np.arange(end - number, end) for end, number in zip(ends, step.num_logits, strict=True)])
         places = torch.from_numpy(kept.astype(np.int64)).to(device)
         sizes = self.storage.layout.block_sizes
-        spans = [
-            Span(end - count, end, row, starts=last == count)
-            for end, count, row, last in zip(ends.tolist(), counts.tolist(), step.rows.tolist(), step.last.tolist(), strict=True)
-        ]
-        self._cache.begin(plan_tokens(counts, step.last, tables=[step.tables], block_sizes=sizes, device=device), spans)
+        self._cache.begin(plan_tokens(counts, step.last, tables=[step.tables], block_sizes=sizes, device=device), _spans(step))
         with torch.no_grad():
             out = self.model(
                 input_ids=torch.from_numpy(tokens)[None].to(device),
@@ -121,6 +125,24 @@ class ModelRunner:
             )
         logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, places]
         return logits
+
+    def fork_state(self, row: int, child_row: int) -> None:
+        """Let the sequence in `child_row` go on from the state of that in `row`; nothing to do without linear attention."""
+        self._cache.fork(row, child_row)
+
+
+def _spans(step: StepInput) -> list[Span]:
+    """Return where sequences stand in the row of tokens: a last token that is computed again is a span of its own."""
+    spans, begin = [], 0
+    twice = [False] * len(step.tokens) if step.again is None else step.again.tolist()
+    for new, last, row, again in zip(step.tokens, step.last.tolist(), step.rows.tolist(), twice, strict=True):
+        end, starts = begin + new.size, last == new.size
+        if again and new.size > 1:
+            spans.append(Span(begin, end - 1, row, starts))
+            begin, starts = end - 1, False
+        spans.append(Span(begin, end, row, starts, keeps=not again))
+        begin = end
+    return spans
 
 
 def check_packs(model: Any) -> None:

@@ -1,5 +1,6 @@
 """Layers of linear attention: a state of fixed size for each sequence, where several sequences stand in one row of tokens."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -29,13 +30,15 @@ class Span(NamedTuple):
     """Of the running batch: what keeps its state."""
     starts: bool
     """Whether its first token is among them: then there is no state yet."""
+    keeps: bool = True
+    """Whether its state goes on with them; else they will be computed again, and it stays as it is."""
 
 
 class StateLayer(LinearAttentionLayer):
     """What transformers sees of one layer's states: those of the sequence that is computed now.
 
     A row keeps its state from its sequence's first token until another sequence begins in it: preemption computes a sequence
-    anew, and with it its state.
+    anew, and with it its state. Layers write to states in place, so a fork has a copy from the beginning.
     """
 
     def __init__(self) -> None:
@@ -46,11 +49,17 @@ class StateLayer(LinearAttentionLayer):
         """Let the state be that of `span`."""
         if span.starts:
             self._rows[span.row] = LinearAttentionLayer()
-        self.__dict__.update(vars(self._rows[span.row]))
+        of_row = self._rows[span.row]
+        self.__dict__.update(vars(of_row if span.keeps else copy.deepcopy(of_row)))
 
     def keep(self, span: Span) -> None:
-        """Let the row of `span` keep what was computed."""
-        self._rows[span.row].__dict__.update({name: value for name, value in vars(self).items() if name != "_rows"})
+        """Let the row of `span` keep what was computed, if it does."""
+        if span.keeps:
+            self._rows[span.row].__dict__.update({name: value for name, value in vars(self).items() if name != "_rows"})
+
+    def fork(self, row: int, child_row: int) -> None:
+        """Let the state of `child_row` be what that of `row` is now."""
+        self._rows[child_row] = copy.deepcopy(self._rows[row])
 
     @property
     def state_bytes(self) -> int:

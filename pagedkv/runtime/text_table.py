@@ -1,6 +1,6 @@
 """Which texts are being generated, and what the scheduler must know when they go on, fork or end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pagedkv.block_hash import BlockHashChain
@@ -9,14 +9,16 @@ from pagedkv.runtime.beam_search import BeamSearch
 from pagedkv.runtime.step_observer import StepObserver
 from pagedkv.runtime.texts import NewToken, Text
 from pagedkv.runtime.token_choice import Sibling, TokenChoice
+from pagedkv.scheduling.requests import NO_ROW
 from pagedkv.scheduling.scheduler import Scheduler
 
 
 class TextTable:
     """The texts of a scheduler's requests that are not done, by the scheduler's numbers."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, fork_state: Callable[[int, int], None]) -> None:
+        """Let `fork_state(row, child_row)` copy what a row of the running batch keeps besides blocks."""
+        self._scheduler, self._fork_state = scheduler, fork_state
         self._texts: dict[int, Text] = {}
 
     def __len__(self) -> int:
@@ -131,6 +133,9 @@ class TextTable:
             request = self._scheduler.fork(parent, keys=keys)
         else:
             self._scheduler.take_over(request, parent, keys=keys)
+        rows = self._scheduler.requests.arrays["row"]
+        if rows[request] != NO_ROW:  # who waits computes all anew
+            self._fork_state(int(rows[parent]), int(rows[request]))
         if observer is not None:
             observer.forked(parent, request)
         return request

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pagedkv.runtime.beam_search import BeamSearch
+from pagedkv.runtime.beam_search import BeamSearch, held_beams
 from pagedkv.runtime.model_pair import Computed
 from pagedkv.runtime.sampling import Sampler, sample
 from pagedkv.runtime.texts import LENGTH, STOP, NewToken, Text
@@ -53,9 +53,12 @@ def choose_tokens(texts: Sequence[Text], requests: Sequence[int], computed: Comp
         computed: What its model said.
     """
     entries, drafts, logits = computed
-    choice, beams = TokenChoice(), [k for k, i in enumerate(entries) if texts[i].search is not None]
-    plain = [k for k, i in enumerate(entries) if texts[i].search is None]
-    rows = logits if not beams else logits[plain]  # beams have no drafts, nor has anybody beside them
+    searches = [texts[i].search for i in entries]
+    held = held_beams(searches)
+    choice = TokenChoice(held=[i for i, waits in zip(entries, held, strict=True) if waits])
+    plain = [k for k, search in enumerate(searches) if search is None]
+    beams = [k for k, search in enumerate(searches) if search is not None and not held[k]]
+    rows = logits if len(plain) == len(entries) else logits[plain]  # beams have no drafts, nor has anybody beside them
     verified = verify(rows, [drafts[k] for k in plain], [texts[entries[k]].sampler for k in plain])
     chosen: dict[int, list[int]] = {}
     row = 0
@@ -66,7 +69,7 @@ def choose_tokens(texts: Sequence[Text], requests: Sequence[int], computed: Comp
         if chosen[request][-1] in text.ends:
             choice.ending.append(request)
         row += len(drafts[k].tokens) + 1
-    chosen |= _next_beams(choice, [(texts[entries[k]], requests[entries[k]], entries[k], k) for k in beams], logits)
+    chosen |= _next_beams(choice, [(texts[entries[k]], requests[entries[k]], k) for k in beams], logits)
     choice.tokens = {requests[i]: chosen[requests[i]] for i in entries if requests[i] in chosen}
     return choice
 
@@ -90,20 +93,17 @@ def _first_tokens(choice: TokenChoice, text: Text, request: int, token: int, row
     return [tokens[kept]]
 
 
-def _next_beams(choice: TokenChoice, beams: list[tuple[Text, int, int, int]], logits: torch.Tensor) -> dict[int, list[int]]:
-    """Let searches go on whose beams, (text, request, entry, row of `logits`) each, are all there; hold the others."""
-    found: dict[int, dict[int, tuple[Text, int, int]]] = {}
+def _next_beams(choice: TokenChoice, beams: list[tuple[Text, int, int]], logits: torch.Tensor) -> dict[int, list[int]]:
+    """Let searches go on whose beams, (text, request, row of `logits`) each, are all there."""
+    found: dict[int, dict[int, tuple[Text, int]]] = {}
     chosen: dict[int, list[int]] = {}
-    for text, request, entry, row in beams:
-        found.setdefault(id(text.search), {})[request] = text, entry, row
+    for text, request, row in beams:
+        found.setdefault(id(text.search), {})[request] = text, row
     for group in found.values():
         text = next(iter(group.values()))[0]
         search = text.search
         assert search is not None
-        if len(group) < len(search.members):
-            choice.held += [entry for _, entry, _ in group.values()]
-            continue
-        parents = search.advance(logits[[group[member][2] for member in search.members]])
+        parents = search.advance(logits[[group[member][1] for member in search.members]])
         if parents is not None:
             choice.searches.append((search, parents))
         else:

@@ -23,10 +23,6 @@ class LanguageModel(Protocol):
     scheduler: Scheduler
     observer: Any
 
-    @property
-    def can_fork(self) -> bool:
-        """Whether a request can have several texts."""
-
     def add_request(
         self, prompt: Sequence[int], *, max_tokens: int, eos_token_id: Any = None, sampling: Any = ..., n: int = 1, salt: str = ""
     ) -> int | None:
@@ -65,7 +61,7 @@ class RealEngine:
             vocab_size: Ids are below it.
             now: The clock, in seconds.
         """
-        self.scheduler, self.tokenizer, self.can_fork = model.scheduler, tokenizer, model.can_fork
+        self.scheduler, self.tokenizer, self.can_fork = model.scheduler, tokenizer, True
         self._model, self._sampling, self._ends, self._vocab_size = model, sampling, end_tokens, vocab_size
         self._now = now
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -156,7 +152,7 @@ class RealEngine:
 
 def warm_up(model: LanguageModel, *, block_size: int) -> None:
     """Let all that is compiled at its first use be compiled, by a request that forks and fills a block that nobody else finds."""
-    left = 2 if model.can_fork else 1
+    left = 2
     if model.add_request([0] * (2 * block_size - 1), max_tokens=3, n=left, salt="warm-up") is not None:
         while left:
             left -= sum(new.finish_reason is not None for new in model.step())

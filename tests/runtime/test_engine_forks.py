@@ -234,6 +234,8 @@ def searched(model: Any, prompt: list[int], *, steps: int, width: int, ends: lis
         ("qwen3", 4, 4, 0.0, False),
         ("gemma3", 2, 5, 2.0, False),
         ("gpt_oss", 5, 6, 1.0, False),
+        ("qwen3_next", 4, 4, 1.0, False),
+        ("qwen3_next", 3, 0, 1.0, True),
     ],
 )
 def test_beams_are_those_of_transformers(name: str, width: int, num_ends: int, penalty: float, *, early: bool) -> None:

@@ -12,7 +12,6 @@ transformers = pytest.importorskip("transformers", reason="the runtime's models 
 from tiny_models import COMMON, HYBRIDS, TIE, VOCAB, build, draft_of, generate
 
 from pagedkv.errors import ConfigError
-from pagedkv.runtime.beam_search import BeamParams
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.runtime.state_layers import mixers, state_bytes
 
@@ -116,10 +115,6 @@ def test_what_a_state_cannot_do_is_refused() -> None:
         tight(model, enable_prefix_caching=True)
     with pytest.raises(ConfigError, match="cannot take rejected drafts back"):
         tight(model, speculative_model=draft_of(model), num_speculative_tokens=2)
-    engine = tight(model)
-    for options in ({"n": 2}, {"beams": BeamParams(width=2)}):
-        with pytest.raises(ConfigError, match="ask n times"):
-            engine.add_request([5, 6], max_tokens=3, **options)  # type: ignore[arg-type]
     experts = {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 8}
     jamba = transformers.JambaForCausalLM(transformers.JambaConfig(**COMMON | experts | {"use_mamba_kernels": False}))
     with pytest.raises(ConfigError, match="has another output in pieces than at once"):

@@ -52,9 +52,35 @@ def llm(**changes: Any) -> LLMEngine:
         max_position_embeddings=512,
         initializer_range=0.35,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    return _small_engine(transformers.LlamaForCausalLM(config), changes)
+
+
+def hybrid(**changes: Any) -> LLMEngine:
+    """One with linear attention in two of its three layers."""
+    torch.manual_seed(4)
+    config = transformers.Qwen3NextConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        num_experts=0,
+        max_position_embeddings=512,
+        initializer_range=0.35,
+    )
+    return _small_engine(transformers.Qwen3NextForCausalLM(config), changes)
+
+
+def _small_engine(model: Any, changes: dict[str, Any]) -> LLMEngine:
     settings = {"num_blocks": 60, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64, **changes}
-    return LLMEngine(model, **settings)
+    return LLMEngine(model.eval(), **settings)
 
 
 def real(model: LLMEngine, tokenizer: Any = None, end_tokens: Sequence[int] = ()) -> RealEngine:

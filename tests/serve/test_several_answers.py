@@ -13,9 +13,8 @@ pytest.importorskip("uvicorn", reason="and of uvicorn")
 pytest.importorskip("httpx", reason="the tests' client is httpx")
 
 from small_server import LONG_PROMPT, MODEL, Served, Watched, blocks_held, listening, samples, served
-from test_real_model import PROMPTS, byte_tokenizer, llm, real
+from test_real_model import PROMPTS, byte_tokenizer, hybrid, llm, real
 
-from pagedkv.runtime.engine import LLMEngine
 from pagedkv.runtime.sampling import SamplingParams
 
 ROOMY = {"num_blocks": 300, "max_num_seqs": 32}
@@ -186,11 +185,11 @@ def test_rows_for_fewer_than_n_and_a_queue_that_is_full() -> None:
     asyncio.run(test())
 
 
-def test_a_model_that_cannot_fork_answers_n_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LLMEngine, "can_fork", False)  # as with linear attention
-
+def test_an_engine_that_cannot_fork_answers_n_times() -> None:
     async def test() -> None:
-        async with served(real(llm(**ROOMY))) as server:
+        engine = real(llm(**ROOMY))
+        engine.can_fork = False  # as a simulated one
+        async with served(engine) as server:
             together = await ask(server, prompt=LONG_PROMPT, **HOT, max_tokens=12, n=3, stream=True)
             alone = [await ask(server, prompt=LONG_PROMPT, max_tokens=12, temperature=1.0, seed=40 + i) for i in range(3)]
             assert [[text] for text in together] == alone
@@ -260,5 +259,23 @@ def test_the_official_client() -> None:
                 while loop.num_unfinished or blocks_held(model):
                     await asyncio.sleep(0.005)
             model.scheduler.check_integrity()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_with_linear_attention_each_has_a_state_of_its_own(stream: bool) -> None:
+    async def test() -> None:
+        model = Watched(hybrid(num_blocks=70, max_num_batched_tokens=40)).model  # prompts come in chunks, and not all fit
+        asked: dict[str, Any] = {"max_tokens": 25, "temperature": 1.0, "stream": stream}
+        async with served(real(hybrid(**ROOMY))) as apart, served(real(model)) as server:
+            prompts = [LONG_PROMPT, *PROMPTS[4:7]]
+            alone = [[await ask(apart, **asked, prompt=prompt, seed=40 + i) for i in range(4)] for prompt in prompts]
+            together = await asyncio.gather(*(ask(server, **asked, prompt=prompt, seed=40, n=4) for prompt in prompts))
+            assert [[[text] for text in texts] for texts in together] == alone
+            assert server.is_empty()
+            counted = samples(server.loop.metrics.text(MODEL, num_waiting=0))
+        assert counted["num_preemptions_total"] > 0
+        assert counted["prompt_tokens_total"] == sum(map(len, prompts))
 
     asyncio.run(test())
