@@ -123,8 +123,18 @@ def _load(asked: GenerateConfig, prompts: "list[Prompt]") -> _Loaded:
         speculative_model=draft,
         num_speculative_tokens=asked.num_speculative_tokens or 0,
     )
+    _check_ids(tokens, engine.models.vocab_size)
     decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
     return _Loaded(model, draft, engine, decode, tokens, [prompt.max_tokens or asked.max_tokens for prompt in prompts])
+
+
+def _check_ids(tokens: list[list[int]], vocab_size: int) -> None:
+    """Refuse prompts that are none to this model, before any is served: the answers so far would be lost."""
+    for number, ids in enumerate(tokens):
+        if not ids:
+            raise ConfigError(f"prompt {number} has no tokens: the tokenizer makes none of its text")
+        if max(ids) >= vocab_size:
+            raise ConfigError(f"prompt {number}: token id {max(ids)}: the model has 0 to {vocab_size - 1}")
 
 
 def _model(asked: GenerateConfig, source: "Path", dtype: str) -> Any:

@@ -7,6 +7,11 @@ from typing import Any
 
 from pagedkv.errors import ConfigError
 
+_MOST_TOKEN = 2**31 - 1
+"""Largest token id: ids are int32."""
+_MOST_DIGITS = 18
+"""Of a number in a file: more than any token id has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -33,7 +38,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         ConfigError: With the line that is no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at characters inside JSON texts too
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"cannot read --prompts {str(path)!r}: {reason}") from error
@@ -46,15 +51,17 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _of_text(line: str, where: str) -> Prompt:
     words = line.split()
-    if all(word.isascii() and word.isdigit() for word in words):
-        return Prompt(tokens=tuple(map(int, words)))
-    return Prompt(text=line)
+    if not all(word.isascii() and word.isdigit() for word in words):
+        return Prompt(text=line)
+    if (longest := max(map(len, words))) > _MOST_DIGITS:  # int() refuses thousands of digits in other words
+        raise ConfigError(f"{where}: a number of {longest} digits: needs token ids up to {_MOST_TOKEN}")
+    return Prompt(tokens=_token_ids([int(word) for word in words], where))
 
 
 def _of_json(line: str, where: str) -> Prompt:
     try:
         value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise ConfigError(f"{where}: {error}; needs a JSON value a line") from error
     max_tokens, messages = None, None
     if isinstance(value, dict):
@@ -68,8 +75,14 @@ def _of_json(line: str, where: str) -> Prompt:
     if isinstance(value, str) and value:
         return Prompt(text=value, max_tokens=max_tokens)
     if isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value):
-        return Prompt(tokens=tuple(value), max_tokens=max_tokens)
+        return Prompt(tokens=_token_ids(value, where), max_tokens=max_tokens)
     raise ConfigError(f'{where}: needs a text, a list of token ids, {{"prompt": either of them}}, or {{"messages": [...]}}')
+
+
+def _token_ids(ids: list[int], where: str) -> tuple[int, ...]:
+    if max(ids) > _MOST_TOKEN:
+        raise ConfigError(f"{where}: a token id beyond {_MOST_TOKEN}: needs ids up to there, and below the size of the vocabulary")
+    return tuple(ids)
 
 
 def _conversation(messages: object, where: str) -> tuple[tuple[str, str], ...]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.chat_template import chat_tokens
+from pagedkv.sims.chat_template import chat_tokens, text_tokens
 from pagedkv.sims.prompt_file import Prompt
 
 
@@ -25,9 +25,8 @@ def prompt_tokens(prompt: Prompt, tokenizer: Any | None, *, number: int, as_chat
         what = "conversation" if prompt.text is None else "text"
         raise ConfigError(f"prompt {number} is a {what}, and the model's folder has no tokenizer: write token ids, e.g. 12 7 105")
     messages = (("user", prompt.text),) if as_chat and prompt.text is not None else prompt.messages
-    if not messages:
-        return list(tokenizer(prompt.text)["input_ids"])
     try:
-        return chat_tokens(tokenizer, messages)
+        return chat_tokens(tokenizer, messages) if messages else text_tokens(tokenizer, prompt.text or "")
     except ConfigError as error:
-        raise ConfigError(f"prompt {number}: {error}; a text, without --apply-chat-template, or token ids need none") from error
+        way = "; a text, without --apply-chat-template, or token ids need none" if messages else ""
+        raise ConfigError(f"prompt {number}: {error}{way}") from error

@@ -32,9 +32,25 @@ def test_json_lines_are_texts_token_ids_or_objects(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_end_where_files_say_so(tmp_path: Path) -> None:
+    """Not at characters that Python takes for ends of lines, and JSON for letters; and a byte order mark is no letter."""
+    (tmp_path / "p.jsonl").write_bytes('\ufeff"a\u2028b\x85"\r\n{"prompt": "\u2029"}\n'.encode())
+    assert read_prompts(tmp_path / "p.jsonl") == [Prompt(text="a\u2028b\x85"), Prompt(text="\u2029")]
+    (tmp_path / "p.txt").write_bytes("\ufeff12 7\r\na\x0cb".encode())
+    assert read_prompts(tmp_path / "p.txt") == [Prompt(tokens=(12, 7)), Prompt(text="a\x0cb")]
+
+
+@pytest.mark.parametrize("number", [str(2**31), "9" * 18, pytest.param("9" * 5000, id="5000 digits")])
+@pytest.mark.parametrize(("name", "line"), [("p.txt", "1 {}"), ("p.jsonl", "[1, {}]")])
+def test_numbers_that_are_no_token_ids_are_refused(tmp_path: Path, number: str, name: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=r"line 2: .*needs"):
+        read_prompts(written(tmp_path / name, f"[1]\n{line.format(number)}\n"))
+
+
 @pytest.mark.parametrize(
     "line",
     [
+        pytest.param("[" * 100_000, id="brackets"),
         *("nonsense", "[]", '[1, "a"]', "[-1]", "[true]", '{"text": "a"}', '{"prompt": "a", "max_tokens": 0}', '""', "3"),
         *('{"messages": []}', '{"messages": "Hi"}', '{"messages": ["Hi"]}', '{"messages": [{"role": "user"}]}'),
         '{"messages": [{"role": "", "content": "Hi"}]}',

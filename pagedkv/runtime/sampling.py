@@ -91,7 +91,8 @@ def _ranked(logits: torch.Tensor, samplers: Sequence[Sampler]) -> tuple[torch.Te
     temperature = column([sampler.params.temperature for sampler in samplers])
     most = column([float(sampler.params.top_k or vocabulary) for sampler in samplers])
     enough = column([sampler.params.top_p for sampler in samplers])
-    ranked, order = (logits.double() / temperature).sort(dim=-1, descending=True, stable=True)
+    below_best = logits.double() - logits.double().amax(-1, keepdim=True)  # however cold, the best stays 0, and not infinite
+    ranked, order = (below_best / temperature).sort(dim=-1, descending=True, stable=True)
     ranked = ranked.masked_fill(torch.arange(vocabulary, device=logits.device) >= most, -torch.inf)
     shares = ranked.softmax(-1)
     before = shares.cumsum(-1) - shares

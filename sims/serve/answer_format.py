@@ -4,10 +4,12 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from pagedkv.sims.serve.serve_loop import Answer
 
+StopReason: TypeAlias = str | int | None
+"""The stop text or token of the request that ended an answer. Source: `stop_reason` of vLLM."""
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
 
@@ -38,8 +40,8 @@ class CompletionFormat:
         """Draw an id."""
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
 
-    def whole(self, texts: Sequence[tuple[str, str, str | None]], answers: Sequence[Answer]) -> dict[str, Any]:
-        """Return the body for texts of (text, why it ended, the stop text that ended it), by index."""
+    def whole(self, texts: Sequence[tuple[str, str, StopReason]], answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the body for texts of (text, why it ended, which stop ended it), by index."""
         choices = [{"index": i, **self._choice(*each)} for i, each in enumerate(texts)]
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage(answers)}
 
@@ -48,7 +50,7 @@ class CompletionFormat:
         del index
         return None
 
-    def chunk(self, index: int, text: str, finish_reason: str | None, stop_reason: str | None = None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, finish_reason: str | None, stop_reason: StopReason = None) -> dict[str, Any]:
         """Return a part of an answer."""
         return self._chunk({"index": index, **self._part(text, finish_reason, stop_reason)})
 
@@ -59,10 +61,10 @@ class CompletionFormat:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [choice], "usage": None}
 
-    def _choice(self, text: str, finish_reason: str | None, stop_reason: str | None) -> dict[str, Any]:
+    def _choice(self, text: str, finish_reason: str | None, stop_reason: StopReason) -> dict[str, Any]:
         return {"text": text, "logprobs": None, "finish_reason": finish_reason, "stop_reason": stop_reason}
 
-    def _part(self, text: str, finish_reason: str | None, stop_reason: str | None) -> dict[str, Any]:
+    def _part(self, text: str, finish_reason: str | None, stop_reason: StopReason) -> dict[str, Any]:
         return self._choice(text, finish_reason, stop_reason)
 
 
@@ -76,9 +78,9 @@ class ChatFormat(CompletionFormat):
         delta = {"role": "assistant", "content": ""}
         return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
-    def _choice(self, text: str, finish_reason: str | None, stop_reason: str | None) -> dict[str, Any]:
+    def _choice(self, text: str, finish_reason: str | None, stop_reason: StopReason) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"message": message, "logprobs": None, "finish_reason": finish_reason, "stop_reason": stop_reason}
 
-    def _part(self, text: str, finish_reason: str | None, stop_reason: str | None) -> dict[str, Any]:
+    def _part(self, text: str, finish_reason: str | None, stop_reason: StopReason) -> dict[str, Any]:
         return {"delta": {"content": text}, "logprobs": None, "finish_reason": finish_reason, "stop_reason": stop_reason}

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from pagedkv.sims.serve.answer_format import DONE, CompletionFormat, event
+from pagedkv.sims.serve.answer_format import DONE, CompletionFormat, StopReason, event
 from pagedkv.sims.serve.errors import SERVER_ERROR, ApiError
 from pagedkv.sims.serve.questions import Question
 from pagedkv.sims.serve.serve_loop import Answer, ServeLoop
@@ -40,26 +40,29 @@ class AnswerResponse(Response):
                 task.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
 
-    async def _texts(self) -> AsyncIterator[tuple[int, str, str | None, str | None]]:
-        """Yield (index, new text, why it ended, the stop text that ended it) until all answers are over."""
+    async def _texts(self) -> AsyncIterator[tuple[int, str, str | None, StopReason]]:
+        """Yield (index, new text, why it ended, which stop ended it) until all answers are over."""
         tokenizer, answers = self._loop.engine.tokenizer, self._answers
-        texts = [TextStream(tokenizer.decoder(), answer.ask.stop) for answer in answers]
+        texts = [TextStream(tokenizer.decoder(), each.ask.stop, include_stop=each.ask.include_stop) for each in answers]
         over = [False] * len(answers)
         while not all(over):
             index, tokens, reason = await answers[0].pieces.get()
             if over[index]:
                 continue
             text = texts[index].push(tokens, last=reason is not None)
-            if (stopped_by := texts[index].stopped_by) is not None:
+            stopped_by: StopReason = texts[index].stopped_by
+            if stopped_by is not None:
                 reason = STOP
                 self._loop.leave([answers[index]], STOP)
+            elif reason == STOP and tokens and tokens[-1] in answers[index].ask.stop_token_ids:
+                stopped_by = tokens[-1]
             over[index] = reason is not None
             if text or reason is not None:
                 yield index, text, reason, stopped_by
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         texts = [""] * len(self._answers)
-        ends: list[tuple[str, str | None]] = [("", None)] * len(self._answers)
+        ends: list[tuple[str, StopReason]] = [("", None)] * len(self._answers)
         async for index, text, reason, stopped_by in self._texts():
             texts[index] += text
             if reason is not None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.chat_template import chat_tokens
+from pagedkv.sims.chat_template import chat_tokens, text_tokens
 from pagedkv.sims.serve.errors import BAD_REQUEST, ApiError
 from pagedkv.sims.serve.served_engine import Decoder, Tokenizer
 
@@ -46,7 +46,10 @@ class _ModelTokenizer:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+        try:
+            return text_tokens(self._tokenizer, text)
+        except ConfigError as error:
+            raise ApiError(BAD_REQUEST, f"prompt: {error}", param="prompt") from error
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         try:

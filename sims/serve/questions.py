@@ -26,6 +26,12 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("response_format",), (None, {"type": "text"})),
 }
 """By field: values that ask for nothing."""
+_STEERING = (
+    *("logit_bias", "allowed_token_ids", "bad_words", "truncate_prompt_tokens", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("chat_template", "chat_template_kwargs", "continue_final_message"),
+)
+"""Fields that change the answer's tokens. Source: vLLM's protocol of requests, vllm/entrypoints/openai."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +94,8 @@ def _fields(body: bytes, model_name: str) -> dict[str, Any]:
         message = f"the model {shown[:200]!r} does not exist: this server has {model_name!r}"
         raise ApiError(NOT_FOUND, message, param="model", code="model_not_found")
     for name, nothing in _UNSUPPORTED.items():
-        if fields.get(name) not in nothing:
+        asked = fields.get(name)
+        if not any(asked == value and type(asked) is type(value) for value in nothing):  # logprobs: 0 is not false
             raise ApiError(BAD_REQUEST, f"{name} is not supported here: leave it out", param=name)
     return fields
 
@@ -116,8 +123,10 @@ def _question(fields: dict[str, Any], prompts: tuple[Any, ...], *, default_max_t
         "top_p": _number(fields, "top_p", 1.0, least=0.0, most=1.0),
         "top_k": max(_whole(fields, "top_k", 0, least=-1), 0),
         "seed": None if fields.get("seed") is None else _whole(fields, "seed", 0, least=-(2**63), most=2**63 - 1),
-        "penalized": _penalized(fields),
+        "steered_by": _steered_by(fields),
         "stop": _stops(fields.get("stop")),
+        "include_stop": _flag(fields, "include_stop_str_in_output"),
+        "stop_token_ids": _stop_ids(fields.get("stop_token_ids")),
         "cache_salt": _text(fields.get("cache_salt"), "cache_salt"),
     }
     if settings["top_p"] == 0.0:
@@ -131,10 +140,11 @@ def _question(fields: dict[str, Any], prompts: tuple[Any, ...], *, default_max_t
     )
 
 
-def _penalized(fields: Mapping[str, Any]) -> bool:
+def _steered_by(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the fields that want other tokens than the prompt and chance alone give."""
     neutral = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0.0}
-    asked = [_number(fields, name, usual, least=-2.0, most=math.inf) != usual for name, usual in neutral.items()]
-    return any(asked) or bool(fields.get("logit_bias"))
+    asked = [name for name, usual in neutral.items() if _number(fields, name, usual, least=-2.0, most=math.inf) != usual]
+    return (*asked, *(name for name in _STEERING if fields.get(name)))
 
 
 def _message(message: object, where: str) -> tuple[str, str]:
@@ -193,6 +203,14 @@ def _stops(value: object) -> tuple[str, ...]:
     if len(stops) > MOST_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
         raise bad_value("stop", value, f"a text, or up to {MOST_STOPS} of them, none of them empty")
     return tuple(stops)
+
+
+def _stop_ids(value: object) -> frozenset[int]:
+    if value is None or value == []:
+        return frozenset()
+    if not isinstance(value, list) or not _is_ids(value):
+        raise bad_value("stop_token_ids", value, "a list of token ids")
+    return frozenset(value)
 
 
 def _text(value: object, name: str) -> str:

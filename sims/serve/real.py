@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import Step
 from pagedkv.sims.serve.errors import BAD_REQUEST, ApiError
-from pagedkv.sims.serve.served_engine import Admission, Ask, Output, StepReport, Tokenizer, check_room
+from pagedkv.sims.serve.served_engine import Admission, Ask, Output, StepReport, Tokenizer, check_room, longest_output
 from pagedkv.sims.serve.simulated import admissions
 
 _SEED_BITS = 63
@@ -84,10 +84,12 @@ class RealEngine:
             raise ApiError(BAD_REQUEST, "the prompt has no tokens", param="prompt")
         if not 0 <= min(ask.prompt) <= max(ask.prompt) < self._vocab_size:
             raise ApiError(BAD_REQUEST, f"token ids must be 0 to {self._vocab_size - 1}", param="prompt")
-        if ask.min_tokens and self._ends and not ask.ignore_eos:
-            raise ApiError(BAD_REQUEST, "min_tokens needs ignore_eos here: ends cannot be put off", param="min_tokens")
-        if ask.penalized:
-            raise ApiError(BAD_REQUEST, "penalties, logit_bias and min_p are not supported here: leave them out")
+        if ask.min_tokens and self._ends_of(ask):
+            message = "min_tokens needs ignore_eos, and no stop_token_ids, here: ends cannot be put off"
+            raise ApiError(BAD_REQUEST, message, param="min_tokens")
+        if ask.steered_by:
+            names = ", ".join(ask.steered_by)
+            raise ApiError(BAD_REQUEST, f"not supported by a real model here, leave it out: {names}", param=ask.steered_by[0])
         check_room(self.scheduler, len(ask.prompt), ask.max_tokens or 1)
 
     def add(self, ask: Ask, arrived_s: float) -> int:
@@ -99,17 +101,20 @@ class RealEngine:
             top_p=ask.top_p,
             seed=secrets.randbits(_SEED_BITS) if ask.seed is None else ask.seed,
         )
-        room = min(self.scheduler.settings.max_model_len, self.scheduler.allocator.usable_slots + 1) - len(ask.prompt)
         request = self._model.add_request(
             ask.prompt,
-            max_tokens=room if ask.max_tokens is None else ask.max_tokens,
-            eos_token_id=() if ask.ignore_eos else self._ends,
+            max_tokens=longest_output(self.scheduler, len(ask.prompt)) if ask.max_tokens is None else ask.max_tokens,
+            eos_token_id=self._ends_of(ask),
             sampling=params,
             n=ask.n,
             salt=ask.cache_salt,
         )
         assert request is not None, "check() said that there is room"
         return request
+
+    def _ends_of(self, ask: Ask) -> frozenset[int]:
+        """Return the tokens that end an answer."""
+        return ask.stop_token_ids if ask.ignore_eos else ask.stop_token_ids.union(self._ends)
 
     def abort(self, request: int, place: int) -> None:
         """Take an answer out; what only it held is free at once."""

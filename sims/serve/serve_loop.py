@@ -176,8 +176,9 @@ class ServeLoop:
                 for answer in answers:
                     answer.request = number
         while self._pending:
-            answers = self._pending.popleft()
+            answers = self._pending[0]  # they stay there until the engine has them: if it fails, they are told as all others
             number = self.engine.add(answers[0].ask, answers[0].arrived_s)
+            self._pending.popleft()
             self._active[number] = answers
             for answer in answers:
                 answer.request = number

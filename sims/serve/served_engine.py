@@ -1,5 +1,6 @@
 """What the server's loop asks of an engine, simulated or real."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -33,10 +34,14 @@ class Ask:
     """Draw from the likeliest that together reach this probability."""
     seed: int | None = None
     """Same seed, same answer; the i-th of several draws by seed + i; None: nobody cares."""
-    penalized: bool = False
-    """Probabilities are to be changed by penalties, a bias or min_p."""
+    steered_by: tuple[str, ...] = ()
+    """Fields of the request that want other tokens than the prompt and chance alone give: penalties, a bias, a grammar."""
     stop: tuple[str, ...] = ()
     """Texts before which the answer ends."""
+    include_stop: bool = False
+    """End behind the text instead."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer, besides those that end every text."""
     cache_salt: str = ""
     """Only requests of the same salt share blocks."""
 
@@ -147,17 +152,27 @@ class ServedEngine(Protocol):
         """Free what threads it has. No step is in flight."""
 
 
+def longest_output(scheduler: Scheduler, prompt_tokens: int) -> int:
+    """Return the most output tokens for which a prompt has room, 0 if it has none. O(log max_model_len)."""
+    most, allocator = scheduler.settings.max_model_len - prompt_tokens, scheduler.allocator
+
+    def beyond(output_tokens: int) -> bool:
+        return allocator.admission_slots(prompt_tokens, output_tokens) is None
+
+    return bisect_left(range(1, most + 1), 1, key=beyond) if most > 0 and beyond(most) else max(most, 0)
+
+
 def check_room(scheduler: Scheduler, prompt_tokens: int, output_tokens: int) -> None:
     """Refuse a request that has no room.
 
     Raises:
         ApiError: If it is too long.
     """
-    settings, allocator = scheduler.settings, scheduler.allocator
-    if prompt_tokens + output_tokens > settings.max_model_len:
-        longest, what = settings.max_model_len, "the longest that is served (--max-model-len)"
-    elif allocator.admission_slots(prompt_tokens, output_tokens) is None:
-        longest, what = allocator.usable_slots + 1, "what the KV cache holds"
+    most = scheduler.settings.max_model_len
+    if prompt_tokens + output_tokens > most:
+        longest, what = most, "the longest that is served (--max-model-len)"
+    elif scheduler.allocator.admission_slots(prompt_tokens, output_tokens) is None:
+        longest, what = 1 + longest_output(scheduler, 1), "what the KV cache holds"
     else:
         return
     message = f"{prompt_tokens} tokens of prompt and {output_tokens} of output are more than {longest} in all, {what}"

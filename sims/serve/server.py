@@ -1,10 +1,12 @@
 """uvicorn around the application: says where it listens, and ends cleanly on SIGINT and SIGTERM."""
 
+import asyncio
 import contextlib
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -17,6 +19,9 @@ _LAST_WORDS_S = 5
 _KEEP_ALIVE_S = 75
 """How long an idle connection stays open: longer than clients keep theirs (httpx: 5 s, as uvicorn by default), else both may close
 it while a request is on its way. Source: keepalive_timeout of nginx."""
+
+_LOOK_S = 0.1
+"""How often to look whether a second signal came. Chosen: at once, to a person; uvicorn looks as often."""
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -54,6 +59,8 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._loop, self._grace_s, self._told = loop, grace_s, told
+        self._hurried = False
+        """A second signal came: nobody waits for answers any more."""
 
     def end(self) -> None:
         """Shut down, as a signal would. For any thread."""
@@ -68,8 +75,19 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers end, then close connections."""
-        await self._loop.close(self._grace_s)
+        closing = asyncio.ensure_future(self._loop.close(self._grace_s))
+        while not (self._hurried or closing.done()):
+            await asyncio.wait({closing}, timeout=_LOOK_S)
+        await self._loop.close(0.0)
+        await closing
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Shut down; told a second time, end answers at once, and a third time by SIGINT, do not wait for their readers either."""
+        if self.should_exit and not self._hurried:
+            self._hurried = True
+        else:
+            super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

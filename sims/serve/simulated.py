@@ -11,7 +11,17 @@ from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.drafting import NOTHING_ACCEPTED, Acceptance, accept_drafts
 from pagedkv.sims.serve.errors import BAD_REQUEST, ApiError
 from pagedkv.sims.serve.filler import FillerTokenizer, filler_tokens
-from pagedkv.sims.serve.served_engine import ERROR, LENGTH, STOP, Admission, Ask, Output, StepReport, check_room
+from pagedkv.sims.serve.served_engine import (
+    ERROR,
+    LENGTH,
+    STOP,
+    Admission,
+    Ask,
+    Output,
+    StepReport,
+    check_room,
+    longest_output,
+)
 from pagedkv.sims.serve.wall_clock import ServeClock
 from pagedkv.sims.step_time import total_cost
 
@@ -98,9 +108,7 @@ class SimulatedEngine:
         """Return how many tokens the answer has, and why it ends."""
         if ask.max_tokens is not None and (ask.ignore_eos or not self._draws_all):
             return ask.max_tokens, LENGTH
-        room = self.scheduler.settings.max_model_len - len(ask.prompt)
-        room = min(room, self.scheduler.allocator.usable_slots + 1 - len(ask.prompt))
-        most = room if ask.max_tokens is None else ask.max_tokens
+        most = longest_output(self.scheduler, len(ask.prompt)) if ask.max_tokens is None else ask.max_tokens
         drawn = most if ask.ignore_eos else max(next(self._drawn_lengths), ask.min_tokens)
         return (drawn, STOP) if drawn < most else (most, LENGTH)
 

@@ -160,6 +160,13 @@ def test_greedy_and_sampled_requests_share_a_batch() -> None:
     assert sample(logits[:0], []) == []
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300, 5e-324])
+def test_next_to_temperature_0_the_likeliest_token_is_drawn(temperature: float) -> None:
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)) * 4 + 3
+    drawn = sample(logits, [Sampler(SamplingParams(temperature=temperature, seed=seed)) for seed in range(20)])
+    assert drawn == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_what_is_no_distribution_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="needs"):

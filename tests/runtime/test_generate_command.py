@@ -195,6 +195,9 @@ def test_a_conversation_needs_a_template_that_takes_it(folder: Path, capsys: pyt
     command = "generate --random-weights model --prompts chat.jsonl"
     assert "prompt 0 is a conversation, and the model's folder has no tokenizer" in failing(command, capsys)
     with_tokenizer(folder / "model", None)
+    Path("half.jsonl").write_text('"Hello"\n"\\ud83d"\n', encoding="utf-8")
+    half = failing("generate --random-weights model --prompts half.jsonl", capsys)
+    assert "prompt 1: a text with '\\ud83d' alone, half of a surrogate pair" in half
     assert "prompt 0: this model has no chat template" in failing(command, capsys)
     with_tokenizer(folder / "model", "{{ raise_exception('no wizards') }}")
     assert "the chat template refuses these messages: no wizards" in failing(command, capsys)
@@ -225,6 +228,7 @@ def test_a_conversation_needs_a_template_that_takes_it(folder: Path, capsys: pyt
         ("generate --random-weights absent --prompts prompts.txt", "needs a config.json"),
         ("generate --random-weights model --prompts absent.txt", "cannot read --prompts"),
         ("generate --random-weights model --prompts words.txt", "has no tokenizer: write token ids"),
+        ("generate --random-weights model --prompts foreign.txt", "prompt 1: token id 97: the model has 0 to 96"),
         ("generate --random-weights hybrid.json --prompts prompts.txt --enable-prefix-caching", "blocks keep no state"),
         ("generate --random-weights strange.json --prompts prompts.txt", "model_type 'nonsense'"),
         ("generate --model model --prompts prompts.txt", "cannot load the weights"),
@@ -235,6 +239,7 @@ def test_what_cannot_run_is_refused_with_what_would(
 ) -> None:
     transformers.LlamaConfig(**COMMON | {"vocab_size": 90}).save_pretrained("other")
     Path("words.txt").write_text("Hello there\n", encoding="utf-8")
+    Path("foreign.txt").write_text("5 96\n5 97\n", encoding="utf-8")
     small = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 32, "num_experts": 0, "num_hidden_layers": 4, "head_dim": 16}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
     Path("hybrid.json").write_text(json.dumps({"model_type": "qwen3_next"} | small), encoding="utf-8")

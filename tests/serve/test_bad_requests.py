@@ -51,6 +51,10 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("completions", {"prompt": "a", "cache_salt": 3}, 400, "cache_salt is 3"),
     ("completions", {"prompt": "a", "echo": True}, 400, "echo is not supported"),
     ("completions", {"prompt": "a", "logprobs": 3}, 400, "logprobs is not supported"),
+    ("completions", {"prompt": "a", "logprobs": 0}, 400, "logprobs is not supported"),
+    ("completions", {"prompt": "a", "n": 2, "best_of": 2}, 400, "best_of is not supported"),
+    ("completions", {"prompt": "a", "stop_token_ids": "x"}, 400, "stop_token_ids is 'x'"),
+    ("completions", {"prompt": "a", "stop_token_ids": [1, True]}, 400, "stop_token_ids is [1, True]"),
     ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "'gpt-4' does not exist"),
     ("completions", {"prompt": "a", "model": ["x"]}, 404, "does not exist"),
     ("completions", {"prompt": "a" * (1 << 20)}, 413, "--max-body-bytes"),
@@ -142,6 +146,21 @@ def test_a_full_queue_refuses_and_takes_in_again() -> None:
             answers = await asyncio.gather(first, *others)
             assert [answer.status_code for answer in answers] == [200] * 4
             assert (await server.post("completions", prompt=[1], max_tokens=2)).status_code == 200
+
+    asyncio.run(test())
+
+
+def test_an_engine_that_fails_at_a_new_request_tells_that_one_too() -> None:
+    async def test() -> None:
+        broken = engine()
+
+        def fail(*_: object) -> int:
+            raise RuntimeError("out of order")
+
+        async with served(broken) as server:
+            broken.add = fail  # type: ignore[method-assign]
+            assert (await server.post("completions", prompt=[[1], [2]])).status_code == 500
+            assert (await server.client.get("/health")).status_code == 500
 
     asyncio.run(test())
 

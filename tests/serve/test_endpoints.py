@@ -142,9 +142,11 @@ def test_an_answer_ends_before_a_stop_text(stream: bool) -> None:
             choices = [chunk["choices"][0] for chunk in (events(answer.text) if stream else [answer.json()])]
             await server.until(server.is_empty)
             ended = samples(server.loop.metrics.text(MODEL, num_waiting=0))
+            behind = await server.post("completions", prompt="Story", max_tokens=40, stop=stop, include_stop_str_in_output=True)
         assert "".join(choice["text"] for choice in choices) == whole[: whole.index(stop)]
         assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", stop)
         assert ended['request_success_total{finished_reason="stop"}'] == 1
+        assert behind.json()["choices"][0]["text"] == whole[: whole.index(stop) + len(stop)]
 
     run(test())
 

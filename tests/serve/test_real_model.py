@@ -138,6 +138,35 @@ def test_an_end_token_ends_an_answer_unless_it_is_ignored() -> None:
     asyncio.run(test())
 
 
+def test_tokens_of_the_request_end_an_answer_too() -> None:
+    whole = llm().generate([PROMPTS[2]], max_tokens=30)[0].tokens
+    place = next(i for i in range(8, 30) if whole[i] not in whole[:i])
+
+    async def test() -> None:
+        async with served(real(llm())) as server:
+            for ignored in (False, True):
+                body = {"prompt": PROMPTS[2], "max_tokens": 30, "temperature": 0, "ignore_eos": ignored}
+                answer = (await server.post("completions", **body, stop_token_ids=[whole[place], 3000])).json()
+                (choice,) = answer["choices"]
+                assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", whole[place])
+                assert answer["usage"]["completion_tokens"] == place + 1
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_without_max_tokens_a_chat_has_the_room_of_a_pool_smaller_than_the_model(drafts: int) -> None:
+    more = {"speculative_model": llm().models.runner.model, "num_speculative_tokens": drafts} if drafts else {}
+
+    async def test() -> None:
+        async with served(real(llm(max_model_len=500, num_blocks=30, **more), byte_tokenizer())) as server:
+            usage = (await server.post("chat/completions", messages=[{"role": "user", "content": "Hi"}])).json()["usage"]
+            assert usage["total_tokens"] == 29 * 4 + 1 - drafts
+            assert server.is_empty()
+
+    asyncio.run(test())
+
+
 def test_a_seed_fixes_what_is_drawn() -> None:
     async def test() -> None:
         async with served(real(llm())) as server:
@@ -194,13 +223,26 @@ def test_what_a_model_cannot_do_is_refused() -> None:
                 ("completions", {"prompt": "text"}, "no tokenizer"),
                 ("chat/completions", {"messages": hello}, "no tokenizer"),
                 ("completions", {"prompt": [VOCAB]}, "token ids must be 0 to 259"),
-                ("completions", {"prompt": [1], "presence_penalty": 0.5}, "penalties"),
+                (
+                    "completions",
+                    {"prompt": [1], "presence_penalty": 0.5, "min_p": 0.1},
+                    "here, leave it out: presence_penalty, min_p",
+                ),
                 ("completions", {"prompt": [1], "logit_bias": {"5": 1}}, "logit_bias"),
+                ("completions", {"prompt": [1], "structured_outputs": {"regex": "a*"}}, "structured_outputs"),
+                ("completions", {"prompt": [1], "min_tokens": 3, "stop_token_ids": [5]}, "no stop_token_ids"),
                 ("completions", {"prompt": [1] * 230, "max_tokens": 8}, "more than 237 in all"),
             ):
                 answer = await server.post(path, **body)
                 assert (answer.status_code, says in answer.json()["error"]["message"]) == (400, True), answer.text
             assert server.is_empty()
+        async with served(real(llm(), byte_tokenizer())) as server:
+            for path, body in (
+                ("completions", {"prompt": "half \ud83d"}),
+                ("chat/completions", {"messages": [{"role": "user", "content": "\ude42"}]}),
+            ):
+                answer = await server.client.post(f"/v1/{path}", content=json.dumps(body))
+                assert (answer.status_code, "half of a surrogate pair" in answer.text) == (400, True), answer.text
         async with served(real(llm(), byte_tokenizer(template=None))) as server:
             answer = await server.post("chat/completions", messages=hello)
             assert "no chat template" in answer.json()["error"]["message"]

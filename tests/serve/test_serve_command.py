@@ -102,6 +102,21 @@ def test_a_signal_ends_it_and_streams_end_in_their_format(number: signal.Signals
         assert process.stderr.read() == ""
 
 
+def test_a_second_signal_ends_answers_that_the_first_let_go_on() -> None:
+    httpx = pytest.importorskip("httpx", reason="the tests' client is httpx")
+    with serving("--speed 20 --shutdown-timeout 1h --max-model-len 100000") as (process, url):
+        body = {"prompt": "Tell me", "max_tokens": 90_000, "stream": True}
+        lines: list[str] = []
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines += [line] * bool(line)
+                if len(lines) in (1, 30):
+                    process.send_signal(signal.SIGTERM)
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
+        assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "no such host", "192.0.2.1"])  # the last is for documentation: nobody has it
 def test_an_address_that_cannot_be_had_is_an_error_in_words(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("starlette", reason="the server is made of starlette: pip install 'pagedkv[serve]'")
