@@ -161,7 +161,7 @@ def _real(asked: ServeConfig, serving: ServingConfig) -> "tuple[ServedEngine, st
     warm_up(llm, block_size=serving.block_size)
     engine = RealEngine(
         llm,
-        model_tokenizer(tokenizer),
+        model_tokenizer(tokenizer, max_model_len=llm.scheduler.settings.max_model_len),
         sampling=SamplingParams,
         end_tokens=end_tokens(model),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),

@@ -8,13 +8,13 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from pagedkv.sims.serve.answer_format import ChatFormat, CompletionFormat
 from pagedkv.sims.serve.answer_response import AnswerResponse
-from pagedkv.sims.serve.errors import SERVER_ERROR, TOO_LARGE, ApiError
+from pagedkv.sims.serve.errors import BAD_REQUEST, SERVER_ERROR, TOO_LARGE, ApiError
 from pagedkv.sims.serve.questions import Question, read_chat, read_completion
 from pagedkv.sims.serve.serve_loop import ServeLoop
 from pagedkv.sims.serve.served_engine import Ask, Tokenizer
@@ -49,7 +49,7 @@ class ServeApp:
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
-        handlers: Any = {ApiError: _refuse, HTTPException: _no_such_route, Exception: _broken}
+        handlers: Any = {ApiError: _refuse, HTTPException: _no_such_route, ClientDisconnect: _left, Exception: _broken}
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
 
     @contextlib.asynccontextmanager
@@ -137,6 +137,12 @@ async def _refuse(request: Request, error: ApiError) -> Response:
 async def _no_such_route(request: Request, error: HTTPException) -> Response:
     where = f"{request.method} {request.url.path}"
     return JSONResponse(ApiError(error.status_code, f"{where}: {error.detail}").body(), error.status_code, headers=error.headers)
+
+
+async def _left(request: Request, error: ClientDisconnect) -> Response:
+    """Answer a client that went away while it asked: nobody reads it, and nothing was wrong."""
+    del request, error
+    return Response(status_code=BAD_REQUEST)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

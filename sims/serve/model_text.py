@@ -12,9 +12,13 @@ _UNFINISHED = "\ufffd"
 """What a text ends with while bytes of its last character are still to come."""
 
 
-def model_tokenizer(tokenizer: Any | None) -> Tokenizer:
-    """Return the tokenizer of a model, which may have none: then prompts must be token ids, and answers are ids as text."""
-    return _NoTokenizer() if tokenizer is None else _ModelTokenizer(tokenizer)
+def model_tokenizer(tokenizer: Any | None, *, max_model_len: int) -> Tokenizer:
+    """Return the tokenizer of a model, which may have none: then prompts must be token ids, and answers are ids as text.
+
+    A text with more characters than `max_model_len` of its longest tokens have is refused: all texts are encoded one after the
+    other, and one of some megabytes without a blank takes minutes.
+    """
+    return _NoTokenizer() if tokenizer is None else _ModelTokenizer(tokenizer, max_model_len)
 
 
 class _NoTokenizer:
@@ -42,16 +46,24 @@ class _IdDecoder:
 
 
 class _ModelTokenizer:
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self._tokenizer = tokenizer
+        self._most_characters = max_model_len * max(map(len, tokenizer.get_vocab()))
+
+    def _check_length(self, num_characters: int) -> None:
+        if num_characters > self._most_characters:
+            message = f"{num_characters} characters: no text of more than {self._most_characters} has room (--max-model-len)"
+            raise ApiError(BAD_REQUEST, message, code="context_length_exceeded")
 
     def encode(self, text: str) -> list[int]:
+        self._check_length(len(text))
         try:
             return text_tokens(self._tokenizer, text)
         except ConfigError as error:
             raise ApiError(BAD_REQUEST, f"prompt: {error}", param="prompt") from error
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        self._check_length(sum(len(content) for _, content in messages))
         try:
             return chat_tokens(self._tokenizer, messages)
         except ConfigError as error:

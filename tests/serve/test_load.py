@@ -104,6 +104,23 @@ def test_clients_that_are_killed_at_random_leave_a_sound_server() -> None:
     asyncio.run(test())
 
 
+def test_who_leaves_in_the_middle_of_a_body_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        async with listening() as (loop, url):
+            host, port = url.removeprefix("http://").split(":")
+            for sent in (b"", b'{"prompt": [1', b"{" * 500):
+                _, writer = await asyncio.open_connection(host, int(port))
+                writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" + sent)
+                await writer.drain()
+                await asyncio.sleep(0.05)
+                writer.transport.abort()
+            await stream(url, random.Random(0))
+            await settled(loop)
+
+    asyncio.run(test())
+    assert capsys.readouterr().err == ""
+
+
 def test_requests_that_are_done_are_forgotten_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagedkv.sims.serve.serve_loop.FORGET_AT", 8)
 

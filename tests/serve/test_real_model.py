@@ -84,7 +84,8 @@ def _small_engine(model: Any, changes: dict[str, Any]) -> LLMEngine:
 
 
 def real(model: LLMEngine, tokenizer: Any = None, end_tokens: Sequence[int] = ()) -> RealEngine:
-    return RealEngine(model, model_tokenizer(tokenizer), sampling=SamplingParams, end_tokens=tuple(end_tokens), vocab_size=VOCAB)
+    texts = model_tokenizer(tokenizer, max_model_len=model.scheduler.settings.max_model_len)
+    return RealEngine(model, texts, sampling=SamplingParams, end_tokens=tuple(end_tokens), vocab_size=VOCAB)
 
 
 PROMPTS = [[(7 * i + j * j) % 250 for j in range(3 + 5 * i)] for i in range(10)]
@@ -250,12 +251,43 @@ def test_what_a_model_cannot_do_is_refused() -> None:
     asyncio.run(test())
 
 
+def test_texts_that_cannot_fit_are_refused_before_they_are_encoded() -> None:
+    class Encodes:
+        """A tokenizer whose longest token has three characters."""
+
+        chat_template = "{{ messages }}"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "abc": 1}
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            assert len(text) <= 237 * 3
+            return {"input_ids": [0] * 5}
+
+        def decode(self, ids: Sequence[int], **_: Any) -> str:
+            return "a" * len(ids)
+
+    async def test() -> None:
+        async with served(real(llm(), Encodes())) as server:
+            assert (await server.post("completions", prompt="a" * 237 * 3, max_tokens=1)).status_code == 200
+            for path, body in (
+                ("completions", {"prompt": "a" * (237 * 3 + 1)}),
+                ("completions", {"prompt": ["a", "a" * 1_000_000]}),
+                ("chat/completions", {"messages": [{"role": "user", "content": "a" * 400}] * 2}),
+            ):
+                answer = await server.post(path, **body)
+                assert answer.json()["error"]["code"] == "context_length_exceeded", answer.text
+                assert "no text of more than 711 has room" in answer.text
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("text", ["plain", "Grüße 🙂 日本語", "é", "🙂"])
 def test_a_text_comes_in_whole_characters(text: str) -> None:
     tokenizer = byte_tokenizer()
-    decoder, ids = model_tokenizer(tokenizer).decoder(), tokenizer(text)["input_ids"]
+    decoder, ids = model_tokenizer(tokenizer, max_model_len=99).decoder(), tokenizer(text)["input_ids"]
     parts = [decoder.push([token], last=i == len(ids) - 1) for i, token in enumerate(ids)]
     assert "".join(parts) == text
     assert not any("\ufffd" in part for part in parts)
-    cut = model_tokenizer(tokenizer).decoder()
+    cut = model_tokenizer(tokenizer, max_model_len=99).decoder()
     assert "".join(cut.push([token], last=i == len(ids) - 2) for i, token in enumerate(ids[:-1])) == tokenizer.decode(ids[:-1])
