@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pagedkv.errors import ConfigError, expect_one_or_more
+from pagedkv.sims.prompt_file import MOST_TOKENS
 
 DEFAULT_KV_CACHE = "4GiB"
 """Source: VLLM_CPU_KVCACHE_SPACE of vLLM's CPU backend, 4 GiB unless set (docs/getting_started/installation/cpu)."""
+
+_MOST_SEED = 2**62
+"""Texts are drawn by seeds above it too, which have 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,10 @@ class GenerateConfig:
         if (self.model is None) == (self.random_weights is None):
             raise ConfigError("give one of --model FOLDER and --random-weights CONFIG")
         expect_one_or_more(self, "users", "max_tokens", "n", flag="--")
+        if self.max_tokens > MOST_TOKENS:
+            raise ConfigError(f"--max-tokens is {self.max_tokens}: needs 1 to {MOST_TOKENS}")
+        if not abs(self.seed) <= _MOST_SEED:
+            raise ConfigError(f"--seed is {self.seed}: needs -{_MOST_SEED} to {_MOST_SEED}")
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError("--kv-cache-memory-bytes and --num-gpu-blocks-override contradict each other: give one")
         if (self.speculative_model is None) != (self.num_speculative_tokens is None):

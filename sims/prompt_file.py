@@ -7,6 +7,8 @@ from typing import Any
 
 from pagedkv.errors import ConfigError
 
+MOST_TOKENS = 2**31 - 1
+"""Most new tokens that can be asked for: more than any model takes. Chosen as for requests of `serve`."""
 _MOST_TOKEN = 2**31 - 1
 """Largest token id: ids are int32."""
 _MOST_DIGITS = 18
@@ -66,8 +68,8 @@ def _of_json(line: str, where: str) -> Prompt:
     max_tokens, messages = None, None
     if isinstance(value, dict):
         max_tokens, messages, value = (value.get(name) for name in ("max_tokens", "messages", "prompt"))
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise ConfigError(f"{where}: max_tokens is {max_tokens!r}: needs a whole number of 1 or more")
+    if max_tokens is not None and (type(max_tokens) is not int or not 1 <= max_tokens <= MOST_TOKENS):
+        raise ConfigError(f"{where}: max_tokens is {max_tokens!r}: needs a whole number from 1 to {MOST_TOKENS}")
     if messages is not None:
         if value is not None:
             raise ConfigError(f"{where}: has a prompt and messages: give one of them")

@@ -77,7 +77,7 @@ def serve_prompts(
             for answer in answers[number]:
                 answer.finish_reason = "rejected"
 
-    for _ in range(users):
+    for _ in range(min(users, len(lengths))):
         ask()
     while active and not stopped():
         for new in engine.step():

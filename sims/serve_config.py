@@ -9,6 +9,8 @@ from pagedkv.sims.config import parse_seconds
 DEFAULT_MAX_QUEUE = 512
 """Source: OLLAMA_MAX_QUEUE; vLLM has no limit."""
 _MOST_PORT = 65_535
+_MOST_SEED = 2**63 - 1
+"""Source: torch.manual_seed takes 64 bits, with a sign."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,8 @@ class ServeConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} {mode} --simulated")
         if not 0 <= self.port <= _MOST_PORT:
             raise ConfigError(f"--port is {self.port}: needs 0 (any that is free) to {_MOST_PORT}")
+        if not 0 <= self.seed <= _MOST_SEED:
+            raise ConfigError(f"--seed is {self.seed}: needs 0 to {_MOST_SEED}")
         if self.max_body_bytes < 1:
             raise ConfigError(f"--max-body-bytes is {self.max_body_bytes}: needs 1 or more")
         if self.speed is not None and not 0 < self.speed < float("inf"):

@@ -52,6 +52,7 @@ def test_numbers_that_are_no_token_ids_are_refused(tmp_path: Path, number: str, 
     [
         pytest.param("[" * 100_000, id="brackets"),
         *("nonsense", "[]", '[1, "a"]', "[-1]", "[true]", '{"text": "a"}', '{"prompt": "a", "max_tokens": 0}', '""', "3"),
+        f'{{"prompt": "a", "max_tokens": {2**31}}}',
         *('{"messages": []}', '{"messages": "Hi"}', '{"messages": ["Hi"]}', '{"messages": [{"role": "user"}]}'),
         '{"messages": [{"role": "", "content": "Hi"}]}',
     ],

@@ -214,6 +214,8 @@ def test_a_conversation_needs_a_template_that_takes_it(folder: Path, capsys: pyt
         (f"{BASE} --speculative-model model --num-speculative-tokens 0", "num-speculative-tokens is 0"),
         (f"{BASE} --speculative-model absent --num-speculative-tokens 2", "needs a config.json"),
         (f"{BASE} --speculative-model other --num-speculative-tokens 2", "needs the vocabulary of its target"),
+        (f"{BASE.removesuffix('12')}99999999999999999999", "--max-tokens is 99999999999999999999: needs 1 to"),
+        (f"{BASE} --seed 99999999999999999999", "--seed is 99999999999999999999: needs"),
         (f"{BASE} --n 0", "--n is 0: needs 1 or more"),
         (f"{BASE} --n 2", "all texts would be the same; give --temperature, or --beam-width"),
         (f"{BASE} --n 2 --temperature 1 --stream", "--stream goes with one user and one text, not with --n 2"),

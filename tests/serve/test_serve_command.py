@@ -42,6 +42,8 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, capsys: 
         ("--simulated --dtype float32", "--dtype float32 goes without --simulated"),
         ("--simulated --speed 0", "--speed is 0.0: needs more than 0"),
         ("--simulated --port 70000", "--port is 70000"),
+        ("--simulated --seed -3", "--seed is -3: needs 0 to"),
+        ("--model . --seed 99999999999999999999", "needs 0 to 9223372036854775807"),
         ("--simulated --max-queue 0", "--max-queue is 0"),
         ("--simulated --shutdown-timeout soon", "shutdown-timeout 'soon' is not a time"),
         ("--model . --speed 2", "--speed 2.0 needs --simulated"),
