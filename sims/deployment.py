@@ -32,6 +32,8 @@ from pagedkv.weight_format import WeightFormat, load_weight_format
 
 PAGE_BYTES = 2 << 20
 """A page of virtual memory that stock CUDA maps. Source: Prabhu et al., vAttention, ASPLOS 2025."""
+_LIMITS = ("max_num_batched_tokens", "max_num_seqs", "max_model_len")
+"""Limits of a step; an engine may decide one by those after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,20 +186,29 @@ def _check_shares(serving: ServingConfig) -> None:
 def _without_usual(
     serving: ServingConfig, engine: EnginePreset, model: ModelSpec, hardware: HardwareSpec, limits: SchedulerSettings
 ) -> ServingConfig:
-    """Return `serving` without the settings that say what would be so anyway."""
-    usual = engine.scheduler_settings(
-        replace(serving, max_model_len=None, max_num_seqs=None, max_num_batched_tokens=None), model, hardware
-    )
+    """Return `serving` without the settings that say what would be so anyway.
+
+    It is first filled in, so that what was left out and what a config.toml says in its place come to the same.
+    """
+
+    def in_force(its: ServingConfig) -> tuple[object, ...] | None:
+        try:
+            limits = engine.scheduler_settings(its, model, hardware)
+        except ConfigError:  # without one limit, another may be impossible
+            return None
+        return limits, engine.ledger(its, hardware, limits), engine.allocators(its)
+
+    derived, wanted = engine.derived_settings(serving), in_force(serving)
+    filled = replace(serving, **derived, **{name: getattr(limits, name) for name in _LIMITS})
+    for name in (*derived, *_LIMITS, *derived):  # derived ones again: without a limit that they rest on, they may be usual
+        left_out: dict[str, Any] = {name: None}
+        without = replace(filled, **left_out)
+        filled = without if in_force(without) == wanted else filled
     gate, usual_gate = (engine.admission(each)[0] for each in (serving, replace(serving, scheduler_reserve_full_isl=None)))
-    changes: dict[str, Any] = {
-        name: None if getattr(limits, name) == getattr(usual, name) else getattr(serving, name)
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
-    }
     utilization = serving.gpu_memory_utilization
     keeps_state = model.kv_spec(serving.kv_cache_dtype).state_bytes_per_sequence > 0
     return replace(
-        serving,
-        **changes,
+        filled,
         engine=engine.name,
         gpu_memory_utilization=None if utilization == engine.default_utilization(hardware) else utilization,
         scheduler_reserve_full_isl=None if gate == usual_gate else serving.scheduler_reserve_full_isl,

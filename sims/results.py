@@ -152,6 +152,7 @@ def resolved_config(scenario: Scenario) -> dict[str, Any]:
         "goodput": list(scenario.config.measurement.goodput),
         "max_model_len": scenario.deployment.scheduler.max_model_len,
         "max_num_seqs": scenario.deployment.scheduler.max_num_seqs,
+        **scenario.deployment.engine.derived_settings(scenario.config.serving),
         "max_num_batched_tokens": scenario.deployment.scheduler.max_num_batched_tokens,
         "gpu_memory_utilization": scenario.deployment.budget.utilization,
         "scheduler_reserve_full_isl": scenario.deployment.pool.reserve_full_isl,

@@ -1,6 +1,7 @@
 """Serving engines as presets, one per file: the defaults and the rules that a user of that engine gets."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
@@ -62,6 +63,12 @@ class EnginePreset(Protocol):
 
     def scheduler_settings(self, serving: ServingConfig, model: ModelSpec, hardware: HardwareSpec) -> SchedulerSettings:
         """Return the limits of a step, with the engine's defaults for this machine where the user set none."""
+
+    def derived_settings(self, serving: ServingConfig) -> Mapping[str, Any]:
+        """Return the settings, besides the limits of a step, that it decides by what else is set; by field name.
+
+        Written down with the limits, they repeat a run: the limits alone could read as another wish.
+        """
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
         """Return the engine's scheduler over `allocator`, with nobody in it.

@@ -1,7 +1,8 @@
 """What several presets need: what an engine of one version has, vLLM's memory rule, the longest request."""
 
 from abc import ABC, abstractmethod
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
@@ -45,6 +46,11 @@ class OneVersion(ABC):
         """Return vLLM's rules: what the engine's own scheduler does instead is not among them."""
         del serving
         return True, True
+
+    def derived_settings(self, serving: ServingConfig) -> Mapping[str, Any]:
+        """Return none: each of its settings is decided alone."""
+        del serving
+        return {}
 
     def runs_eagerly(self, serving: ServingConfig) -> bool:
         """Return what the user says."""

@@ -1,6 +1,8 @@
 """llama.cpp's server: a fixed cache of cells, a few slots, no preemption; when the cells run out, everybody gets an error."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators.llama_cpp_split import LlamaCppSplit
@@ -58,6 +60,10 @@ class LlamaCpp(OneVersion):
             max_model_len=longest if serving.max_model_len is None else serving.max_model_len,
         )
 
+    def derived_settings(self, serving: ServingConfig) -> Mapping[str, Any]:
+        """Return whether slots share their cells: by default only if nobody says how many slots there are."""
+        return {"kv_unified": _ledger(serving).unified}
+
     def ledger(self, serving: ServingConfig, hardware: HardwareSpec, limits: SchedulerSettings) -> LlamaCppLedger:
         """Return llama.cpp's ledger: --ctx-size cells, allocated at the start."""
         del hardware, limits
@@ -77,10 +83,13 @@ class LlamaCpp(OneVersion):
 def _ledger(serving: ServingConfig) -> LlamaCppLedger:
     """Return the memory rule; --max-num-seqs is --parallel by vLLM's name."""
     usual = LlamaCppLedger()
+    asked = LlamaCppLedger(
+        parallel=serving.max_num_seqs if serving.parallel is None else serving.parallel, kv_unified=serving.kv_unified
+    )
     return LlamaCppLedger(
         ctx_size=usual.ctx_size if serving.ctx_size is None else serving.ctx_size,
-        parallel=serving.max_num_seqs if serving.parallel is None else serving.parallel,
-        kv_unified=serving.kv_unified,
+        parallel=asked.num_slots,
+        kv_unified=asked.unified,
         ubatch_size=usual.ubatch_size if serving.ubatch_size is None else serving.ubatch_size,
     )
 

@@ -1,6 +1,8 @@
 """vLLM v1: one pool of blocks sized by --gpu-memory-utilization, recompute on preemption, defaults by device and version."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
@@ -73,6 +75,11 @@ class VLLM:
             )
         gate = serving.scheduler_reserve_full_isl
         return self.version.reserve_full_isl if gate is None else gate, self.version.freed_to_front
+
+    def derived_settings(self, serving: ServingConfig) -> Mapping[str, Any]:
+        """Return none: each of its settings is decided alone."""
+        del serving
+        return {}
 
     def columns(self, serving: ServingConfig) -> tuple[str, ...]:
         """Return paged memory, with a second tier and without if there is one: the others are no part of vLLM."""
