@@ -16,7 +16,7 @@ def least_held_bytes(request: MemoryRequest, model: ModelSpec) -> int:
     its = replace(
         request,
         model=model,
-        weight_format=model.native_format,
+        weight_format=request.ledger.native_format(model),
         max_model_len=min(request.max_model_len, model.max_context),
         draft=None,
     )

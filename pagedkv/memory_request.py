@@ -29,6 +29,9 @@ class Ledger(Protocol):
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose, the widest first."""
 
+    def native_format(self, model: ModelSpec) -> WeightFormat:
+        """Return the weight format that a model has under this engine where nobody asks for one."""
+
     def check(self, request: "MemoryRequest") -> None:
         """Refuse settings that no machine could make work.
 

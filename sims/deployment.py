@@ -153,13 +153,14 @@ def memory_request(serving: ServingConfig) -> MemoryRequest:
         hardware = hardware.beside_cpu_work(parse_quantity(serving.cpu_bandwidth, "bytes/s", name="--cpu-bandwidth"))
     engine = load_engine(serving.engine)
     _check_shares(serving)
-    weight_format = load_weight_format(serving.quantization) if serving.quantization else model.native_format
-    drafting = drafting_of(serving, model, weight_format)
     limits = engine.scheduler_settings(serving, model, hardware)
+    ledger = engine.ledger(serving, hardware, limits)
+    weight_format = load_weight_format(serving.quantization) if serving.quantization else ledger.native_format(model)
+    drafting = drafting_of(serving, model, weight_format)
     return MemoryRequest(
         model=model,
         hardware=hardware,
-        ledger=engine.ledger(serving, hardware, limits),
+        ledger=ledger,
         weight_format=weight_format,
         kv_cache_dtype=serving.kv_cache_dtype,
         max_model_len=limits.max_model_len,

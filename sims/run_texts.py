@@ -63,7 +63,12 @@ def window_note(deployment: Deployment) -> str | None:
     """Say that windows save nothing here, if the model has some."""
     if not any(group.kind in ("sliding_window", "chunked") for group in deployment.model.layer_groups):
         return None
-    return "Layers with a window keep all tokens in paged memory; vLLM gives their blocks back: --allocator hybrid."
+    engine = deployment.engine.name.partition("@")[0]
+    if engine == "vllm":
+        return "Layers with a window keep all tokens in paged memory; vLLM gives their blocks back: --allocator hybrid."
+    if engine in ("llama-cpp", "ollama"):
+        return "Layers with a window are counted at full length, as llama-server --swa-full has them; by default it takes less."
+    return "Layers with a window are counted at full length: all their tokens are kept."
 
 
 def contiguous_max_holds(results: Results) -> str | None:

@@ -14,8 +14,12 @@ from pagedkv.sims.deployment import deploy
 from pagedkv.sims.engine_flags import ENGINE_FLAGS, engine_names, of_one_engine
 from pagedkv.sims.engines import ENGINES, load_engine
 from pagedkv.sims.engines.ollama import default_context
+from pagedkv.sims.fit import under_other_rules
 from pagedkv.sims.results import simulate
+from pagedkv.sims.run_texts import window_note
 from pagedkv.sims.scenario import resolve
+from pagedkv.step_batch import empty_batch
+from pagedkv.units import GIB
 
 SMALL = LoadConfig(users=6, think_time="2s", random_input_len=300, random_output_len=40, random_range_ratio=0.5, prefix_len=200)
 BRIEF = MeasurementConfig(duration="30s", warmup="0s")
@@ -207,6 +211,42 @@ def test_defaults_on_a_spark() -> None:
     assert (limits["tensorrt-llm"].max_num_seqs, limits["tensorrt-llm"].max_num_batched_tokens) == (2048, 8192)
     assert (limits["llama-cpp"].max_num_seqs, limits["llama-cpp"].max_model_len) == (4, 131072)
     assert load_hardware("dgx-spark").visible_bytes > 47 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("model", "published_tokens_per_s"),
+    [("gpt-oss-120b", 58.72), ("gpt-oss-20b", 83.43)],  # rows f21 and 21 of docs/validation/rows.md, an empty context
+)
+def test_llama_cpp_loads_gpt_oss_as_its_gguf(model: str, published_tokens_per_s: float) -> None:
+    """Beside the experts a GGUF is q8_0: decoding is as fast as published, where 16 bits would be a third slower."""
+    for engine in ENGINES.names():
+        served = deploy(ServingConfig(engine=engine, model=model, max_num_seqs=4, max_model_len=8192))
+        assert served.weight_format.name == ("mxfp4+q8_0" if engine in ("llama-cpp", "ollama") else "mxfp4"), engine
+    served = deploy(ServingConfig(engine="llama-cpp", model=model))
+    assert (served.calibration.status, served.config.quantization) == ("validated", None)
+    step = empty_batch(1)
+    step["num_scheduled_tokens"][:], step["num_slots_needed"][:] = 1, 1
+    assert 1 / served.step_time.cost(step, 1).total_s == pytest.approx(published_tokens_per_s, rel=0.05)
+    asked = deploy(ServingConfig(engine="llama-cpp", model=model, quantization="mxfp4"))
+    assert asked.weight_format.name == "mxfp4"
+    assert asked.budget.weights > served.budget.weights
+
+
+def test_other_rules_have_the_weights_that_their_engines_load() -> None:
+    served = [deploy(ServingConfig(engine=name, model="gpt-oss-20b")) for name in ("vllm", "llama-cpp")]
+    for deployment in served:
+        (rule,) = [rule for rule in under_other_rules(deployment) if rule.ledger == "tensorrt-llm"]
+        assert rule.equation.split(" − ")[1] == f"{served[0].budget.weights / GIB:.2f}"
+    assert deploy(ServingConfig(engine="llama-cpp")).weight_format.name == "bf16", "all else as the model has it"
+
+
+def test_the_note_on_windows_is_of_the_engine() -> None:
+    """Only vLLM's memory can be another: --allocator hybrid."""
+    for name in ENGINES.names():
+        note = window_note(deploy(ServingConfig(engine=name, model="gpt-oss-20b", max_num_seqs=4, max_model_len=8192)))
+        assert note is not None
+        assert ("--allocator hybrid" in note) == (name == "vllm")
+        assert ("--swa-full" in note) == (name in ("llama-cpp", "ollama"))
 
 
 def test_llama_cpp_prices_every_micro_batch() -> None:
