@@ -41,7 +41,8 @@ def next_command(
         elif binding == "bandwidth" and (narrower := _narrower_format(scenario)):
             remedies = [{"quantization": narrower}]
         elif binding == "max_num_seqs":
-            remedies = [{"max_num_seqs": 2 * scenario.deployment.scheduler.max_num_seqs}]
+            name = "max_num_seqs" if config.serving.parallel is None else "parallel"  # which wins, where it is given
+            remedies = [{name: 2 * scenario.deployment.scheduler.max_num_seqs}]
         elif binding == "model_loads" and scenario.model_serving is not None and (lower := scenario.model_serving.lower_context):
             remedies = [{"ctx_size": lower}]
     more = 2.0 if fits else 0.5

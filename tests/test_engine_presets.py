@@ -249,6 +249,17 @@ def test_the_note_on_windows_is_of_the_engine() -> None:
         assert ("--swa-full" in note) == (name in ("llama-cpp", "ollama"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "proposed"), [({"parallel": 3}, "--parallel 6"), ({"max_num_seqs": 3}, "--max-num-seqs 6"), ({}, "--max-num-seqs 8")]
+)
+def test_more_slots_are_proposed_by_the_flag_that_counts(asked: dict[str, Any], proposed: str) -> None:
+    crowd = replace(config("llama-cpp", **asked), load=replace(SMALL, users=60))
+    (result,) = simulate(resolve(crowd)).document()["results"]
+    command = result["verdict"]["next_command"]
+    assert proposed in command
+    assert ("--parallel" in command, "--max-num-seqs" in command) == ("--parallel" in proposed, "--max-num-seqs" in proposed)
+
+
 def test_llama_cpp_prices_every_micro_batch() -> None:
     """A prompt of 2,048 tokens is four forward passes of 512, each of which reads the weights."""
     few = simulate(resolve(replace(config("llama-cpp", ubatch_size=2048), load=replace(SMALL, random_input_len=2000))))
