@@ -39,7 +39,7 @@ def show_engines(compared: EngineComparison, console: Console) -> None:
 
 def _memory(compared: EngineComparison, document: dict[str, Any]) -> RenderableType:
     """Return what each engine has: weights, KV cache, the requests and tokens that it takes at once; and what may go wrong."""
-    table = plain_table("", "weights", "KV, GiB", "KV tokens", "longest request", "at once", "tokens a step")
+    table = plain_table("", "weights", "KV, GiB", "KV tokens", "longest", "at once", "tokens a step")
     for engine, results in compared.results.items():
         deployment, budget = results.scenario.deployment, document["budgets"][engine]
         table.add_row(
