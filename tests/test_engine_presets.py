@@ -14,7 +14,7 @@ from pagedkv.sims.deployment import deploy
 from pagedkv.sims.engine_flags import ENGINE_FLAGS, engine_names, of_one_engine
 from pagedkv.sims.engines import ENGINES, load_engine
 from pagedkv.sims.engines.ollama import default_context
-from pagedkv.sims.fit import under_other_rules
+from pagedkv.sims.fit import under_each_rule
 from pagedkv.sims.results import simulate
 from pagedkv.sims.run_texts import window_note
 from pagedkv.sims.scenario import resolve
@@ -235,7 +235,7 @@ def test_llama_cpp_loads_gpt_oss_as_its_gguf(model: str, published_tokens_per_s:
 def test_other_rules_have_the_weights_that_their_engines_load() -> None:
     served = [deploy(ServingConfig(engine=name, model="gpt-oss-20b")) for name in ("vllm", "llama-cpp")]
     for deployment in served:
-        (rule,) = [rule for rule in under_other_rules(deployment) if rule.ledger == "tensorrt-llm"]
+        (rule,) = [rule for rule in under_each_rule(deployment) if rule.engine == "tensorrt-llm"]
         assert rule.equation.split(" − ")[1] == f"{served[0].budget.weights / GIB:.2f}"
     assert deploy(ServingConfig(engine="llama-cpp")).weight_format.name == "bf16", "all else as the model has it"
 

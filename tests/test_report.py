@@ -168,7 +168,8 @@ def test_nothing_is_loaded_from_anywhere(text: str, page: Page) -> None:
 
 def test_one_file_of_reasonable_size() -> None:
     load = LoadConfig(request_rate=1.0, random_input_len=900, random_output_len=1)  # a picture has as many points after a day
-    results = simulated(load, {"allocator": ALLOCATORS.names(), "duration": "1500s", "repeats": 2})
+    tier = {"offload_size": "1GiB", "offload_bandwidth": "25GB/s"}
+    results = simulated(load, {"allocator": ALLOCATORS.names(), "duration": "1500s", "repeats": 2}, **tier)
     text = html(results)
     assert len(text.encode()) < 8e6
     assert min(numbers(trace["x"]).size for trace in traces(text, "requests")) > 700

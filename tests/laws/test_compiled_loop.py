@@ -266,7 +266,7 @@ def place(run: Run) -> list[Any]:
         nodes = memory.cache.tree.root.below()
         where = [memory.cache.slots.free_list().tolist(), [(node.slots.tolist(), node.last_access) for node in nodes]]
     elif allocator.placement == "block":
-        pool = memory.arrays.pool
+        pool = memory.memory.arrays.pool
         where = [each.tolist() for each in (pool.blank, pool.ref_cnt, pool.node_of, pool.tree.tokens, pool.gpu.items["order"])]
     elif allocator.placement == "growing":
         where = [memory.heap.intervals(), memory.heap.moved_slots]
