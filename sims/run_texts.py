@@ -39,6 +39,7 @@ def run_facts(results: Results) -> str:
         f"max-num-seqs {config['max_num_seqs']} · max-num-batched-tokens {config['max_num_batched_tokens']:,} · "
         f"prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
         + ("" if scenario.deployment.drafting is None else f" · {scenario.deployment.drafting.title}")
+        + ("" if scenario.deployment.tier is None else f" · {scenario.deployment.tier.title}")
     )
 
 

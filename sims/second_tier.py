@@ -30,6 +30,12 @@ class SecondTier:
     source: str
     """Who says so."""
 
+    @property
+    def title(self) -> str:
+        """What it is, and who says how fast."""
+        rate = f"{self.bytes_per_s / 1e9:g} GB/s ({self.source.partition(':')[0]})"
+        return f"second tier {self.num_blocks:,} blocks, {self.kind}, {rate}"
+
     def coefficients(self, block_bytes: int) -> CopyCoefficients:
         """Return what copying a block of `block_bytes` bytes costs."""
         return CopyCoefficients(block_bytes / self.bytes_per_s, self.latency_s, self.kind == "host")

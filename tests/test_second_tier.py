@@ -98,6 +98,7 @@ def test_a_card_has_a_tier_in_its_host_s_memory_at_the_rate_that_is_said() -> No
     deployment = deploy(ServingConfig(**TIGHT, hardware="h100-80gb", offload_bandwidth="50GB/s"))
     assert deployment.tier is not None
     copies = deployment.step_time.coefficients.copies
+    assert deployment.tier.title == f"second tier {deployment.tier.num_blocks:,} blocks, host, 50 GB/s (--offload-bandwidth)"
     assert (deployment.tier.kind, copies.both_at_once, copies.latency_s) == ("host", True, 0.0)
     assert copies.block_s == pytest.approx(deployment.budget.block_bytes / 50e9)
     assert deployment.pool_of("paged-offload").offload_blocks == (100 << 30) // deployment.budget.block_bytes
