@@ -169,20 +169,6 @@ class Forkable(Protocol):
         """
 
 
-@runtime_checkable
-class Grouped(Protocol):
-    """An allocator whose layer groups keep slots of their own, so that one token takes several."""
-
-    def slots_used(self, request: KVRequest, num_tokens: int, num_final_tokens: int) -> tuple[int, int]:
-        """Return how many of the slots that `request` holds have tokens, and how many await some.
-
-        Args:
-            request: Who holds them; if it holds nothing, both are 0.
-            num_tokens: Its tokens that have slots.
-            num_final_tokens: Those that will have some at its end: what lies behind them is never filled.
-        """
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVPoolSettings:
     """What an allocator is built from. Every allocator reads what concerns it.

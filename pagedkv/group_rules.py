@@ -26,6 +26,14 @@ _NO_SALT: BlockKeys = np.zeros(2, np.uint64)
 """The first group's: a model of one group has the keys that requests come with."""
 
 
+def key_salt(group: int) -> BlockKeys:
+    """Return what is added bit by bit to keys in the group with this index, uint64 [2]: it keeps groups apart.
+
+    vLLM appends the group to the key; a constant does it as well where keys are random.
+    """
+    return np.frombuffer(blake2b(b"group %d" % group, digest_size=16).digest(), "<u8") if group else _NO_SALT
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRule:
     """One block table per request, for layers of one kind. Blocks that it no longer needs are null in the table.
@@ -124,17 +132,14 @@ class GroupTables:
         self.tables = BlockTables(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=rule.block_size)
         self._pool = pool
         self._stride = rule.block_size // key_block_size
-        self._salt = np.frombuffer(blake2b(b"group %d" % group, digest_size=16).digest(), "<u8") if group else _NO_SALT
+        self._salt = key_salt(group)
         self._num_given_back = [0] * max_num_seqs
         """By row: leading entries that are null for good. Lists: these are read one by one, in Python."""
         self._num_registered = [0] * max_num_seqs
         """By row: leading entries that carry their key, or will never get one."""
 
     def keys(self, request: KVRequest, first: int, last: int) -> BlockKeys:
-        """Return the keys of blocks `first` to `last` (exclusive): a block's last key covers it, and each group has its own.
-
-        vLLM appends the group to the key; here a constant is added bit by bit, which keeps them apart as well as random keys are.
-        """
+        """Return the keys of blocks `first` to `last` (exclusive): a block's last key covers it, and each group has its own."""
         keys: BlockKeys = request.block_keys[(first + 1) * self._stride - 1 : last * self._stride : self._stride] ^ self._salt
         return keys
 

@@ -168,7 +168,7 @@ class ByKind:
         update_wrapper(self, function)
 
     def register(self, kind: type) -> Callable[[F], F]:
-        """Return a decorator for the version, by `lean_jit`, for first arguments of type `kind`."""
+        """Return a decorator for the version, by `lean_jit`, for first arguments of type `kind`; of `object`: for all others."""
 
         def add(version: F) -> F:
             self._versions[kind] = version
@@ -178,7 +178,7 @@ class ByKind:
 
     def of(self, first: Any) -> Any:
         """Return the version for first arguments of the type of `first`."""
-        return self._versions[type(first)]
+        return self._version(type(first))
 
     def __call__(self, first: Any, *others: Any) -> Any:
         """Call the version for `first` from Python."""
@@ -193,4 +193,7 @@ class ByKind:
         return self._inner(args).get_overload(args)
 
     def _inner(self, args: Any) -> Any:
-        return self._versions[args[0].instance_class]._inner
+        return self._version(args[0].instance_class)._inner
+
+    def _version(self, kind: type) -> Any:
+        return self._versions[kind if kind in self._versions else object]

@@ -94,7 +94,7 @@ class PagedStepAllocator:
         self.tables = BlockTables(
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
         )
-        self.unit_slots = settings.block_size
+        self.unit_slots = self.hash_block_size = settings.block_size
         self.state_units = -(-settings.state_slots // settings.block_size)
         self.state_tables: Int32Array = np.zeros((settings.max_num_seqs, self.state_units), np.int32)
         """By row: the blocks that hold a running request's state."""

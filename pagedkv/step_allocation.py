@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pagedkv.allocation import Allocator, Grouped, KVPoolSettings
+from pagedkv.allocation import Allocator, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.contiguous_growing import ContiguousGrowingAllocator
 from pagedkv.allocators.tensorrt_llm import TensorRTLLMAllocator
@@ -19,6 +19,7 @@ from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.contiguous_allocator import ContiguousAllocator
 from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.growing_steps import GrowingStepAllocator
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.offload_steps import OffloadStepAllocator
@@ -121,10 +122,7 @@ class RequestByRequest:
         self._requests: list[KVRequest | None] = [None] * allocator.max_num_seqs
         self._num_slots: Int64Array = np.zeros(allocator.max_num_seqs, np.int64)
         """By row: tokens that have slots; its `KVRequest` hears of them when the allocator is asked again."""
-        # What it is, is asked once: asking costs as much as a step.
-        self._groups = allocator if isinstance(allocator, Grouped) else None
-        # Within what a row holds already, an allocator has nothing to decide, but to give back what has left a window.
-        self._in_units = allocator.unit_slots > 1 and self._groups is None
+        self._in_units = allocator.unit_slots > 1
 
     def allocate_slots(self, batch: StepBatch, first: int, last: int, num_running: int) -> int:
         """Grant slots in order until one entry does not fit; return its index. What a row holds already needs no call."""
@@ -152,9 +150,9 @@ class RequestByRequest:
             self._tell(row, request)
             request.num_tokens = num_known
         granted = self.allocator.allocate_slots(request, num_new, has_scheduled_reqs=has_scheduled_reqs)
-        self.units_held[row] = self.allocator.num_slots_held(request)  # a refusal may give back what left a window
         if granted is None:
             return False
+        self.units_held[row] = self.allocator.num_slots_held(request)
         self._requests[row] = request
         request.num_computed_tokens = num_slots
         return True
@@ -181,13 +179,6 @@ class RequestByRequest:
             self._requests[row] = None
             self.units_held[row] = self._num_slots[row] = 0
 
-    def slots_used(self, row: int, num_tokens: int, num_final_tokens: int) -> tuple[int, int]:
-        """Return how many slots of `row` have tokens and how many await some, where layer groups keep their own: `Grouped`."""
-        request = self._requests[row]
-        if request is None or self._groups is None:
-            return 0, 0
-        return self._groups.slots_used(request, num_tokens, num_final_tokens)
-
     @property
     def free_slots(self) -> int:
         """Slots that nobody holds."""
@@ -206,28 +197,26 @@ class RequestByRequest:
             raise IntegrityError(f"rows hold {self.units_held.tolist()} slots, the allocator says {held}")
 
 
-def allocator_of_groups(allocator: RowMemory) -> RequestByRequest | None:
-    """Return `allocator` if its layer groups keep slots of their own, else None."""
-    return allocator if isinstance(allocator, RequestByRequest) and isinstance(allocator.allocator, Grouped) else None
-
-
 def step_allocator(name: str, settings: KVPoolSettings) -> StepAllocator:
     """Return the allocator `name` for a scheduler: its compiled code where there is some, else the plain path.
 
     Raises:
         ConfigError: If there is no such allocator, or a setting asks for what is not done step by step: prefixes shared by others
-            than `paged`, hits inside a block, or another eviction than lru. Request by request, the allocators do these.
+            than `paged`, `paged-offload` and `hybrid`, hits inside a block, or another eviction than lru. Request by request, the
+            allocators do these.
     """
     if settings.prefix_match_unit or settings.eviction != "lru":
         raise ConfigError(
             f"a scheduler drives whole blocks and lru: prefix-match-unit is {settings.prefix_match_unit}, needs 0, and eviction "
             f"{settings.eviction!r}, needs 'lru'"
         )
-    for paged in (PagedStepAllocator, OffloadStepAllocator):
-        if name == paged.name:
-            return paged(settings)
+    for kind in (PagedStepAllocator, OffloadStepAllocator, HybridStepAllocator):
+        if name == kind.name:
+            return kind(settings)
     if settings.enable_prefix_caching:
-        raise ConfigError(f"a scheduler shares prefixes in paged memory only: {name} needs enable_prefix_caching off here")
+        raise ConfigError(
+            f"a scheduler shares prefixes in paged or hybrid memory only: {name} needs enable_prefix_caching off here"
+        )
     allocator = ALLOCATORS.load(name)(settings)
     if isinstance(allocator, ContiguousAllocator):
         return IntervalStepAllocator(allocator)

@@ -104,6 +104,21 @@ def rows_of(memory: Any, rules: Any) -> Any:
 
 
 @by_kind
+def use_in_groups(memory: Any, rules: Any, state: Any, requests: Any, batch: Any, num_entries: int) -> Any:
+    """Return (slots with tokens, slots that await some, other slots) of what runs, where layer groups have slots of their own.
+
+    The batch's entries are the head of the running list. What is shared counts once. NEVER thrice: a token has one slot for all
+    layers, and how many each row holds says it all.
+    """
+
+
+@use_in_groups.register(object)
+@lean_jit
+def _no_groups(memory: Any, rules: Any, state: Any, requests: Any, batch: Any, num_entries: int) -> tuple[int, int, int]:
+    return NEVER, NEVER, NEVER
+
+
+@by_kind
 def moved_blocks(memory: Any, rules: Any) -> Any:
     """Return (blocks copied from a second tier, blocks copied to it) for the step that was decided last."""
 

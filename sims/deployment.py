@@ -9,6 +9,7 @@ from pagedkv.catalogue import load_hardware, load_model
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.heaps import HEAPS
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.kv_spec import KVCacheSpec, kv_element_pair_bytes
 from pagedkv.layer_groups import plan_layer_groups
 from pagedkv.memory_budget import MemoryBudget
@@ -69,14 +70,14 @@ class Deployment:
         """
         if allocator == OffloadStepAllocator.name and self.tier is None and self.pool.enable_prefix_caching:
             raise ConfigError(f"--allocator {allocator} needs a second tier: add --offload-size, e.g. 200GiB")
-        if allocator in self.engine.caching_allocators:
-            return self.pool
-        if allocator != "hybrid":
-            return replace(self.pool, enable_prefix_caching=False)
+        pool = self.pool if allocator in self.engine.caching_allocators else replace(self.pool, enable_prefix_caching=False)
+        if allocator != HybridStepAllocator.name:
+            return pool
         groups = self.model.layer_groups
-        plan = plan_layer_groups(groups, block_size=self.pool.block_size, kv_cache_dtype=self.pool.kv_cache_dtype)
-        num_blocks = self.pool.num_blocks * self.budget.block_bytes // plan.page_bytes
-        return replace(self.pool, num_blocks=num_blocks, layer_groups=groups, state_slots=0, enable_prefix_caching=False)
+        plan = plan_layer_groups(groups, block_size=pool.block_size, kv_cache_dtype=pool.kv_cache_dtype)
+        return replace(
+            pool, num_blocks=pool.num_blocks * self.budget.block_bytes // plan.page_bytes, layer_groups=groups, state_slots=0
+        )
 
     @property
     def why_no_prefix_caching(self) -> str | None:

@@ -6,6 +6,8 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array
 from pagedkv.heaps import HEAPS
+from pagedkv.hybrid_steps import HybridStepAllocator
+from pagedkv.jit import fixed_types
 from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.scheduling.step import Step, StepScheduler
 from pagedkv.scheduling.waiting import NUM_ACCEPTED, NUM_DRAFTED
@@ -14,15 +16,12 @@ from pagedkv.sims.recording import (
     BLOCKERS,
     COST_S,
     DRAFT_TOKENS,
-    INTERNAL,
     ITL_BINS,
     ITL_SUM_S,
     NUM_COUNTERS,
     NUM_GAUGES,
     NUM_SUMS,
-    RESERVED,
     RUNNING_ELSEWHERE,
-    TOKENS,
     RecorderArrays,
     gap_bin,
     record_copies,
@@ -32,12 +31,15 @@ from pagedkv.sims.recording import (
     record_tokens,
     set_external,
     set_gauges,
+    set_group_gauges,
 )
 from pagedkv.sims.records import Outcome, RequestLog, no_times
 from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.step_time import StepCost
 from pagedkv.sims.timeline import TimelineArrays
-from pagedkv.step_allocation import RequestByRequest, allocator_of_groups
+
+# Its arguments have the same types whenever there are groups.
+_set_group_gauges = fixed_types(set_group_gauges)
 
 
 class Recorder(RunRecord):
@@ -62,7 +64,6 @@ class Recorder(RunRecord):
         self._scheduler = scheduler
         self.needs_extent = scheduler.allocator.placement in (*HEAPS.names(), "growing")
         """Whoever waits for memory finds every free extent of a heap too small: that is external fragmentation."""
-        self._grouped = allocator_of_groups(scheduler.allocator)
         self._rejected: list[tuple[float, int, int, int]] = []
         self._user_class: dict[int, int] = {}
         """By request, where it is not 0."""
@@ -122,8 +123,16 @@ class Recorder(RunRecord):
             cached,
             shared,
         )
-        if self._grouped is not None:
-            self._count_groups(self._grouped, step)
+        if isinstance(allocator, HybridStepAllocator):
+            _set_group_gauges(
+                gauges,
+                scheduler.arrays,
+                scheduler.requests.arrays,
+                step.batch,
+                step.num_entries,
+                allocator.arrays,
+                allocator.rules,
+            )
         blocker = BLOCKERS.index(step.blocker)
         set_external(gauges, allocator.rounding_slots, self.needs_extent, blocker)
         record_step(
@@ -154,18 +163,6 @@ class Recorder(RunRecord):
         if cost.total_s > 0:
             share = (measured_s - max(as_if_alone_s, 0.0)) / cost.total_s
             self.arrays.sums[COST_S:ITL_SUM_S] += share * np.array(cost)
-
-    def _count_groups(self, allocator: RequestByRequest, step: Step) -> None:
-        """Count slots by what is in them where a token has one in each group of layers. O(running × groups), not compiled."""
-        scheduler, gauges, entries = self._scheduler, self.arrays.gauges, step.num_entries
-        running = scheduler.arrays.running[: scheduler.num_running]
-        requests = scheduler.requests.arrays[running]
-        own = requests["num_computed_tokens"].copy()
-        own[:entries] = step.batch["num_slots_needed"][:entries]
-        final = requests["prompt_tokens"] + requests["output_tokens"] - 1
-        used = [allocator.slots_used(*each) for each in zip(requests["row"].tolist(), own.tolist(), final.tolist(), strict=True)]
-        gauges[TOKENS], gauges[RESERVED] = sum(tokens for tokens, _ in used), sum(reserved for _, reserved in used)
-        gauges[INTERNAL] = int(allocator.units_held[requests["row"]].sum()) - gauges[TOKENS] - gauges[RESERVED]
 
     def idle(self, start_s: float, end_s: float) -> None:
         """Note that nobody was there from `start_s` to `end_s`."""

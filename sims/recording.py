@@ -1,6 +1,6 @@
 """What a run adds up, as arrays, and the compiled functions that add. `pagedkv.sims.recorder` owns them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from pagedkv.scheduling.waiting import KV_MEMORY, NUM_RUNNING, NUM_WAITING, Sche
 from pagedkv.sims.records import TokenTimes
 from pagedkv.sims.timeline import TimelineArrays, count_preemptions, observe
 from pagedkv.step_batch import StepBatch
+from pagedkv.step_memory import NEVER, use_in_groups
 
 KV_KINDS = ("tokens", "reserved", "internal", "external", "cached", "state", "free")
 """What a slot of the pool can be: docs/metrics.md."""
@@ -125,6 +126,22 @@ def set_gauges(
     gauges[EXTERNAL], gauges[CACHED], gauges[STATE] = 0, cached_slots, num_running * state_units * unit_slots
     gauges[FREE] = free_slots - cached_slots
     gauges[RUNNING], gauges[WAITING] = num_running, state.counts[NUM_WAITING]
+
+
+@lean_jit
+def set_group_gauges(
+    gauges: Int64Array,
+    state: SchedulerArrays,
+    requests: RequestArrays,
+    batch: StepBatch,
+    num_entries: int,
+    memory: Any,
+    rules: Any,
+) -> None:
+    """After `set_gauges`: count anew what slots hold, if a token has one in each group of layers. O(running * groups)."""
+    tokens, reserved, internal = use_in_groups(memory, rules, state, requests, batch, num_entries)
+    if tokens != NEVER:
+        gauges[TOKENS], gauges[RESERVED], gauges[INTERNAL] = tokens, reserved, internal
 
 
 @lean_jit

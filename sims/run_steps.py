@@ -25,7 +25,16 @@ from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, SchedulerArrays
 from pagedkv.sims.drafting import Acceptance, accept_drafts
-from pagedkv.sims.recording import RecorderArrays, record_copies, record_idle, record_step, record_tokens, set_external, set_gauges
+from pagedkv.sims.recording import (
+    RecorderArrays,
+    record_copies,
+    record_idle,
+    record_step,
+    record_tokens,
+    set_external,
+    set_gauges,
+    set_group_gauges,
+)
 from pagedkv.sims.step_formula import StepCoefficients, beside_copies, cost_of_passes, whole_step_cost
 from pagedkv.step_batch import StepBatch
 from pagedkv.step_memory import moved_blocks, rows_of, slots_of
@@ -144,6 +153,7 @@ def run_steps(
         cost = beside_copies(coefficients.copies, _cost_of_step(loop, coefficients, entries), loaded, offloaded)
         free, cached, shared, rounding = slots_of(memory, rules)
         set_gauges(recorder.gauges, state, requests, batch, entries, units_held, unit_slots, state_units, free, cached, shared)
+        set_group_gauges(recorder.gauges, state, requests, batch, entries, memory, rules)
         set_external(recorder.gauges, rounding, needs_extent, decision[BLOCKER])
         record_step(recorder, batch, decision[RAN_BEFORE], entries, decision[PREEMPTED], decision[BLOCKER], now_s, cost)
         record_copies(recorder, loaded * unit_slots, offloaded * unit_slots, now_s, cost)

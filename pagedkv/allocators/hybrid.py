@@ -11,12 +11,10 @@ from pagedkv.allocation import NO_SLOT, Grant, KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.arrays import NO_SLOTS, Int32Array, Int64Array
 from pagedkv.block_table import block_slots
-from pagedkv.errors import ConfigError
-from pagedkv.free_queue import NUM_KEYED
-from pagedkv.group_rules import GroupRule
+from pagedkv.free_queue import NULL_BLOCK, NUM_KEYED
 from pagedkv.hybrid_cache_manager import HybridCacheManager
+from pagedkv.hybrid_layout import hybrid_layout
 from pagedkv.kv_request import KVRequest
-from pagedkv.layer_groups import plan_layer_groups
 
 
 @ALLOCATORS.register("hybrid")
@@ -46,19 +44,15 @@ class HybridAllocator:
         Raises:
             ConfigError: If there are no layer groups, or both they and `state_slots` tell of state.
         """
-        rules = _rules(settings)
-        self._token_groups = tuple(i for i, rule in enumerate(rules) if not _is_per_request(rule, settings.max_model_len))
-        """Groups with slots of their own."""
-        self.unit_slots = max((rules[i].block_size for i in self._token_groups), default=settings.block_size)
-        rules += (_state_per_request(settings.max_model_len),) * -(-settings.state_slots // self.unit_slots)
+        layout = hybrid_layout(settings)
+        self.unit_slots, self.num_groups = layout.unit_slots, len(layout.token_rules)
         self.manager = HybridCacheManager(
             settings,
-            rules,
+            layout.rules,
             enable_caching=settings.enable_prefix_caching,
             max_num_batched_tokens=settings.max_num_batched_tokens,
         )
-        self.num_groups = len(self._token_groups)
-        self.state_slots = (len(rules) - self.num_groups) * self.unit_slots
+        self.state_slots = layout.num_state_blocks * self.unit_slots
         self.num_slots = settings.num_blocks * self.unit_slots
         self.usable_slots = self.num_slots - self.unit_slots
         self.max_model_len = settings.max_model_len
@@ -106,27 +100,14 @@ class HybridAllocator:
         held = self.manager.num_blocks_held(request) * self.unit_slots
         return held - self.state_slots if held else 0
 
-    def slots_used(self, request: KVRequest, num_tokens: int, num_final_tokens: int) -> tuple[int, int]:
-        """Return the slots with tokens, and those that await some, summed over the groups. O(groups).
-
-        Tokens that a window has left behind count as long as their block is held for others of it.
-        """
-        spans = [self.manager.span(request, group) for group in self._token_groups]
-        tokens = sum(max(num_tokens - first, 0) for first, _ in spans)
-        return tokens, sum(max(min(end, num_final_tokens) - max(num_tokens, first), 0) for first, end in spans)
-
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the slots of its tokens in a group, then those that its pages leave unused.
 
         NO_SLOT stands for tokens whose block was given back, and for those whose state no step left behind.
         """
-        if not self._token_groups:
+        if not self.num_groups:
             return NO_SLOTS
-        index = self._token_groups[group]
-        size, table = self.manager.rules[index].block_size, self.manager.block_table(request, index)
-        tokens = block_slots(table, self.unit_slots, 0, size)
-        tokens[np.repeat(table == 0, size)] = NO_SLOT
-        return np.concatenate((tokens, block_slots(table[table != 0], self.unit_slots, size)))
+        return group_slots(self.manager.block_table(request, group), self.manager.rules[group].block_size, self.unit_slots)
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of pages that carry a key and that nobody holds."""
@@ -153,22 +134,8 @@ class HybridAllocator:
         self.manager.check_integrity()
 
 
-def _rules(settings: KVPoolSettings) -> tuple[GroupRule, ...]:
-    """Return what each group of the settings keeps."""
-    if not settings.layer_groups:
-        raise ConfigError(
-            "hybrid has no layer-groups to give blocks to: needs those of the model, ModelSpec.layer_groups; for a model of which "
-            "nothing but its tokens is known, use paged"
-        )
-    plan = plan_layer_groups(settings.layer_groups, block_size=settings.block_size, kv_cache_dtype=settings.kv_cache_dtype)
-    if settings.state_slots and any(group.kind == "state" for group in plan.groups):
-        raise ConfigError(f"state_slots is {settings.state_slots}, but layer_groups have the state layers already: needs 0")
-    return plan.rules(max_model_len=settings.max_model_len, enable_caching=settings.enable_prefix_caching)
-
-
-def _state_per_request(max_model_len: int) -> GroupRule:
-    return GroupRule(kind="state", block_size=max_model_len)
-
-
-def _is_per_request(rule: GroupRule, max_model_len: int) -> bool:
-    return rule.kind == "state" and rule.block_size >= max_model_len
+def group_slots(table: Int32Array, block_size: int, unit_slots: int) -> Int64Array:
+    """Return the slots of the tokens in a group's `table`, NO_SLOT where a block is null, then those that pages leave unused."""
+    tokens = block_slots(table, unit_slots, 0, block_size)
+    tokens[np.repeat(table == NULL_BLOCK, block_size)] = NO_SLOT
+    return np.concatenate((tokens, block_slots(table[table != NULL_BLOCK], unit_slots, block_size)))

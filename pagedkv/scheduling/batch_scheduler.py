@@ -7,6 +7,7 @@ import numpy as np
 
 from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.errors import ConfigError
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.scheduling.compiled_path import CompiledPath
 from pagedkv.scheduling.content import Contents, Segments
 from pagedkv.scheduling.requests import RequestTable
@@ -161,4 +162,8 @@ class BatchScheduler(ABC):
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows, queue and running batch fit together and every running request has its slots."""
         self.allocator.check_integrity()
-        self._roster.check_integrity(self.allocator.units_held.astype(np.int64) * self.allocator.unit_slots)
+        allocator = self.allocator
+        if isinstance(allocator, HybridStepAllocator):
+            self._roster.check_integrity(allocator.tokens_within())
+        else:
+            self._roster.check_integrity(allocator.units_held.astype(np.int64) * allocator.unit_slots)

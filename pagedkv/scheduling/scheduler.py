@@ -7,6 +7,7 @@ import numpy as np
 from pagedkv.arrays import BoolArray, Int64Array
 from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.compiled_path import CompiledPath
@@ -58,8 +59,10 @@ class Scheduler(BatchScheduler):
             StepArrays.empty(settings.max_num_seqs),
             max_model_len=settings.max_model_len,
         )
-        self._caches = isinstance(allocator, PagedStepAllocator) and allocator.pool.enable_caching
-        self._keys = FollowingKeys(self._roster.requests, allocator.unit_slots)
+        self._caches, self._hash_block_size = False, allocator.unit_slots
+        if isinstance(allocator, PagedStepAllocator | HybridStepAllocator):
+            self._caches, self._hash_block_size = allocator.pool.enable_caching, allocator.hash_block_size
+        self._keys = FollowingKeys(self._roster.requests, self._hash_block_size)
         self._forks = Forks(self._roster, allocator, self._keys)
         self._unkeyed = False
         """Blocks may carry keys that are made of a request's index."""
@@ -112,7 +115,7 @@ class Scheduler(BatchScheduler):
             content,
             keys,
             num_tokens=prompt_tokens + (1 if keys_follow else output_tokens),
-            block_size=self.allocator.unit_slots,
+            block_size=self._hash_block_size,
             caches_prefixes=self._caches,
         )
         request = self.requests.add(
@@ -121,7 +124,7 @@ class Scheduler(BatchScheduler):
             admission_slots=admission_slots,
             priority=priority,
             content=content,
-            room=(prompt_tokens + output_tokens - 1) // self.allocator.unit_slots if keys_follow else 0,
+            room=(prompt_tokens + output_tokens - 1) // self._hash_block_size if keys_follow else 0,
         )
         if keys_follow:
             self._keys.begin(request)

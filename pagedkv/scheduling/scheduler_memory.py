@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pagedkv.allocators.hybrid import group_slots
 from pagedkv.arrays import NO_SLOTS, Int64Array
 from pagedkv.block_table import block_slots
 from pagedkv.errors import ConfigError
 from pagedkv.growing_steps import GrowingStepAllocator
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
@@ -32,6 +34,8 @@ def memory_of(scheduler: StepScheduler) -> Mapped:
         return allocator.up_to_date()
     if isinstance(allocator, PagedStepAllocator):
         return _PagedRows(scheduler, allocator)
+    if isinstance(allocator, HybridStepAllocator):
+        return _HybridRows(scheduler, allocator)
     if isinstance(allocator, RadixRows):
         return _RadixRows(scheduler, allocator)
     if isinstance(allocator, ReuseStepAllocator):
@@ -68,31 +72,47 @@ class _Rows(ABC):
 
     def slots_held(self, request: KVRequest, group: int = 0) -> Int64Array:
         """Return the slots of its row."""
-        del group
-        return self._slots_of(self._rows[request])
+        return self._slots_of(self._rows[request], group)
 
     @abstractmethod
-    def _slots_of(self, row: int) -> Int64Array:
-        """Return the slots of `row`, in the order of its tokens."""
+    def _slots_of(self, row: int, group: int) -> Int64Array:
+        """Return the slots of `row` in a group of layers, in the order of its tokens."""
 
 
-class _PagedRows(_Rows):
-    def __init__(self, scheduler: StepScheduler, allocator: PagedStepAllocator) -> None:
+class _PoolRows(_Rows):
+    """Rows over a pool of blocks."""
+
+    def __init__(self, scheduler: StepScheduler, allocator: PagedStepAllocator | HybridStepAllocator) -> None:
         super().__init__(scheduler, allocator, num_slots=allocator.usable_slots + allocator.unit_slots)
-        self._allocator = allocator
+        self._pool = allocator.pool
 
     def cached_slots(self) -> Int64Array:
         """Return the slots of free blocks that carry a key."""
-        pool = self._allocator.pool
-        keyed = pool.cache.blocks()
-        return block_slots(keyed[pool.ref_cnt[keyed] == 0], self.unit_slots)
+        keyed = self._pool.cache.blocks()
+        return block_slots(keyed[self._pool.ref_cnt[keyed] == 0], self.unit_slots)
 
     def taken_slots(self) -> Int64Array:
         """Return the slots of blocks that somebody holds, be it for state."""
-        return block_slots(np.flatnonzero(self._allocator.pool.ref_cnt), self.unit_slots)
+        return block_slots(np.flatnonzero(self._pool.ref_cnt), self.unit_slots)
 
-    def _slots_of(self, row: int) -> Int64Array:
+
+class _PagedRows(_PoolRows):
+    def __init__(self, scheduler: StepScheduler, allocator: PagedStepAllocator) -> None:
+        super().__init__(scheduler, allocator)
+        self._allocator = allocator
+
+    def _slots_of(self, row: int, group: int) -> Int64Array:
         return block_slots(self._allocator.tables.of(row), self.unit_slots)
+
+
+class _HybridRows(_PoolRows):
+    def __init__(self, scheduler: StepScheduler, allocator: HybridStepAllocator) -> None:
+        super().__init__(scheduler, allocator)
+        self._allocator, self.num_groups = allocator, allocator.num_groups
+
+    def _slots_of(self, row: int, group: int) -> Int64Array:
+        size = int(self._allocator.arrays.groups["block_size"][group])
+        return group_slots(self._allocator.block_table(row, group), size, self.unit_slots)
 
 
 class _RadixRows(_Rows):
@@ -104,7 +124,7 @@ class _RadixRows(_Rows):
         """Return the slots of nodes that nobody locks."""
         return self._allocator.cache.cached_slots() if self._allocator.enable_caching else NO_SLOTS
 
-    def _slots_of(self, row: int) -> Int64Array:
+    def _slots_of(self, row: int, group: int) -> Int64Array:
         return block_slots(self._allocator.tables[row, : self._allocator.units_held[row]], self.unit_slots)
 
 
@@ -121,7 +141,7 @@ class _ReuseRows(_Rows):
         """Return the slots of blocks that somebody holds, be it for state."""
         return self._allocator.taken_slots()
 
-    def _slots_of(self, row: int) -> Int64Array:
+    def _slots_of(self, row: int, group: int) -> Int64Array:
         return self._allocator.slots_of_row(row)
 
 
@@ -140,7 +160,7 @@ class _UnsharedRows(_Rows):
         """Return the slots that somebody holds, be it for state or rounding."""
         return self._allocator.taken_slots()
 
-    def _slots_of(self, row: int) -> Int64Array:
+    def _slots_of(self, row: int, group: int) -> Int64Array:
         return self._allocator.slots_of_row(row)
 
 
@@ -153,5 +173,5 @@ class _SlotRows(_Rows):
         """Return the cells of what idle server slots remember."""
         return self._allocator.kept_slots()
 
-    def _slots_of(self, row: int) -> Int64Array:
+    def _slots_of(self, row: int, group: int) -> Int64Array:
         return self._allocator.slots_of_row(row)

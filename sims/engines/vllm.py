@@ -38,8 +38,8 @@ class VLLM:
 
     @property
     def caching_allocators(self) -> tuple[str, ...]:
-        """Paged memory, with a second tier or without."""
-        return ("paged", "paged-offload")
+        """Paged memory, with a second tier or without, and blocks per group of layers."""
+        return ("paged", "paged-offload", "hybrid")
 
     def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
         """Return paged memory, and what it is compared with; drafts are for paged memory only."""

@@ -7,6 +7,7 @@ from chats import MAX_MODEL_LEN, QUESTIONS, Question, step_time, user
 from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.fuzzing import hybrid_layers
 from pagedkv.scheduling.batch_scheduler import BatchScheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
@@ -64,6 +65,8 @@ class Case:
             watermark=self.watermark,
             page_tokens=8,
             offload_blocks=20,
+            layer_groups=hybrid_layers(self.block_size),
+            max_num_batched_tokens=self.max_num_batched_tokens,
             enable_prefix_caching=self.allocator in preset.caching_allocators,
         )
         return preset.scheduler(ServingConfig(engine=self.engine, **self.variant), limits, pool, self.allocator)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.batch_scheduler import BatchScheduler
@@ -77,6 +78,18 @@ def test_law_14_with_a_second_tier(case: Case) -> None:
         for mine, other in zip(getattr(compiled.allocator.arrays, name), getattr(slow.allocator.arrays, name), strict=True):
             np.testing.assert_array_equal(mine, other)
     event(f"loads: {compiled.allocator.num_loaded > 0}")
+
+
+@given(cases("vllm", "hybrid"))
+@settings(max_examples=60)
+def test_law_14_with_blocks_per_layer_group(case: Case) -> None:
+    compiled, slow = served(case, step_by_step=False), served(case, step_by_step=True)
+    records_agree(compiled, slow)
+    for run_ in (compiled, slow):
+        assert isinstance(run_.allocator, HybridStepAllocator)
+    for mine, other in zip(compiled.allocator.arrays, slow.allocator.arrays, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    event(f"hits: {compiled.log.num_cached_tokens.sum() > 0}, preempted: {compiled.log.num_preemptions.sum() > 0}")
 
 
 @given(

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from step_twin import StepTwin
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators.paged_offload import PagedOffloadAllocator
-from pagedkv.block_hash import BlockKeys
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.kv_request import KVRequest
 from pagedkv.offload_steps import OffloadStepAllocator
-from pagedkv.scheduling.content import shared_segments, stream_of
+from pagedkv.scheduling.content import shared_segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Blocker
@@ -31,75 +30,14 @@ QUESTION = st.tuples(st.integers(0, 12), st.integers(0, 2), st.integers(4, 24), 
 """Steps until it comes, whose prefix it begins with, how long that is, further prompt tokens, output tokens."""
 
 
-class Twin:
-    """An allocator that is asked request by request, by whoever sees what a scheduler has decided."""
+class Twin(StepTwin):
+    """With a second tier."""
 
-    def __init__(self, pool: KVPoolSettings, scheduler: Scheduler) -> None:
-        self.allocator, self.scheduler = PagedOffloadAllocator(pool), scheduler
-        self.requests: dict[int, KVRequest] = {}
-        self.grown: dict[int, int] = {}
-
-    def keys(self, index: int, num_tokens: int) -> BlockKeys:
-        """The keys that compiled code makes of streams."""
-        record, segments = self.scheduler.requests.arrays[index], self.scheduler.requests.segments
-        place, keys = int(record["first_segment"]), np.zeros((num_tokens // SIZE, 2), np.uint64)
-        end = place + int(record["num_segments"])
-        for i in range(len(keys)):
-            while place < end and segments["end_token"][place] < (i + 1) * SIZE:
-                place += 1
-            word_a, word_b = stream_of(segments, place, end, index)
-            keys[i] = np.uint64((int(word_a) + i) % 2**64), word_b
-        return keys
-
-    def decide(self, step: Any, preempted: list[int]) -> int:
-        """Take what the step has taken; return the tokens that were found."""
-        victims, found = list(preempted), 0
-        for entry in range(step.num_entries):
-            record = step.batch[entry]
-            index, tokens = int(record["request"]), int(record["num_scheduled_tokens"])
-            request = self.known(index)
-            if entry >= step.num_running_before:
-                found += self.allocator.get_computed_tokens(request)
-            grant = self.allocator.allocate_slots(request, tokens, has_scheduled_reqs=entry > 0)
-            while grant is None and entry < step.num_running_before:
-                self.give_up(victims.pop(0))
-                grant = self.allocator.allocate_slots(request, tokens, has_scheduled_reqs=entry > 0)
-            assert grant is not None
-            self.grown[index] = request.num_computed_tokens + grant.num_cached_tokens + tokens
-            assert self.grown[index] == record["num_slots_needed"]
-        for index in victims:  # the last of them could not go on itself
-            self.give_up(index)
-        return found
-
-    def refuses(self, index: int, budget: int, *, something_runs: bool) -> bool:
-        """Whether there is no room for the head of the queue either."""
-        request = self.known(index)
-        tokens = min(request.num_tokens - self.allocator.get_computed_tokens(request), budget)
-        refused = self.allocator.allocate_slots(request, tokens, has_scheduled_reqs=something_runs) is None
-        del self.requests[index]
-        return refused
+    allocator: PagedOffloadAllocator
 
     def by_use(self) -> list[bytes]:
         """What is in the tier, what was used longest ago first."""
         return [kept.key for kept in sorted(self.allocator.tier._kept.values(), key=lambda kept: kept.last_access)]
-
-    def known(self, index: int) -> KVRequest:
-        num_tokens = int(self.scheduler.requests.arrays["num_known_tokens"][index])
-        request = self.requests.setdefault(index, KVRequest(request_id=index, num_tokens=num_tokens))
-        request.num_tokens, request.block_keys = num_tokens, self.keys(index, num_tokens)
-        return request
-
-    def give_up(self, index: int) -> None:
-        if (request := self.requests.pop(index, None)) is not None:
-            self.allocator.free(request)
-
-    def complete(self, finished: list[int]) -> None:
-        for index, computed in self.grown.items():
-            self.requests[index].num_computed_tokens = computed
-            self.allocator.note_computed(self.requests[index])
-        self.grown.clear()
-        for index in finished:
-            self.give_up(index)
 
 
 def by_use(tier: TierArrays) -> list[bytes]:
@@ -116,7 +54,8 @@ def test_steps_take_load_and_offload_what_the_allocator_does(questions: list[Any
     pool = replace(POOL, num_blocks=num_blocks, offload_blocks=offload_blocks)
     memory = OffloadStepAllocator(pool)
     scheduler = Scheduler(LIMITS, memory)
-    twin, pending, steps, num_preempted, found = Twin(pool, scheduler), sorted(questions), 0, 0, 0
+    twin = Twin(PagedOffloadAllocator(pool), scheduler, hash_block_size=SIZE, max_num_batched_tokens=LIMITS.max_num_batched_tokens)
+    pending, steps, num_preempted, found = sorted(questions), 0, 0, 0
     while pending or scheduler.num_running or scheduler.num_waiting:
         while pending and pending[0][0] <= steps:
             _, text, shared, own, output = pending.pop(0)
@@ -141,8 +80,7 @@ def test_steps_take_load_and_offload_what_the_allocator_does(questions: list[Any
             table = memory.tables.of(int(step.batch["row"][entry])).tolist()
             assert table == twin.allocator.manager.block_table(twin.requests[int(step.batch["request"][entry])]).tolist()
         if step.blocker is Blocker.KV_MEMORY and not step.num_preempted:
-            budget = LIMITS.max_num_batched_tokens - int(step.batch["num_scheduled_tokens"][: step.num_entries].sum())
-            assert twin.refuses(int(scheduler.waiting()[0]), budget, something_runs=scheduler.num_running > 0)
+            assert twin.refuses(int(scheduler.waiting()[0]), step, something_runs=scheduler.num_running > 0)
         scheduler.complete()
         twin.complete(scheduler.finished.tolist())
         scheduler.check_integrity()
