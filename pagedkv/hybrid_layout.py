@@ -30,6 +30,10 @@ class HybridLayout:
         """Tokens of which every hit is a multiple: all groups have a block that ends there."""
         return math.lcm(*(rule.block_size for rule in self.rules))
 
+    def peak_blocks(self, num_tokens: int, max_new_tokens: int) -> int:
+        """Return the most blocks that a request of up to `num_tokens` holds at once, in all groups: `GroupRule.peak_blocks`."""
+        return sum(rule.peak_blocks(num_tokens, max_new_tokens) for rule in self.rules)
+
 
 def hybrid_layout(settings: KVPoolSettings) -> HybridLayout:
     """Return how the pool of `settings` is divided among its layer groups.

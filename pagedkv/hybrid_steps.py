@@ -91,8 +91,7 @@ class HybridStepAllocator:
         if prompt_tokens + output_tokens - 1 > self.max_model_len:
             return None
         most = min(prompt_tokens + output_tokens - 1 + self.lookahead_slots, self.max_model_len)
-        peak = sum(rule.peak_blocks(most, self.rules.max_new_tokens) for rule in self.layout.rules)
-        return 0 if peak * self.unit_slots <= self.usable_slots else None
+        return 0 if self.layout.peak_blocks(most, self.rules.max_new_tokens) * self.unit_slots <= self.usable_slots else None
 
     def all_admission_slots(self, prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64Array:
         """Return `admission_slots` for many requests at once, NEVER where it is None."""

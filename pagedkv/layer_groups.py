@@ -152,6 +152,16 @@ def plan_layer_groups(layers: Sequence[LayerGroup], *, block_size: int, kv_cache
     return LayerGroupPlan(groups=tuple(groups), layers_per_group=width)
 
 
+def groups_differ(layers: Sequence[LayerGroup]) -> bool:
+    """Return whether a model has layers that need not keep all tokens, by rules that `plan_layer_groups` knows.
+
+    Not DeepSeek-V4's, whose compressed layers vLLM groups in a way of its own.
+    """
+    return any(group.kind in ("sliding_window", "chunked", "state") or group.state_bytes for group in layers) and all(
+        group.compression == 1 for group in layers
+    )
+
+
 def _group(cache: _Cache, num_layers: int, block_size: int, used: int, padding: int, inflation: int) -> CacheGroup:
     return CacheGroup(
         kind=cache.kind,

@@ -7,6 +7,7 @@ from typing import Protocol, TypeAlias
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.kv_spec import KVCacheSpec, LayerGroup
+from pagedkv.layer_groups import LayerGroupPlan, plan_layer_groups
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.model_spec import ModelSpec
 from pagedkv.start_up import StartUp
@@ -97,6 +98,8 @@ class MemoryRequest:
     """Devices that share a model's weights."""
     draft: DraftMemory | None = None
     """What drafts, if something does."""
+    layers_apart: bool = False
+    """Layers that cache differently have block tables of their own, and windows give blocks back: `pagedkv.layer_groups`."""
     free_memory_bytes: int | None = None
     """Memory free when the engine starts, if known; otherwise what the operating system and other programs leave."""
     os_reserve_bytes: int | None = None
@@ -149,6 +152,10 @@ class MemoryRequest:
         return self.model.weight_bytes(self.weight_format) + (0 if self.draft is None else self.draft.weight_bytes)
 
     @property
+    def _layer_groups(self) -> LayerGroupPlan:
+        return plan_layer_groups(self._kv_spec.groups, block_size=self.ledger.block_size, kv_cache_dtype=self.kv_cache_dtype)
+
+    @property
     def _kv_spec(self) -> KVCacheSpec:
         spec = self.model.kv_spec(self.kv_cache_dtype)
         return spec if self.draft is None else replace(spec, groups=(*spec.groups, *self.draft.kv_groups))
@@ -156,9 +163,28 @@ class MemoryRequest:
     @property
     def blocks_for_one_request(self) -> int:
         """Blocks without which a request of `max_model_len` tokens cannot finish, its state and null blocks included."""
+        null_bytes = self.ledger.null_blocks * (self._layer_groups.page_bytes if self.layers_apart else self.block_bytes)
+        return -(-(self.bytes_for_one_request + null_bytes) // self.block_bytes)
+
+    @property
+    def bytes_for_one_request(self) -> int:
+        """Bytes of the blocks that a request of `max_model_len` tokens holds at its peak, its state included."""
         spec, size = self._kv_spec, self.ledger.block_size
+        if self.layers_apart:
+            groups = self._layer_groups
+            rules = groups.rules(max_model_len=self.max_model_len, enable_caching=False)
+            return groups.page_bytes * sum(rule.peak_blocks(self.max_model_len, self.max_num_batched_tokens) for rule in rules)
         state_slots = -(-spec.state_bytes_per_sequence // spec.bytes_per_token)
-        return -(-self.max_model_len // size) + -(-state_slots // size) + self.ledger.null_blocks
+        return (-(-self.max_model_len // size) + -(-state_slots // size)) * self.block_bytes
+
+    def tokens_held(self, budget: MemoryBudget) -> int:
+        """Return the tokens that requests can hold by `budget`; if layers are apart, those of requests of `max_model_len`.
+
+        That is how vLLM's log counts them: of the blocks that a request takes, some do not depend on its length.
+        """
+        if self.layers_apart:
+            return int(budget.kv_cache / self.bytes_for_one_request * self.max_model_len)
+        return budget.usable_blocks * budget.block_size
 
     @property
     def taken_by_others(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Changes to a memory request that may make it fit, whatever the engine. Each yields the mildest first; none is verified here."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -27,7 +28,16 @@ def fits(request: MemoryRequest) -> bool:
 def longest_context(request: MemoryRequest) -> int:
     """Return the longest request that the KV cache would hold, 0 if it would hold none."""
     outcome = replace(request, max_model_len=1).attempt()
-    return outcome.usable_blocks * outcome.block_size if isinstance(outcome, MemoryBudget) else 0
+    if not isinstance(outcome, MemoryBudget):
+        return 0
+    if not request.layers_apart:
+        return outcome.usable_blocks * outcome.block_size
+    lengths = range(1, request.model.max_context + 1)
+
+    def is_too_long(length: int) -> bool:
+        return not isinstance(replace(request, max_model_len=length).attempt(), MemoryBudget)
+
+    return bisect_left(lengths, True, key=is_too_long)  # noqa: FBT003 - what is looked for
 
 
 def shorter_context(request: MemoryRequest) -> Iterator[MemoryRequest]:

@@ -1,10 +1,13 @@
 """Settings that serve given users better, found by trying them: one at a time, each kept only if a simulation gains from it."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pagedkv.errors import ConfigError
+from pagedkv.hybrid_layout import hybrid_layout
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.sims.block_sizes import kernel_words, unfilled_share
 from pagedkv.sims.capacity_answer import check_attain
 from pagedkv.sims.command import changed, command_line
@@ -116,7 +119,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
     def run(candidate: SimulationConfig) -> Probe:
         done = len(trials)
         tell = None if progress is None else lambda _, __, share: progress((done + share) / (len(plan) + 1))
-        return probe(candidate, "paged", attain=attain, progress=tell)
+        return probe(candidate, start.own_allocator, attain=attain, progress=tell)
 
     first = best = run(config)
     unfilled = {config.serving.block_size: unfilled_share(first.figures)}
@@ -142,7 +145,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
         serve=serve_command(config.serving),
         serve_note=checkpoint_note(config.serving),
         values=tuple(_values(asked, deploy(config.serving), kept, trials, unfilled)),
-        simulate=command_line(changed(config, allocator=("paged",))),
+        simulate=command_line(changed(config, allocator=(start.own_allocator,))),
         kept=tuple(kept.values()),
         trials=tuple(trials),
         attained=(first.attained, best.attained),
@@ -156,11 +159,23 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
 def _speculation(serving: ServingConfig, best: Probe) -> str | None:
     """Return where drafts stop paying, for contexts as long as those of the requests that ran."""
     kv, running = best.figures["kv"], best.figures["running_mean"]
-    context = 1
-    if kv and running:
-        context = max(1, round(kv["tokens"] * deploy(serving).budget.usable_blocks * serving.block_size / running))
+    context = _mean_context(deploy(serving), kv["tokens"] / running) if kv and running else 1
     gain = speculation_gain(serving, context)
     return None if gain is None else gain.in_words(running)
+
+
+def _mean_context(deployment: Deployment, share: float) -> int:
+    """Return the tokens of a request that takes this share of the pool for its tokens."""
+    pool = deployment.pool_of(deployment.own_allocator)
+    if deployment.own_allocator != HybridStepAllocator.name:
+        return max(1, round(share * (pool.num_slots - pool.block_size)))
+    layout, contexts = hybrid_layout(pool), range(1, deployment.scheduler.max_model_len + 1)
+    slots = share * (pool.num_blocks - 1) * layout.unit_slots
+
+    def held(context: int) -> int:
+        return sum(context - rule.first_block(context) * rule.block_size for rule in layout.token_rules)
+
+    return contexts[min(bisect_left(contexts, slots, key=held), len(contexts) - 1)]
 
 
 def _candidates(serving: ServingConfig, start: Deployment) -> Iterator[tuple[str, Any]]:

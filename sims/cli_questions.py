@@ -210,16 +210,18 @@ def advise(
     """
     from pagedkv.sims.advise import advise as search
     from pagedkv.sims.console_advise import show_advice
+    from pagedkv.sims.engines import load_engine
     from pagedkv.sims.progress import ProgressOnStderr
     from pagedkv.sims.scenario import asked_allocators
 
     del config  # main has put its settings among the flags
     check_json(json)
-    names = asked_allocators(measurement, usual=("paged",))
-    if names != ("paged",):
-        raise ConfigError(f"--allocator is {','.join(names)}: advise is about vLLM, whose allocator is paged")
     if not serving.engine.startswith("vllm") or "," in serving.engine:
         raise ConfigError(f"--engine {serving.engine}: advise writes a vllm serve command, so it is about vllm, or a version of it")
+    own = load_engine(serving.engine).columns(serving)[:1]
+    names = asked_allocators(measurement, usual=own)
+    if names != own:
+        raise ConfigError(f"--allocator is {','.join(names)}: advise is about vLLM, whose allocator is {own[0]} for this model")
     asked = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
     with ProgressOnStderr(["advise"], repeats=1) as progress:
         advice = search(asked, attain=attain, progress=_telling(progress, "advise"))

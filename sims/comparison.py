@@ -79,13 +79,14 @@ def comparison(document: dict[str, Any]) -> list[Row]:
 
 
 def advantages(document: dict[str, Any]) -> list[str]:
-    """Say what paging gains against each other allocator, on the same requests."""
+    """Say what blocks gain against each other allocator, on the same requests."""
     by_name = {column["allocator"]: column for column in document["results"]}
-    paged = by_name.pop("paged", None)
-    if paged is None:
+    own = next((name for name in ("hybrid", "paged") if name in by_name), None)
+    if own is None:
         return []
+    paged = by_name.pop(own)
     return [
-        f"paged against {name}: {paged['output_tokens_per_s'] / other['output_tokens_per_s']:.2f} × the output tokens/s, "
+        f"{own} against {name}: {paged['output_tokens_per_s'] / other['output_tokens_per_s']:.2f} × the output tokens/s, "
         f"{paged['running_mean'] / other['running_mean']:.2f} × the requests at once."
         for name, other in by_name.items()
         if other["output_tokens_per_s"] and other["running_mean"]
@@ -101,7 +102,7 @@ def prefix_note(document: dict[str, Any], why_off: str | None) -> str | None:
     if not without or not any(c["prefix_hit_rate"] or c["resumed_hit_rate"] for c in columns):
         return None
     compute = "computes" if len(without) == 1 else "compute"
-    return f"Only paged memory caches prefixes here: {', '.join(without)} {compute} every prompt whole."
+    return f"Only memory in blocks caches prefixes here: {', '.join(without)} {compute} every prompt whole."
 
 
 def _number(value: float | None, spec: str = ".1f") -> str:

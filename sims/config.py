@@ -6,6 +6,7 @@ Sizes are strings such as "16GiB", times such as "20s" or "500ms"; None means th
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Literal
 
 from pagedkv.errors import ConfigError
@@ -152,6 +153,8 @@ class ServingConfig:
     """vLLM: rate of copies to it, and from it, e.g. 25GB/s [default: what the machine's disk reads, if the catalogue has one]."""
     watermark: float = 0.0
     """Share of the blocks that an admission leaves free while something runs."""
+    disable_hybrid_kv_cache_manager: bool = False
+    """vLLM: one block table for all layers: those with a window keep all tokens."""
     scheduler_reserve_full_isl: bool | None = None
     """Admit a request only if all its known tokens fit [default: the engine's: yes, no for vllm@0.19]."""
     enforce_eager: bool = False
@@ -220,6 +223,11 @@ class ServingConfig:
     each model [default: 5m]."""
     disk_bandwidth: str | None = None
     """Ollama: rate at which a model is read from disk, e.g. 5GB/s [default: the machine's, if the catalogue has one]."""
+
+
+def names_several_models(serving: ServingConfig) -> bool:
+    """Return whether `serving` names a comma list of models, as Ollama takes it."""
+    return "," in serving.model and not Path(serving.model).exists()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from pagedkv.sims.command import command_line
 from pagedkv.sims.comparison import comparison
 from pagedkv.sims.console import STATUS_STYLE, side_by_side
 from pagedkv.sims.console_table import plain_table
+from pagedkv.sims.deployment import memory_request
 from pagedkv.sims.engine_comparison import EngineComparison
 from pagedkv.sims.error_interval import calibration_lines
 from pagedkv.sims.run_texts import load_facts
@@ -46,7 +47,7 @@ def _memory(compared: EngineComparison, document: dict[str, Any]) -> RenderableT
             engine,
             deployment.weight_format.name,
             f"{budget['kv_cache'] / GIB:.2f}",
-            f"{deployment.budget.usable_blocks * deployment.budget.block_size:,}",
+            f"{memory_request(deployment.config).tokens_held(deployment.budget):,}",
             f"{deployment.scheduler.max_model_len:,}",
             f"{deployment.scheduler.max_num_seqs:,}",
             f"{deployment.scheduler.max_num_batched_tokens:,}",

@@ -26,7 +26,7 @@ def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
     longest = deployment.scheduler.max_model_len
     console.print(Text(f"{deployment.model.title} on {deployment.hardware.title}, {deployment.config.engine}", "bold"), "\n")
     console.print(waterfall(deployment), "\n")
-    table = plain_table("tokens each", "paged holds", "contiguous-max holds", left=())
+    table = plain_table("tokens each", f"{deployment.own_allocator} holds", "contiguous-max holds", left=())
     for row in answer.rows:
         table.add_row(f"{row.context:,}", f"{row.paged:,}", f"{row.contiguous_max:,}")
     console.print(table, "\n")

@@ -1,7 +1,6 @@
 """A model on a machine under an engine: everything about a simulation but its load. Built once."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pagedkv.allocation import KVPoolSettings
@@ -21,7 +20,7 @@ from pagedkv.quantity import parse_quantity
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.calibration import Calibration, calibration_for
-from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.config import ServingConfig, names_several_models
 from pagedkv.sims.drafting import Drafting, drafting_of
 from pagedkv.sims.engine_flags import refuse_flags_of_others
 from pagedkv.sims.engines import EnginePreset, load_engine
@@ -58,6 +57,11 @@ class Deployment:
     tier: SecondTier | None
     """Where what leaves the prefix cache goes; None: nowhere."""
 
+    @property
+    def own_allocator(self) -> str:
+        """What the engine itself runs on."""
+        return self.engine.columns(self.config)[0]
+
     def scheduler_over(self, allocator: str) -> StepScheduler:
         """Return a scheduler with nobody in it, over `allocator`."""
         return self.engine.scheduler(self.config, self.scheduler, self.pool_of(allocator), allocator)
@@ -73,7 +77,7 @@ class Deployment:
         pool = self.pool if allocator in self.engine.caching_allocators else replace(self.pool, enable_prefix_caching=False)
         if allocator != HybridStepAllocator.name:
             return pool
-        groups = self.model.layer_groups
+        groups = self.model.layer_groups + (() if self.drafting is None else self.drafting.memory.kv_groups)
         plan = plan_layer_groups(groups, block_size=pool.block_size, kv_cache_dtype=pool.kv_cache_dtype)
         return replace(
             pool, num_blocks=pool.num_blocks * self.budget.block_bytes // plan.page_bytes, layer_groups=groups, state_slots=0
@@ -143,7 +147,7 @@ def memory_request(serving: ServingConfig) -> MemoryRequest:
         ConfigError: If model, machine, engine or a setting is none, or several models are named.
     """
     refuse_flags_of_others(serving)
-    if "," in serving.model and not Path(serving.model).exists():
+    if names_several_models(serving):
         raise ConfigError(
             f"--model {serving.model} names several models, and this needs one; simulate --engine ollama loads them on demand"
         )
@@ -170,6 +174,7 @@ def memory_request(serving: ServingConfig) -> MemoryRequest:
         enforce_eager=serving.enforce_eager,
         tensor_parallel_size=serving.tensor_parallel_size,
         draft=None if drafting is None else drafting.memory,
+        layers_apart=engine.columns(serving)[0] == HybridStepAllocator.name,
         free_memory_bytes=size_bytes(serving.free_memory, "free-memory"),
         os_reserve_bytes=size_bytes(serving.os_reserve, "os-reserve"),
         other_programs_bytes=parse_bytes(serving.other_programs, name="other-programs"),

@@ -19,6 +19,7 @@ ENGINE_FLAGS: dict[str, tuple[str, ...]] = {
     "offload_bandwidth": ("vllm",),
     "watermark": ("vllm", "vattention"),
     "long_prefill_token_threshold": ("vllm",),
+    "disable_hybrid_kv_cache_manager": ("vllm",),
     "scheduler_reserve_full_isl": ("vllm",),
     "enable_chunked_prefill": ("vllm", "sglang", "tensorrt-llm", "vattention"),
     "enable_prefix_caching": ("vllm", "sglang", "tensorrt-llm", *_LLAMA_CPP),

@@ -1,9 +1,12 @@
 """The static answer, at once: what fits, before anybody has sent a request."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
+from pagedkv.hybrid_layout import hybrid_layout
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.memory_plan import plan
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import Deployment, memory_request
@@ -20,7 +23,7 @@ class FitRow:
     context: int
     """Prompt and output so far, in tokens."""
     paged: int
-    """Requests in whole blocks, with their state if the model keeps any."""
+    """Requests in whole blocks, with their state if the model keeps any; of each group of layers where layers differ."""
     contiguous_max: int
     """Requests that reserve max-model-len each in the contiguous heap, whatever their context."""
 
@@ -30,7 +33,8 @@ class Fit:
     """What a deployment holds."""
 
     kv_tokens: int
-    """Tokens in usable blocks."""
+    """Tokens in usable blocks; where layers that differ have blocks of their own, those of requests of max-model-len, as in vLLM's
+    log."""
     formula_users: float
     """KV bytes / (max-model-len × bytes per token): what a formula with every user at full context claims."""
     rows: tuple[FitRow, ...]
@@ -56,14 +60,13 @@ def fit(deployment: Deployment, *, users: int | None = None, context: int | None
         raise ConfigError(f"--users is {users}: needs 1 or more")
     if context is not None and not 1 <= context <= longest:
         raise ConfigError(f"--context is {context}: needs 1 to max-model-len, {longest}")
-    budget, state_blocks = deployment.budget, _state_blocks(deployment)
-    each = 0 if users is None else max(budget.usable_blocks // users - state_blocks, 0)
+    budget = deployment.budget
     return Fit(
-        kv_tokens=budget.usable_blocks * budget.block_size,
+        kv_tokens=memory_request(deployment.config).tokens_held(budget),
         formula_users=budget.kv_cache / (longest * budget.kv_bytes_per_token),
         rows=tuple(_row(deployment, tokens) for tokens in (*(c for c in CONTEXTS if c < longest), longest)),
         users=users,
-        longest_context=None if users is None else min(each * budget.block_size, longest),
+        longest_context=None if users is None else _longest_context(deployment, users),
         at_context=None if context is None else _row(deployment, context),
     )
 
@@ -96,22 +99,34 @@ _RULES = ("vllm", "sglang", "tensorrt-llm", "llama-cpp", "ollama", "naive")
 
 def _under(asked: ServingConfig, engine: str) -> EngineFit:
     try:
-        budget = plan(memory_request(of_one_engine(asked, engine)))
+        request = memory_request(of_one_engine(asked, engine))
+        budget = plan(request)
     except ConfigError as error:
         return EngineFit(engine=engine, kv_tokens=None, kv_cache_bytes=None, equation=str(error).partition(" What fits:")[0])
-    tokens = budget.usable_blocks * budget.block_size
+    tokens = request.tokens_held(budget)
     return EngineFit(engine=engine, kv_tokens=tokens, kv_cache_bytes=budget.kv_cache, equation=budget.equation)
 
 
-def _state_blocks(deployment: Deployment) -> int:
-    return -(-deployment.pool.state_slots // deployment.pool.block_size)
+def _requests_held(deployment: Deployment, context: int) -> int:
+    """Return how many requests of `context` tokens each the blocks hold."""
+    pool = deployment.pool_of(deployment.own_allocator)
+    if deployment.own_allocator == HybridStepAllocator.name:
+        peak = hybrid_layout(pool).peak_blocks(context, deployment.scheduler.max_num_batched_tokens)
+        return (pool.num_blocks - 1) // peak
+    return deployment.budget.usable_blocks // (-(-context // pool.block_size) + -(-pool.state_slots // pool.block_size))
+
+
+def _longest_context(deployment: Deployment, users: int) -> int:
+    """Return the most tokens that `users` requests can have each; 0 if not even one."""
+    contexts = range(1, deployment.scheduler.max_model_len + 1)
+    return bisect_right(contexts, 0, key=lambda context: int(_requests_held(deployment, context) < users))
 
 
 def _row(deployment: Deployment, context: int) -> FitRow:
-    budget, pool = deployment.budget, deployment.pool
+    pool = deployment.pool
     heap = HEAPS.load(pool.contiguous_heap)(1)
     return FitRow(
         context=context,
-        paged=budget.usable_blocks // (-(-context // budget.block_size) + _state_blocks(deployment)),
+        paged=_requests_held(deployment, context),
         contiguous_max=pool.num_slots // heap.rounded(pool.max_model_len + pool.state_slots),
     )

@@ -11,7 +11,13 @@ from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.vllm_versions import vllm_version
 
 _MULTIPLIERS = {"k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30, "t": 10**12, "T": 1 << 40}
-_SWITCHES = ("enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "scheduler_reserve_full_isl")
+_SWITCHES = (
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "scheduler_reserve_full_isl",
+    "disable_hybrid_kv_cache_manager",
+)
 _INTEGERS = (
     "max_model_len",
     "block_size",

@@ -1,6 +1,8 @@
 """What every view says of a run before its figures: what was asked, how the KV memory comes about, what contiguous would hold."""
 
 from pagedkv.heaps import HEAPS
+from pagedkv.hybrid_layout import hybrid_layout
+from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.results import Results
 from pagedkv.units import gib
@@ -52,6 +54,8 @@ def _share(deployment: Deployment) -> str:
 def kv_equation(deployment: Deployment) -> tuple[str, str]:
     """Return how the KV memory comes about, and how many blocks and tokens that is."""
     budget, spec = deployment.budget, deployment.model.kv_spec(deployment.config.kv_cache_dtype)
+    if deployment.own_allocator == HybridStepAllocator.name:
+        return budget.equation, _blocks_per_group(deployment)
     state = f", and {gib(spec.state_bytes_per_sequence)} of state per request" if spec.state_bytes_per_sequence else ""
     return (
         budget.equation,
@@ -60,13 +64,29 @@ def kv_equation(deployment: Deployment) -> tuple[str, str]:
     )
 
 
+def _blocks_per_group(deployment: Deployment) -> str:
+    """Say how many blocks there are, where each is of one group of layers, and what a request holds of them: as vLLM's log does."""
+    pool, longest = deployment.pool_of(HybridStepAllocator.name), deployment.scheduler.max_model_len
+    layout = hybrid_layout(pool)
+    sizes = sorted({rule.block_size for rule in layout.token_rules})
+    peak = layout.peak_blocks(longest, deployment.scheduler.max_num_batched_tokens)
+    at_once = pool.num_blocks / peak
+    return (
+        f"{pool.num_blocks:,} blocks, each of {' or '.join(f'{size:,}' for size in sizes)} tokens in one of {len(layout.rules)} "
+        f"groups of layers; a request of {longest:,} tokens holds up to {peak:,}, so that {at_once:.2f} fit at once: "
+        f"{int(at_once * longest):,} tokens, as vLLM counts them"
+    )
+
+
 def window_note(deployment: Deployment) -> str | None:
     """Say that windows save nothing here, if the model has some."""
     if not any(group.kind in ("sliding_window", "chunked") for group in deployment.model.layer_groups):
         return None
     engine = deployment.engine.name.partition("@")[0]
+    if deployment.own_allocator == HybridStepAllocator.name:
+        return None
     if engine == "vllm":
-        return "Layers with a window keep all tokens in paged memory; vLLM gives their blocks back: --allocator hybrid."
+        return "Layers with a window keep all tokens in paged memory; vLLM can give their blocks back: --allocator hybrid."
     if engine in ("llama-cpp", "ollama"):
         return "Layers with a window are counted at full length, as llama-server --swa-full has them; by default it takes less."
     return "Layers with a window are counted at full length: all their tokens are kept."

@@ -107,6 +107,7 @@ def _switches(deployment: Deployment, serving: ServingConfig) -> list[str]:
         "--no-scheduler-reserve-full-isl": VLLM_RESERVES_FULL_ISL and not gate,
         "--scheduler-reserve-full-isl": gate and vllm_version(serving.engine).reserve_full_isl is False,
         "--enforce-eager": serving.enforce_eager,
+        "--disable-hybrid-kv-cache-manager": serving.disable_hybrid_kv_cache_manager,
     }
     return [flag for flag, wanted in switches.items() if wanted]
 

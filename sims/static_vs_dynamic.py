@@ -36,7 +36,7 @@ def rows() -> list[tuple[str, ...]]:
             serving=serving,
             measurement=MeasurementConfig(goodput=GOALS, duration="300s"),
         )
-        paged, contiguous = (max_users(config, name, attain=ATTAIN).value for name in ("paged", "contiguous-max"))
+        paged, contiguous = (max_users(config, name, attain=ATTAIN).value for name in (deployment.own_allocator, "contiguous-max"))
         what = f"{deployment.model.name}, {deployment.weight_format.name}, KV {serving.kv_cache_dtype}"
         table.append(
             (
@@ -55,7 +55,7 @@ def rows() -> list[tuple[str, ...]]:
 
 def markdown() -> str:
     """Return the table."""
-    head = ("case", "max-model-len", "KV tokens", "formula: users", "contiguous: at once", "paged: people", "contiguous: people")
+    head = ("case", "max-model-len", "KV tokens", "formula: users", "contiguous: at once", "blocks: people", "contiguous: people")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows())]) + "\n"
 

@@ -102,8 +102,6 @@ def parse_grid(words: Sequence[str]) -> Grid:
         CycloptsError: If a value is none of its flag's kind.
     """
     flags = _flags(words)
-    if "allocator" not in flags and "engine" not in flags:
-        flags["allocator"] = ["paged"]
     axes, fixed = [], {}
     for name, values in flags.items():
         parsed = _parsed(name, values)

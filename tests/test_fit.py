@@ -11,12 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pagedkv.catalogue import load_model
+from pagedkv.allocators.hybrid import HybridAllocator
 from pagedkv.errors import ConfigError
 from pagedkv.heaps import HEAPS
+from pagedkv.kv_request import KVRequest
+from pagedkv.layer_groups import plan_layer_groups
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import ServingConfig
-from pagedkv.sims.deployment import Deployment, deploy
+from pagedkv.sims.deployment import Deployment, deploy, memory_request
 from pagedkv.sims.fit import CONTEXTS, fit, under_each_rule
 from pagedkv.step_allocation import step_allocator
 from pagedkv.step_batch import empty_batch
@@ -29,7 +31,7 @@ def filled(deployment: Deployment, allocator: str, context: int, *, most: int | 
     """Return how many requests of `context` tokens a real allocator admits one after the other, `most` at most."""
     pool = deployment.pool_of(allocator)
     if most is None:
-        most = pool.num_slots // (pool.state_slots + 1) + 1
+        most = min(pool.num_slots // (pool.state_slots + 1) + 1, pool.num_blocks if allocator == "hybrid" else pool.num_slots)
     one = step_allocator(allocator, replace(pool, max_num_seqs=most, watermark=0.0))
     slots = one.admission_slots(context, 1)
     if slots is None:
@@ -48,19 +50,17 @@ def deployments(draw: st.DrawFn) -> Deployment:
     """Small pools, so that they are filled in no time; some just hold one request."""
     state = draw(st.booleans())
     block_size, max_model_len = draw(st.sampled_from([1, 8, 16, 48])), draw(st.integers(1, 1100))
-    spec = load_model((WITH_STATE if state else PLAIN)["model"]).kv_spec("auto")
-    state_slots = -(-spec.state_bytes_per_sequence // spec.bytes_per_token)
-    least = -(-max_model_len // block_size) + -(-state_slots // block_size) + 1
-    return deploy(
-        ServingConfig(
-            **(WITH_STATE if state else PLAIN),
-            block_size=block_size,
-            max_model_len=max_model_len,
-            num_gpu_blocks_override=least + draw(st.integers(0, (20_000 if state else 1500) // block_size)),
-            contiguous_heap=draw(st.sampled_from(HEAPS.names())),
-            watermark=draw(st.sampled_from([0.0, 0.3])),
-        )
+    serving = ServingConfig(
+        **(WITH_STATE if state else PLAIN),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        disable_hybrid_kv_cache_manager=draw(st.booleans()),
+        contiguous_heap=draw(st.sampled_from(HEAPS.names())),
+        watermark=draw(st.sampled_from([0.0, 0.3])),
     )
+    least = memory_request(serving).blocks_for_one_request
+    more = draw(st.integers(0, (20_000 if state else 1500) // block_size))
+    return deploy(replace(serving, num_gpu_blocks_override=least + more))
 
 
 @given(deployment=deployments(), share=st.floats(0, 1))
@@ -71,7 +71,7 @@ def test_rows_are_what_real_allocators_hold(deployment: Deployment, share: float
     assert answer.at_context is not None
     assert answer.at_context.context == max(round(share * longest), 1)
     for row in (*answer.rows, answer.at_context):
-        assert row.paged == filled(deployment, "paged", row.context)
+        assert row.paged == filled(deployment, deployment.own_allocator, row.context)
         assert row.contiguous_max == filled(deployment, "contiguous-max", row.context)
 
 
@@ -82,9 +82,9 @@ def test_so_many_users_can_have_the_longest_context_and_no_longer_one(deployment
     assert answer.longest_context is not None
     assert answer.longest_context <= deployment.scheduler.max_model_len
     if answer.longest_context:
-        assert filled(deployment, "paged", answer.longest_context, most=users) == users
+        assert filled(deployment, deployment.own_allocator, answer.longest_context, most=users) == users
     if answer.longest_context < deployment.scheduler.max_model_len:
-        assert filled(deployment, "paged", answer.longest_context + 1, most=users) < users
+        assert filled(deployment, deployment.own_allocator, answer.longest_context + 1, most=users) < users
 
 
 @pytest.mark.parametrize("names", [{}, WITH_STATE], ids=["llama-3.1-8b", "qwen3.5-27b"])
@@ -93,15 +93,33 @@ def test_a_whole_machine(names: dict[str, Any]) -> None:
     answer = fit(deployment)
     budget, longest = deployment.budget, deployment.scheduler.max_model_len
     assert [row.context for row in answer.rows] == [*(context for context in CONTEXTS if context < longest), longest]
-    assert answer.kv_tokens == (budget.num_blocks - 1) * 16  # without vLLM's null block
     spec = deployment.model.kv_spec("auto")
+    if deployment.own_allocator == "paged":
+        assert answer.kv_tokens == (budget.num_blocks - 1) * 16  # without vLLM's null block
+    else:
+        assert answer.kv_tokens == pytest.approx(answer.rows[-1].paged * longest, rel=0.03)
     assert answer.formula_users == pytest.approx(budget.kv_cache / longest / spec.bytes_per_token)
     assert answer.rows[-1].paged <= answer.formula_users
     for row in answer.rows:
-        assert row.paged == filled(deployment, "paged", row.context, most=1000)
-    each = 16 * -(-answer.rows[0].context // 16) * spec.bytes_per_token + spec.state_bytes_per_sequence
+        assert row.paged == filled(deployment, deployment.own_allocator, row.context, most=1000)
+    size = plan_layer_groups(deployment.model.layer_groups, block_size=16).block_size
+    each = size * -(-answer.rows[0].context // size) * spec.bytes_per_token + spec.state_bytes_per_sequence
     assert answer.rows[0].paged == pytest.approx(budget.kv_cache / each, rel=0.01)  # by bytes, without any block
     assert (answer.users, answer.longest_context, answer.at_context) == (None, None, None)
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "gemma-3-12b", "llama-4-scout"])
+def test_where_windows_give_blocks_back_all_fit_while_all_are_at_their_peak(model: str) -> None:
+    serving = ServingConfig(model=model, hardware="b200", quantization="nvfp4", kv_cache_memory_bytes="6GiB", max_model_len=16_384)
+    deployment, context, chunk = deploy(replace(serving, max_num_batched_tokens=512)), 12_345, 512
+    answer = fit(deployment, context=context)
+    assert answer.at_context is not None
+    allocator = HybridAllocator(replace(deployment.pool_of("hybrid"), enable_prefix_caching=False, max_num_seqs=1000))
+    requests = [KVRequest(request_id=i, num_tokens=context) for i in range(answer.at_context.paged)]
+    for computed in range(0, context, chunk):
+        for request in requests:
+            assert allocator.allocate_slots(request, min(chunk, context - computed)) is not None
+            request.num_computed_tokens = min(computed + chunk, context)
 
 
 @example(users=1, context=1)
@@ -144,8 +162,10 @@ def test_each_rule_gives_what_its_engine_starts_with_whichever_is_asked_about(as
                 deploy(serving)
             assert str(refused.value).startswith(rule.equation)
         else:
-            budget = deploy(serving).budget
-            assert (rule.kv_tokens, rule.equation) == (budget.usable_blocks * budget.block_size, budget.equation)
+            deployment = deploy(serving)
+            budget, apart = deployment.budget, deployment.own_allocator == "hybrid"
+            tokens = fit(deployment).kv_tokens if apart else budget.usable_blocks * budget.block_size
+            assert (rule.kv_tokens, rule.equation) == (tokens, budget.equation)
     assert rules == under_each_rule(deploy(ServingConfig(model=model)))
 
 

@@ -96,6 +96,24 @@ def test_a_pool_has_the_tokens_and_the_concurrency_that_vllm_logs() -> None:
     assert round(num_blocks / sum(rule.peak_blocks(262_144, 8192) for rule in rules), 2) == 14.77
 
 
+def test_the_blocks_that_a_request_holds_are_those_that_vllm_logs() -> None:
+    """Two logs that say tokens and concurrency, from which the blocks of a request follow.
+
+    Gemma 3 4B at 3,072 tokens: "Add 1 padding layers", "GPU KV cache size: 317,136 tokens", "Maximum concurrency ...: 102.78x"
+    (kvcached issue 215). vLLM's figure has a block more for each of the six windowed groups, where a request is too short for it.
+    Qwen3.5 27B at 32,768 tokens, vLLM 0.19: "290,864 tokens", "33.04x" (vLLM issue 40691).
+    """
+    for model, longest, batched, logged_tokens, concurrency, more in (
+        ("gemma-3-4b", 3_072, 8_192, 317_136, 102.78, 6),
+        ("qwen3.5-27b", 32_768, 16_384, 290_864, 33.04, 0),
+    ):
+        plan = plan_of(model)
+        rules = plan.rules(max_model_len=longest, enable_caching=False)
+        blocks = sum(rule.peak_blocks(longest, batched) for rule in rules) + more
+        least = logged_tokens // plan.block_size * len(plan.groups)  # the log rounds down to whole blocks in all groups
+        assert least / blocks - 0.005 <= concurrency <= (least + len(plan.groups) - 1) / blocks + 0.005
+
+
 def test_smaller_elements_need_longer_blocks_for_the_same_state() -> None:
     assert plan_of("qwen3.5-27b", "fp8").block_size == 1568
 

@@ -153,7 +153,7 @@ def test_the_others_do_without_and_the_answer_says_so(capsys: pytest.CaptureFixt
     words = ["--request-rate", "1", "--num-prompts", "20", "--prefix-len", "800", "--num-prefixes", "2", "--hardware", "h100-80gb"]
     main([*words, "--allocator", "paged,contiguous-max,radix"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Only paged memory caches prefixes here: contiguous-max, radix compute every prompt whole." in shown
+    assert "Only memory in blocks caches prefixes here: contiguous-max, radix compute every prompt whole." in shown
     assert "behind one of 2 prefixes of 800 tokens" in shown
     assert "prefix caching on" in shown
     assert "prefix hit rate" in shown
@@ -161,7 +161,7 @@ def test_the_others_do_without_and_the_answer_says_so(capsys: pytest.CaptureFixt
     shown = " ".join(capsys.readouterr().out.split())
     assert "prefix caching off" in shown
     assert "prefix hit rate" not in shown
-    assert "Only paged" not in shown
+    assert "Only memory in blocks" not in shown
 
 
 def test_models_with_state_are_not_cached_and_the_answer_says_so(capsys: pytest.CaptureFixture[str]) -> None:

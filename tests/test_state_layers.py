@@ -206,8 +206,16 @@ def test_narrower_keys_and_values_do_not_make_the_state_smaller() -> None:
 
 def test_an_engine_that_starts_can_serve_the_longest_request() -> None:
     # 128 blocks for 2,048 tokens, 147 for the state, and the null block.
-    serving = ServingConfig(model="qwen3.5-27b", max_model_len=2048, num_gpu_blocks_override=276)
+    serving = ServingConfig(
+        model="qwen3.5-27b", max_model_len=2048, num_gpu_blocks_override=276, disable_hybrid_kv_cache_manager=True
+    )
     with pytest.raises(ConfigError, match="--max-model-len 2048"):
         deploy(replace(serving, num_gpu_blocks_override=275))
     deployment = deploy(serving)
     assert step_allocator("paged", deployment.pool).admission_slots(2047, 1) is not None
+    # Three blocks of 784 tokens in the layers of attention, three with a state, and the null block; each as large as 49 of 16.
+    apart = replace(serving, disable_hybrid_kv_cache_manager=False, num_gpu_blocks_override=7 * 49)
+    with pytest.raises(ConfigError, match="--max-model-len 2048"):
+        deploy(replace(apart, num_gpu_blocks_override=7 * 49 - 1))
+    deployment = deploy(apart)
+    assert step_allocator("hybrid", deployment.pool_of("hybrid")).admission_slots(2047, 1) is not None

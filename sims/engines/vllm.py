@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pagedkv.allocation import KVPoolSettings
+from pagedkv.catalogue import load_model
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.layer_groups import groups_differ
 from pagedkv.ledgers.vllm import VLLMLedger
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
-from pagedkv.sims.config import DEFAULT_ALLOCATORS, ServingConfig
+from pagedkv.sims.config import DEFAULT_ALLOCATORS, ServingConfig, names_several_models
 from pagedkv.sims.engines import ENGINES
 from pagedkv.sims.engines._shared import longest_request, vllm_ledger
 from pagedkv.sims.vllm_versions import CURRENT, VLLMVersion, vllm_version
@@ -42,9 +44,9 @@ class VLLM:
         return ("paged", "paged-offload", "hybrid")
 
     def allocators(self, serving: ServingConfig) -> tuple[str, ...]:
-        """Return paged memory, and what it is compared with; drafts are for paged memory only."""
+        """Return its own memory, and what that is compared with; drafts are for its own only."""
         own = self.columns(serving)
-        return own if serving.num_speculative_tokens else (*own, *(name for name in DEFAULT_ALLOCATORS if name not in own))
+        return own if serving.num_speculative_tokens else (*own, *(name for name in DEFAULT_ALLOCATORS if name != "paged"))
 
     def runs_eagerly(self, serving: ServingConfig) -> bool:
         """Return what the user says."""
@@ -82,8 +84,15 @@ class VLLM:
         return {}
 
     def columns(self, serving: ServingConfig) -> tuple[str, ...]:
-        """Return paged memory, with a second tier and without if there is one: the others are no part of vLLM."""
-        return ("paged",) if serving.offload_size is None else ("paged-offload", "paged")
+        """Return paged memory, with blocks per layer group where layers differ, with a second tier and without if there is one.
+
+        The others are no part of vLLM. With a second tier it has one block table for all layers.
+        """
+        if serving.offload_size is not None:
+            return ("paged-offload", "paged")
+        if serving.disable_hybrid_kv_cache_manager or names_several_models(serving):  # these are refused, with what would work
+            return ("paged",)
+        return ("hybrid",) if groups_differ(load_model(serving.model).layer_groups) else ("paged",)
 
     def in_words(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings) -> str:
         """Return how it batches."""

@@ -58,7 +58,7 @@ class SimulatedEngine:
         """
         if deployment.tier is not None:
             raise ConfigError("--offload-size: serve has no second tier; simulate has")
-        scheduler = deployment.scheduler_over("paged")
+        scheduler = deployment.scheduler_over(deployment.own_allocator)
         if not deployment.engine.name.startswith("vllm") or not isinstance(scheduler, Scheduler):
             raise ConfigError(f"--engine {deployment.engine.name} cannot be served yet: use --engine vllm")
         self.scheduler, self.tokenizer = scheduler, FillerTokenizer()
@@ -170,7 +170,7 @@ def admissions(step: Step) -> list[Admission]:
 
 def compile_steps(deployment: Deployment) -> None:
     """Let all that a step needs be compiled now, so that no request waits for it."""
-    scheduler = deployment.scheduler_over("paged")
+    scheduler = deployment.scheduler_over(deployment.own_allocator)
     scheduler.add(prompt_tokens=1, output_tokens=2)
     for _ in range(2):
         step = scheduler.schedule()
