@@ -79,13 +79,35 @@ def show_engines(trace: str) -> None:
         print(f"    {us:.1f} µs per iteration; step by step {slow_us:.1f}: {slow_us / us:.1f} × as long")  # noqa: T201
 
 
+def show_layer_groups() -> None:
+    """Print two lines for each of three models whose layers differ: vLLM's blocks per layer group, and one table for all layers."""
+    for model in ("gpt-oss-120b", "gemma-3-27b", "qwen3.5-35b-a3b"):
+        serving = ServingConfig(model=model, quantization="nvfp4")
+        timings = []
+        for allocator in ("paged", "hybrid"):
+            measurement = MeasurementConfig(allocator=(allocator,))
+            case = resolve(SimulationConfig(load=LoadConfig(users=100), serving=serving, measurement=measurement))
+            timed(case, repeats=1)  # it compiles
+            timings.append(timed(case))
+            show(f"100 users, {model} ({allocator})", timings[-1])
+        slow = timed(case, repeats=2, step_by_step=True)
+        print(  # noqa: T201
+            f"    hybrid takes {timings[1].cpu_s / timings[0].cpu_s:.1f} × as long as paged; step by step "
+            f"{slow.cpu_s / timings[1].cpu_s:.0f} × as long as compiled"
+        )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("trace", help="the Azure conversation trace")
     parser.add_argument("--million", action="store_true", help="also a million requests")
     parser.add_argument("--engines", action="store_true", help="the engine presets instead")
+    parser.add_argument("--layer-groups", action="store_true", help="models whose layers differ instead")
     options = parser.parse_args()
+    if options.layer_groups:
+        show_layer_groups()
+        return
     if options.engines:
         show_engines(options.trace)
         return
