@@ -72,5 +72,6 @@ def as_flags(request: MemoryRequest, change: MemoryRequest) -> str:
     for field in fields(change.ledger):  # type: ignore[arg-type]  # ledgers are dataclasses
         value = getattr(change.ledger, field.name)
         if value != getattr(request.ledger, field.name):
-            flags.append(f"--{field.name.replace('_', '-')} {value}")
+            flag = field.name.replace("_", "-")
+            flags.append(f"--no-{flag}" if value is False else f"--{flag} {value}")
     return " ".join(flags)

@@ -199,6 +199,14 @@ class KVCacheSpec:
         """Bytes of a sequence that do not depend on its length."""
         return sum(group.num_layers * group.state_bytes for group in self.groups)
 
+    def apart(self) -> "tuple[KVCacheSpec, KVCacheSpec | None]":
+        """Return what grows with a sequence, and the layers with a window; None where there are none, or nothing grows beside."""
+        windows = tuple(group for group in self.groups if group.window is not None)
+        rest = tuple(group for group in self.groups if group.window is None)
+        if not windows or not any(group.elements_per_token for group in rest):
+            return self, None
+        return replace(self, groups=rest), replace(self, groups=windows)
+
     def per_rank(self, tensor_parallel_size: int) -> "KVCacheSpec":
         """Return the cache of one of `tensor_parallel_size` ranks.
 

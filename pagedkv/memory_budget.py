@@ -24,7 +24,7 @@ class MemoryBudget:
     cuda_graphs: int
     """Part 4: captured graphs."""
     kv_cache: int
-    """Part 5: `num_blocks * block_bytes`."""
+    """Part 5: `num_blocks * block_bytes`, sequence states that are set aside, and `window_bytes`."""
     os_reserve: int
     """Part 6: the operating system."""
     other_programs: int
@@ -36,13 +36,17 @@ class MemoryBudget:
     block_size: int
     """Tokens per block."""
     block_bytes: int
-    """Bytes of one block in all layers."""
+    """Bytes of one block in all layers that have blocks."""
     kv_bytes_per_token: int
-    """Bytes of one token in all layers."""
+    """Bytes of one token in those layers."""
     num_blocks: int
     """Blocks of the pool as the engine counts them, null blocks included."""
     null_blocks: int = 1
     """Blocks that no request can hold: vLLM's null block, SGLang's page 0."""
+    window_bytes: int = 0
+    """Of the KV cache: that of layers with a window, where they have one of their own."""
+    window_cells: int = 0
+    """Tokens that it has room for."""
     equation: str = ""
     """The size of the KV cache as the engine computes it, with this machine's numbers."""
     gate: str = ""

@@ -27,6 +27,10 @@ class Ledger(Protocol):
         """Blocks of the pool that no request can hold."""
 
     @property
+    def windows_apart(self) -> bool:
+        """Whether layers with a window have a cache of their own, and blocks only the others."""
+
+    @property
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose, the widest first."""
 
@@ -138,12 +142,12 @@ class MemoryRequest:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers, those that draft included, in `kv_cache_dtype`."""
+        """Bytes of one block in all layers that have blocks, those that draft included, in `kv_cache_dtype`."""
         return self._kv_spec.block_bytes(self.ledger.block_size)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one token in all layers, those that draft included."""
+        """Bytes of one token in all layers that have blocks, those that draft included."""
         return self._kv_spec.bytes_per_token
 
     @property
@@ -156,9 +160,20 @@ class MemoryRequest:
         return plan_layer_groups(self._kv_spec.groups, block_size=self.ledger.block_size, kv_cache_dtype=self.kv_cache_dtype)
 
     @property
+    def window_spec(self) -> KVCacheSpec | None:
+        """The layers that the engine caches apart from its blocks; None if there are none."""
+        return self._kv_specs[1]
+
+    @property
     def _kv_spec(self) -> KVCacheSpec:
+        return self._kv_specs[0]
+
+    @property
+    def _kv_specs(self) -> tuple[KVCacheSpec, KVCacheSpec | None]:
+        """What is in blocks, and what is apart from them."""
         spec = self.model.kv_spec(self.kv_cache_dtype)
-        return spec if self.draft is None else replace(spec, groups=(*spec.groups, *self.draft.kv_groups))
+        spec = spec if self.draft is None else replace(spec, groups=(*spec.groups, *self.draft.kv_groups))
+        return spec.apart() if self.ledger.windows_apart else (spec, None)
 
     @property
     def blocks_for_one_request(self) -> int:

@@ -24,6 +24,8 @@ def budget_document(budget: MemoryBudget) -> dict[str, Any]:
         "num_blocks": budget.num_blocks,
         "block_size": budget.block_size,
         "kv_bytes_per_token": budget.kv_bytes_per_token,
+        "window_cells": budget.window_cells,
+        "window_bytes": budget.window_bytes,
         "gpu_memory_utilization": budget.utilization,
         "requested": budget.requested,
         "free_at_start": budget.free_at_start,

@@ -204,6 +204,8 @@ class ServingConfig:
     """llama.cpp: let all slots share the cells [default: yes, unless parallel is given]."""
     ubatch_size: int | None = None
     """llama.cpp and Ollama: most tokens that are computed together [default: 512]."""
+    swa_full: bool = False
+    """llama.cpp and Ollama: let layers with a window keep all tokens, as the others do."""
     speculative_method: str | None = None
     """vLLM, SGLang: what drafts: draft-model, mtp, medusa or ngram [default: nothing; draft-model with speculative-model]."""
     speculative_model: str | None = None

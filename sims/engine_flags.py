@@ -38,6 +38,7 @@ ENGINE_FLAGS: dict[str, tuple[str, ...]] = {
     "parallel": _LLAMA_CPP,
     "kv_unified": ("llama-cpp",),
     "ubatch_size": _LLAMA_CPP,
+    "swa_full": _LLAMA_CPP,
     "max_queue": ("ollama",),
     "max_loaded_models": ("ollama",),
     "keep_alive": ("ollama",),

@@ -36,7 +36,7 @@ class Fit:
     """Tokens in usable blocks; where layers that differ have blocks of their own, those of requests of max-model-len, as in vLLM's
     log."""
     formula_users: float
-    """KV bytes / (max-model-len × bytes per token): what a formula with every user at full context claims."""
+    """KV bytes in blocks / (max-model-len × bytes per token): what a formula with every user at full context claims."""
     rows: tuple[FitRow, ...]
     """By context, ascending."""
     users: int | None
@@ -63,7 +63,7 @@ def fit(deployment: Deployment, *, users: int | None = None, context: int | None
     budget = deployment.budget
     return Fit(
         kv_tokens=memory_request(deployment.config).tokens_held(budget),
-        formula_users=budget.kv_cache / (longest * budget.kv_bytes_per_token),
+        formula_users=(budget.kv_cache - budget.window_bytes) / (longest * budget.kv_bytes_per_token),
         rows=tuple(_row(deployment, tokens) for tokens in (*(c for c in CONTEXTS if c < longest), longest)),
         users=users,
         longest_context=None if users is None else _longest_context(deployment, users),

@@ -57,10 +57,11 @@ def kv_equation(deployment: Deployment) -> tuple[str, str]:
     if deployment.own_allocator == HybridStepAllocator.name:
         return budget.equation, _blocks_per_group(deployment)
     state = f", and {gib(spec.state_bytes_per_sequence)} of state per request" if spec.state_bytes_per_sequence else ""
+    windows = f", and {gib(budget.window_bytes)} for layers with a window" if budget.window_bytes else ""
     return (
         budget.equation,
         f"{budget.num_blocks:,} blocks of {budget.block_size} tokens = {budget.num_kv_tokens:,} tokens "
-        f"of {budget.kv_bytes_per_token:,} bytes{state}",
+        f"of {budget.kv_bytes_per_token:,} bytes{windows}{state}",
     )
 
 
@@ -79,7 +80,7 @@ def _blocks_per_group(deployment: Deployment) -> str:
 
 
 def window_note(deployment: Deployment) -> str | None:
-    """Say that windows save nothing here, if the model has some."""
+    """Say what windows save here, if the model has some."""
     if not any(group.kind in ("sliding_window", "chunked") for group in deployment.model.layer_groups):
         return None
     engine = deployment.engine.name.partition("@")[0]
@@ -88,8 +89,21 @@ def window_note(deployment: Deployment) -> str | None:
     if engine == "vllm":
         return "Layers with a window keep all tokens in paged memory; vLLM can give their blocks back: --allocator hybrid."
     if engine in ("llama-cpp", "ollama"):
-        return "Layers with a window are counted at full length, as llama-server --swa-full has them; by default it takes less."
+        return _window_cells(deployment)
     return "Layers with a window are counted at full length: all their tokens are kept."
+
+
+def _window_cells(deployment: Deployment) -> str:
+    """Return how llama.cpp keeps layers with a window."""
+    budget = deployment.budget
+    if deployment.config.swa_full:
+        return "Layers with a window keep all their tokens: --swa-full."
+    if not budget.window_cells:
+        return "All layers have a window: llama.cpp runs this model without it, and keeps all tokens, as with --swa-full."
+    return (
+        f"Layers with a window have cells of their own, {budget.window_cells:,} that take {gib(budget.window_bytes)}; "
+        "--swa-full: as many as the others have."
+    )
 
 
 def contiguous_max_holds(results: Results) -> str | None:

@@ -253,6 +253,27 @@ def test_the_note_on_windows_is_of_the_engine() -> None:
         assert ("--swa-full" in note) == (name in ("llama-cpp", "ollama"))
 
 
+def test_the_note_on_windows_says_what_they_take_under_llama_cpp() -> None:
+    def note(model: str, **asked: Any) -> str:
+        return str(window_note(deploy(ServingConfig(engine="llama-cpp", model=model, **asked))))
+
+    assert "cells of their own, 1,024 that take 0.04 GiB" in note("gpt-oss-120b")
+    assert "keep all their tokens: --swa-full" in note("gpt-oss-120b", swa_full=True)
+    assert "runs this model without it" in note("mistral-7b-v0.1")
+    assert window_note(deploy(ServingConfig(engine="llama-cpp", model="qwen3-8b"))) is None
+    with pytest.raises(ConfigError, match=r"--swa-full True: vllm has no such setting"):
+        deploy(ServingConfig(engine="vllm", model="gpt-oss-120b", swa_full=True))
+
+
+@pytest.mark.parametrize("engine", ["llama-cpp", "ollama"])
+def test_windows_apart_leave_the_tokens_as_they_are(engine: str) -> None:
+    """The cells of the other layers are what a request may be as long as."""
+    lean, full = (deploy(ServingConfig(engine=engine, model="gpt-oss-20b", swa_full=swa_full)) for swa_full in (False, True))
+    assert lean.pool == full.pool
+    assert lean.scheduler == full.scheduler
+    assert full.budget.kv_cache > 1.9 * lean.budget.kv_cache
+
+
 @pytest.mark.parametrize(
     ("asked", "proposed"), [({"parallel": 3}, "--parallel 6"), ({"max_num_seqs": 3}, "--max-num-seqs 6"), ({}, "--max-num-seqs 8")]
 )

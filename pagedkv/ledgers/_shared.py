@@ -59,6 +59,8 @@ def settle(
     held: int,
     gentler: Ledger | None = None,
     state_bytes: int = 0,
+    window_bytes: int = 0,
+    window_cells: int = 0,
 ) -> MemoryBudget:
     """Return the budget of a request that fits.
 
@@ -74,8 +76,10 @@ def settle(
         held: What the engine may come to hold, in bytes; what it leaves is compared with the machine's floor.
         gentler: Settings that should leave the floor free, for the warning; named if they do.
         state_bytes: Bytes of sequence states that the engine reserves beside the blocks.
+        window_bytes: Bytes of a cache that layers with a window have of their own.
+        window_cells: Tokens that it has room for.
     """
-    kv_cache = num_blocks * block_bytes + state_bytes
+    kv_cache = num_blocks * block_bytes + state_bytes + window_bytes
     os_reserve, other_programs = request.taken_by_others
     free = request.free_at_start
     return MemoryBudget(
@@ -96,6 +100,8 @@ def settle(
         kv_bytes_per_token=request.kv_bytes_per_token,
         num_blocks=num_blocks,
         null_blocks=request.ledger.null_blocks,
+        window_bytes=window_bytes,
+        window_cells=window_cells,
         equation=f"KV cache = {equation} = {gib(kv_cache)}",
         gate=check + _left_for_the_system(request, held),
         warnings=_warnings(request, held, gentler),

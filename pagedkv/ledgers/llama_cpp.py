@@ -1,12 +1,15 @@
 """llama.cpp: the user says how many cells the KV cache has, all of it is allocated at the start, and either it fits or it does not.
 
 KV cache = cells x bytes per cell, where cells is --ctx-size rounded up to 256. With a unified cache every slot may use all cells;
-otherwise each of the slots owns a private stream of ctx / slots, rounded up too. Nothing is sized to the memory; moving layers to
-the processor (-ngl, --fit) is not modelled. On a discrete GPU the input embedding stays in the processor's memory.
-Source: llama.cpp as of mid-2026, llama_context and llama_kv_cache; tools/server.
+otherwise each of the slots owns a private stream of ctx / slots, rounded up too. Layers with a window (gpt-oss, Gemma) have a cache
+of their own with fewer cells, unless all have one (Mistral 7B v0.1, which llama.cpp runs without its window) or --swa-full is
+given. Nothing is sized to the memory; moving layers to the processor (-ngl, --fit) is not modelled. On a discrete GPU the input
+embedding stays in the processor's memory.
+Source: llama.cpp as of mid-2026, llama_context, llama_kv_cache and llama_kv_cache_iswa (02c28f5); tools/server.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -55,6 +58,8 @@ class LlamaCppLedger:
     """Whether all slots share the cells; None: only where the number of slots is not given."""
     ubatch_size: int = 512
     """Tokens computed at once."""
+    swa_full: bool = False
+    """Whether layers with a window keep as many cells as the others."""
 
     @property
     def block_size(self) -> int:
@@ -65,6 +70,11 @@ class LlamaCppLedger:
     def null_blocks(self) -> int:
         """Every cell can be held."""
         return 0
+
+    @property
+    def windows_apart(self) -> bool:
+        """Layers with a window have cells of their own, fewer than the others."""
+        return not self.swa_full
 
     @property
     def weight_formats(self) -> tuple[str, ...]:
@@ -94,6 +104,23 @@ class LlamaCppLedger:
     def num_cells(self, request: MemoryRequest) -> int:
         """Return the cells of the whole cache."""
         return self.slot_cells(request) * (1 if self.unified else self.num_slots)
+
+    def window_cells(self, request: MemoryRequest) -> int:
+        """Return the cells of the cache of layers with a window, in all streams; 0 if they have none of their own.
+
+        In a stream: the window of every sequence that may be in it, and the tokens of one step, but no more than others have.
+        """
+        spec = request.window_spec
+        if spec is None:
+            return 0
+        window = max(group.window or 0 for group in spec.groups)
+        sequences, streams = (self.num_slots, 1) if self.unified else (1, self.num_slots)
+        return streams * padded(min(self.slot_cells(request), window * sequences + self.ubatch_size))
+
+    def window_bytes(self, request: MemoryRequest) -> int:
+        """Return the bytes of the cache of layers with a window."""
+        spec = request.window_spec
+        return 0 if spec is None else spec.block_bytes(self.window_cells(request))
 
     def check(self, request: MemoryRequest) -> None:
         """Refuse settings that no machine could make work.
@@ -129,7 +156,8 @@ class LlamaCppLedger:
         )
         num_cells, cell_bytes = self.num_cells(request), request.block_bytes
         states = self.num_slots * model.kv_spec(request.kv_cache_dtype).state_bytes_per_sequence
-        kv_cache = num_cells * cell_bytes + states
+        window_cells, window_bytes = self.window_cells(request), self.window_bytes(request)
+        kv_cache = num_cells * cell_bytes + window_bytes + states
         held = parts.total + kv_cache
         if held > free:
             return Shortage(
@@ -147,18 +175,27 @@ class LlamaCppLedger:
             requested=held,
             num_blocks=num_cells,
             block_bytes=cell_bytes,
-            equation=f"{num_cells:,} cells × {cell_bytes:,} B" + (f" + {gib(states)} of sequence states" if states else ""),
+            equation=f"{num_cells:,} cells × {cell_bytes:,} B"
+            + (f" + {window_cells:,} cells × {window_bytes // window_cells:,} B of layers with a window" if window_cells else "")
+            + (f" + {gib(states)} of sequence states" if states else ""),
             check=f"start: {gib(held)} are allocated at once, and {free_in_words(request)}",
             held=held,
             gentler=replace(self, ctx_size=self._cells_within(request, kv_cache - shortfall_of_floor(request, held))),
             state_bytes=states,
+            window_bytes=window_bytes,
+            window_cells=window_cells,
         )
 
     def _cells_within(self, request: MemoryRequest, room: int) -> int:
         """Return the largest --ctx-size whose KV cache takes at most `room` bytes; at least one multiple of 256 per slot."""
-        states = self.num_slots * request.model.kv_spec(request.kv_cache_dtype).state_bytes_per_sequence
+        room -= self.num_slots * request.model.kv_spec(request.kv_cache_dtype).state_bytes_per_sequence
         step = CELL_PADDING * (1 if self.unified else self.num_slots)
-        return max((room - states) // (request.block_bytes * step), 1) * step
+
+        def size(steps: int) -> int:
+            return steps * step * request.block_bytes + replace(self, ctx_size=steps * step).window_bytes(request)
+
+        most = max(room // (request.block_bytes * step), 1)
+        return max(bisect_right(range(1, most + 1), room, key=size), 1) * step
 
     def reason(self, request: MemoryRequest, shortage: Shortage) -> str:
         """Return what is missing, with this machine's numbers."""
@@ -197,12 +234,20 @@ class LlamaCppLedger:
 
     def remedies(self) -> tuple[Remedy, ...]:
         """Return the changes that may help, the mildest first."""
-        return (_fewer_cells, _narrower_cache_types, _fewer_slots, narrower_weights)
+        return (_windows_apart, _fewer_cells, _narrower_cache_types, _fewer_slots, narrower_weights)
 
     def on(self, hardware: HardwareSpec) -> tuple["LlamaCppLedger", ...]:
         """Return the ledgers that a user may end up with on another machine: this one."""
         del hardware
         return (self,)
+
+
+def _windows_apart(request: MemoryRequest) -> Iterator[MemoryRequest]:
+    """Yield the cache without --swa-full."""
+    ledger = request.ledger
+    assert isinstance(ledger, LlamaCppLedger)
+    if ledger.swa_full:
+        yield replace(request, ledger=replace(ledger, swa_full=False))
 
 
 def _fewer_cells(request: MemoryRequest) -> Iterator[MemoryRequest]:

@@ -54,6 +54,11 @@ class TransformersLedger:
         return 0
 
     @property
+    def windows_apart(self) -> bool:
+        """All layers have blocks."""
+        return False
+
+    @property
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose."""
         return ("fp8", "int4")

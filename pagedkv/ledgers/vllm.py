@@ -63,6 +63,11 @@ class VLLMLedger:
         return 1
 
     @property
+    def windows_apart(self) -> bool:
+        """All layers have blocks."""
+        return False
+
+    @property
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose."""
         return ("fp8", "nvfp4", "int4")

@@ -69,6 +69,7 @@ class Ollama(OneVersion):
             parallel=limits.max_num_seqs,
             kv_unified=False,
             ubatch_size=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
+            swa_full=serving.swa_full,
         )
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:
