@@ -215,6 +215,14 @@ class KVPoolSettings:
     """Element type of the cache, for pages of layer groups: a name in `pagedkv.kv_spec`."""
     max_num_batched_tokens: int | None = None
     """Most tokens of a step: how far a windowed layer can run ahead of what it gives back; None: not known."""
+    window_tokens: int = 0
+    """Tokens of the window of layers that have cells of their own (llama.cpp); 0: there are none, all layers keep all tokens."""
+    window_cells: int = 0
+    """Those cells, of all server slots."""
+    context_checkpoints: int = 32
+    """Most copies of its window that a server slot keeps, from which it can go on (llama.cpp's --ctx-checkpoints)."""
+    ubatch_tokens: int = 512
+    """Most tokens that a server with such layers computes together."""
     page_tokens: int = 64
     """Tokens in one physical page of one layer's keys (virtual contiguous memory): page bytes / (KV heads * head size * element
     bytes)."""
@@ -225,10 +233,15 @@ class KVPoolSettings:
         Raises:
             ConfigError: With the values that would work.
         """
-        expect_one_or_more(self, "num_blocks", "block_size", "max_num_seqs", "max_model_len", "page_tokens")
+        expect_one_or_more(self, "num_blocks", "block_size", "max_num_seqs", "max_model_len", "page_tokens", "ubatch_tokens")
         unit = self.prefix_match_unit
         if unit < 0 or (unit and self.block_size % unit):
             raise ConfigError(f"prefix-match-unit is {unit}: needs 0, or a divisor of block-size {self.block_size}")
+        if min(self.window_tokens, self.window_cells, self.context_checkpoints) < 0:
+            raise ConfigError(
+                f"a window of {self.window_tokens} tokens, {self.window_cells} cells, {self.context_checkpoints} checkpoints: "
+                "needs 0 or more of each"
+            )
         if self.offload_blocks < 0:
             raise ConfigError(f"offload-blocks is {self.offload_blocks}: needs 0 or more")
         if not 0 <= self.watermark < 1 or self.state_slots < 0:

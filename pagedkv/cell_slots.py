@@ -1,8 +1,8 @@
 """Server slots as in llama.cpp: each runs one request, and remembers the tokens of its last one until it is needed for another.
 
-Not modelled: the cache of prompts in host memory (--cache-ram), chunks moved to other positions (--cache-reuse), context shift, and
-cells given up behind a sliding window. State of fixed size (recurrent layers) is taken to be there for every prefix, as the context
-checkpoints of llama.cpp aim at.
+Not modelled: the cache of prompts in host memory (--cache-ram), chunks moved to other positions (--cache-reuse) and context shift.
+State of fixed size (recurrent layers) is taken to be there for every prefix, as the context checkpoints of llama.cpp aim at; of
+layers with a window, `pagedkv.slot_windows` knows what is there.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,13 @@ from pagedkv.errors import IntegrityError
 from pagedkv.jit import fixed_types
 from pagedkv.kv_request import KVRequest
 from pagedkv.slot_arrays import NO_SLOT, NUM_BUSY, SlotArrays, choose_slot
+from pagedkv.slot_windows import SlotWindows, begin_window, count_computed, reusable_tokens
 
+# Their arguments have the same types in every allocator.
 _choose_slot = fixed_types(choose_slot)
+_reusable_tokens = fixed_types(reusable_tokens)
+_begin_window = fixed_types(begin_window)
+_count_computed = fixed_types(count_computed)
 
 
 def common_prefix(a: Int32Array, b: Int32Array) -> int:
@@ -52,9 +57,9 @@ class ServerSlots:
     Whoever takes or gives back a slot in `arrays`, which the allocator does with its cells, says so here.
     """
 
-    def __init__(self, settings: KVPoolSettings, num_server_slots: int) -> None:
+    def __init__(self, settings: KVPoolSettings, num_server_slots: int, *, share_cells: bool) -> None:
         self.slots = tuple(ServerSlot(index=i) for i in range(num_server_slots))
-        self.arrays = SlotArrays.empty(num_server_slots)
+        self.arrays = SlotArrays.empty(num_server_slots, SlotWindows.of(settings, num_server_slots, shared=share_cells))
         self.remembers = bool(settings.enable_prefix_caching)
         """Whether idle slots keep what they have computed."""
         self._settings = settings
@@ -75,8 +80,8 @@ class ServerSlots:
     def choose(self, request: KVRequest) -> tuple[ServerSlot, int] | None:
         """Return the slot that an admission would get now and the leading tokens it would find there; None if none is idle.
 
-        Which one it is, `choose_slot` says. What it has is cut to the common prefix either way, and the last token is always
-        computed. O(server slots + tokens compared).
+        Which one it is, `choose_slot` says. What it has is cut to the common prefix either way, or to what layers with a window
+        can go on from, and the last token is always computed. O(server slots + tokens compared).
 
         Raises:
             ConfigError: If the request knows fewer token_ids than tokens.
@@ -84,7 +89,11 @@ class ServerSlots:
         tokens = self._tokens(request, request.num_tokens)
         common = np.array([self._common(slot, request, tokens) for slot in self.slots], np.int64)
         chosen = int(_choose_slot(self.arrays._replace(num_common=common), request.num_tokens))
-        return None if chosen == NO_SLOT else (self.slots[chosen], min(int(common[chosen]), request.num_tokens - 1))
+        if chosen == NO_SLOT:
+            return None
+        kept, windows = int(self.arrays.num_kept[chosen]), self.arrays.windows
+        found = _reusable_tokens(windows, chosen, kept, int(common[chosen]), int(request.num_tokens))
+        return self.slots[chosen], int(found)
 
     def check(self, request: KVRequest, num_new_tokens: int, num_slots_held: int) -> None:
         """Raise ConfigError unless `request` can ask for slots for `num_new_tokens` more tokens."""
@@ -94,6 +103,15 @@ class ServerSlots:
         self._tokens(request, request.num_tokens)
         if request not in self._running:
             request.check_place(len(self._running), self._settings.max_num_seqs)
+
+    def begin_window(self, slot: ServerSlot, request: KVRequest, num_kept: int, num_cached: int) -> None:
+        """Note that `request` begins in `slot`, which remembered `num_kept` tokens, behind `num_cached` of them."""
+        message_start = int(request.message_start)
+        _begin_window(self.arrays.windows, slot.index, int(num_kept), int(num_cached), int(request.num_tokens), message_start)
+
+    def count_computed(self, slot: ServerSlot, num_tokens: int) -> None:
+        """Note that `slot` computes so many more tokens."""
+        _count_computed(self.arrays.windows, slot.index, int(num_tokens))
 
     def start(self, slot: ServerSlot, request: KVRequest, num_cached: int) -> None:
         """Note that `request` runs in `slot`, which has its first `num_cached` tokens, and which slots have been purged for it."""

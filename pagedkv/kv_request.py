@@ -24,6 +24,8 @@ class KVRequest:
     on: the keys of a chain with blocks of that size."""
     token_ids: Int32Array = field(default_factory=lambda: NO_TOKENS)
     """The known tokens, int32 [num_tokens], for allocators that compare tokens and not keys; empty: it shares nothing there."""
+    message_start: int = 0
+    """Where the last message of its prompt starts, for server slots that keep a checkpoint there; 0: nobody says."""
     namespace: str = ""
     """Salt and adapter: only requests of one namespace share. Keys contain theirs already."""
     priority: int = 0

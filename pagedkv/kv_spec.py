@@ -199,6 +199,11 @@ class KVCacheSpec:
         """Bytes of a sequence that do not depend on its length."""
         return sum(group.num_layers * group.state_bytes for group in self.groups)
 
+    @property
+    def longest_window(self) -> int:
+        """Tokens of the longest window of its layers; 0 if they have none."""
+        return max(group.window or 0 for group in self.groups)
+
     def apart(self) -> "tuple[KVCacheSpec, KVCacheSpec | None]":
         """Return what grows with a sequence, and the layers with a window; None where there are none, or nothing grows beside."""
         windows = tuple(group for group in self.groups if group.window is not None)

@@ -47,6 +47,10 @@ class MemoryBudget:
     """Of the KV cache: that of layers with a window, where they have one of their own."""
     window_cells: int = 0
     """Tokens that it has room for."""
+    window_tokens: int = 0
+    """The window."""
+    checkpoint_bytes: int = 0
+    """Bytes of a copy of one sequence's window in the processor's memory, from which a server slot can go on."""
     equation: str = ""
     """The size of the KV cache as the engine computes it, with this machine's numbers."""
     gate: str = ""

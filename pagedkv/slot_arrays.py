@@ -6,6 +6,7 @@ import numpy as np
 
 from pagedkv.arrays import Int8Array, Int64Array
 from pagedkv.jit import lean_jit
+from pagedkv.slot_windows import SlotWindows, end_window
 
 SLOT_PROMPT_SIMILARITY = 0.1
 """An idle slot is preferred if it has more than this share of the prompt. Source: llama.cpp, --slot-prompt-similarity's default."""
@@ -30,13 +31,15 @@ class SlotArrays(NamedTuple):
     """While a slot is chosen: how many of the tokens that it remembers the next request begins with."""
     counts: Int64Array
     """See NUM_BUSY."""
+    windows: SlotWindows
+    """What layers with a window still have."""
 
     @classmethod
-    def empty(cls, num_server_slots: int) -> "SlotArrays":
+    def empty(cls, num_server_slots: int, windows: SlotWindows) -> "SlotArrays":
         """Return slots that never ran anything."""
         requests, kept, common = np.zeros((3, num_server_slots), np.int64)
         runs, never = np.zeros(num_server_slots, np.int8), np.full(num_server_slots, -1, np.int64)
-        return cls(runs, requests, kept, never, common, np.zeros(NUM_COUNTS, np.int64))
+        return cls(runs, requests, kept, never, common, np.zeros(NUM_COUNTS, np.int64), windows)
 
 
 @lean_jit
@@ -70,6 +73,7 @@ def end_slot(slots: SlotArrays, slot: int, num_kept: int) -> None:
     """Make `slot` idle; it remembers the first `num_kept` tokens of the request that ran there."""
     slots.runs[slot] = 0
     slots.num_kept[slot] = num_kept
+    end_window(slots.windows, slot, num_kept)
     slots.last_used[slot] = slots.counts[NUM_ENDED]
     slots.counts[NUM_ENDED] += 1
     slots.counts[NUM_BUSY] -= 1

@@ -116,7 +116,7 @@ class _Life:
         yield self._phase("kv_cache", "KV cache", stays=pool, passing={"guests": late}, starvation=self.starvation)
         if budget.cuda_graphs:
             yield self._phase("warm_up", "CUDA graphs", stays={"cuda_graphs": budget.cuda_graphs})
-        old_prompts = options.host_cache(start) if self.request.hardware.unified else 0
+        old_prompts = options.host_cache(start) + start.window_copies_bytes if self.request.hardware.unified else 0
         self.held["activations"] = budget.activations
         yield self._phase("serving", "serving", passing={"host_tier": self._host_tier + old_prompts} if old_prompts else {})
         for guest in options.guests:

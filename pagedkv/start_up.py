@@ -56,6 +56,8 @@ class StartUp:
     """What it keeps of old prompts in the processor's memory, in time, by default; 0: it has no such cache."""
     host_cache_off: str = ""
     """The flag that turns this off."""
+    window_copies_bytes: int = 0
+    """What it keeps of windows in the processor's memory beside that, in time."""
     notes: tuple[str, ...] = ()
     """What else a reader should know of it, each a sentence or two."""
 

@@ -206,6 +206,8 @@ class ServingConfig:
     """llama.cpp and Ollama: most tokens that are computed together [default: 512]."""
     swa_full: bool = False
     """llama.cpp and Ollama: let layers with a window keep all tokens, as the others do."""
+    ctx_checkpoints: int | None = None
+    """llama.cpp and Ollama: most copies of its window that a slot keeps in host memory, to go on from [default: 32]."""
     speculative_method: str | None = None
     """vLLM, SGLang: what drafts: draft-model, mtp, medusa or ngram [default: nothing; draft-model with speculative-model]."""
     speculative_model: str | None = None

@@ -11,12 +11,14 @@ from pagedkv.heaps import HEAPS
 from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.kv_spec import KVCacheSpec, kv_element_pair_bytes
 from pagedkv.layer_groups import plan_layer_groups
+from pagedkv.ledgers.llama_cpp import DEFAULT_CHECKPOINTS
 from pagedkv.memory_budget import MemoryBudget
 from pagedkv.memory_plan import plan
 from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
 from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.quantity import parse_quantity
+from pagedkv.scheduling.llama_cpp_scheduler import LlamaCppSettings
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
 from pagedkv.sims.calibration import Calibration, calibration_for
@@ -251,6 +253,10 @@ def _pool(
         lookahead_slots=limits.num_speculative_tokens,
         enable_prefix_caching=bool(engine.caching_allocators) and serving.enable_prefix_caching is not False and not state_bytes,
         offload_blocks=offload_blocks,
+        window_tokens=budget.window_tokens,
+        window_cells=budget.window_cells,
+        context_checkpoints=DEFAULT_CHECKPOINTS if serving.ctx_checkpoints is None else serving.ctx_checkpoints,
+        ubatch_tokens=serving.ubatch_size or LlamaCppSettings().n_ubatch,
         state_slots=-(-state_bytes // budget.kv_bytes_per_token),
     )
 

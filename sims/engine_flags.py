@@ -39,6 +39,7 @@ ENGINE_FLAGS: dict[str, tuple[str, ...]] = {
     "kv_unified": ("llama-cpp",),
     "ubatch_size": _LLAMA_CPP,
     "swa_full": _LLAMA_CPP,
+    "ctx_checkpoints": _LLAMA_CPP,
     "max_queue": ("ollama",),
     "max_loaded_models": ("ollama",),
     "keep_alive": ("ollama",),

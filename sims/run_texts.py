@@ -5,7 +5,7 @@ from pagedkv.hybrid_layout import hybrid_layout
 from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.results import Results
-from pagedkv.units import gib
+from pagedkv.units import MIB, gib
 
 
 def run_title(results: Results) -> str:
@@ -100,9 +100,12 @@ def _window_cells(deployment: Deployment) -> str:
         return "Layers with a window keep all their tokens: --swa-full."
     if not budget.window_cells:
         return "All layers have a window: llama.cpp runs this model without it, and keeps all tokens, as with --swa-full."
+    copies = deployment.pool.context_checkpoints
+    each = f"{copies} of each slot, {budget.checkpoint_bytes / MIB:,.1f} MiB each in host memory" if copies else "--ctx-checkpoints"
     return (
         f"Layers with a window have cells of their own, {budget.window_cells:,} that take {gib(budget.window_bytes)}; "
-        "--swa-full: as many as the others have."
+        "--swa-full: as many as the others have. So a prompt that parts with what its slot has goes on from a context checkpoint "
+        f"({'at most ' if copies else 'turned off: '}{each}), or is computed anew."
     )
 
 

@@ -269,7 +269,7 @@ def test_the_note_on_windows_says_what_they_take_under_llama_cpp() -> None:
 def test_windows_apart_leave_the_tokens_as_they_are(engine: str) -> None:
     """The cells of the other layers are what a request may be as long as."""
     lean, full = (deploy(ServingConfig(engine=engine, model="gpt-oss-20b", swa_full=swa_full)) for swa_full in (False, True))
-    assert lean.pool == full.pool
+    assert lean.pool == replace(full.pool, window_tokens=128, window_cells=lean.budget.window_cells)
     assert lean.scheduler == full.scheduler
     assert full.budget.kv_cache > 1.9 * lean.budget.kv_cache
 

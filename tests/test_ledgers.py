@@ -439,6 +439,7 @@ def test_a_slot_must_hold_the_longest_request(own: dict[str, Any], enough: int |
         ("llama-cpp", {"ctx_size": -1}, r"--ctx-size -1 must be at least 0"),
         ("llama-cpp", {"parallel": 0}, r"--parallel 0 must be"),
         ("llama-cpp", {"ubatch_size": 0}, r"--ubatch-size 0 must be"),
+        ("llama-cpp", {"ctx_checkpoints": -1}, r"--ctx-checkpoints -1 must be at least 0, which turns them off"),
         ("llama-cpp", {"kv_cache_dtype": "fp8"}, r"--kv-cache-dtype fp8 is not for this engine: use auto, .*q8_0"),
         ("transformers", {"kv_cache_dtype": "fp8"}, r"--kv-cache-dtype fp8 is not for this engine: use auto, .*float16"),
     ],

@@ -61,6 +61,8 @@ class Shadow:
                 record = records.arrays[index]
                 request = self.requests[index] = KVRequest(request_id=index, num_tokens=int(record["prompt_tokens"]))
                 first, most = int(record["first_segment"]), int(record["prompt_tokens"] + record["output_tokens"])
+                ends = records.segments["end_token"][first : first + int(record["num_segments"])]
+                request.message_start = max((end for end in ends.tolist() if end < record["prompt_tokens"]), default=0)
                 request.token_ids = token_ids(records.segments[first : first + int(record["num_segments"])], index, most)
             grant = allocator.allocate_slots(request, num_tokens)
             assert grant is not None
@@ -91,6 +93,8 @@ class Shadow:
             own = self.requests[request.request_id]
             assert memory.slots_held(request).tolist() == allocator.slots_held(own).tolist()
         assert sorted(memory.cached_slots().tolist()) == sorted(allocator.cached_slots().tolist())
+        for mine, other in zip(self.scheduler._memory.slots.windows, allocator.server_slots.arrays.windows, strict=True):
+            assert np.array_equal(mine, other)
         told = self.scheduler.allocator.free_slots, self.scheduler.cached_slots
         assert told == (allocator.free_slots, allocator.num_cached_slots)
 
@@ -104,8 +108,9 @@ class Shadow:
     at_once=st.sampled_from([1, 3, 20]),
     state_slots=st.sampled_from([0, 2]),
     caching=st.booleans(),
+    window=st.sampled_from([(0, 0, 32), (3, 24, 32), (2, 16, 1), (3, 12, 0), (9, 8, 3)]),
 )
-@settings(max_examples=60)
+@settings(max_examples=100)
 def test_a_scheduler_gets_what_requests_get_one_by_one(
     name: str,
     requests: list[tuple[list[tuple[int, int]], int, int]],
@@ -115,6 +120,7 @@ def test_a_scheduler_gets_what_requests_get_one_by_one(
     at_once: int,
     state_slots: int,
     caching: bool,
+    window: tuple[int, int, int],
 ) -> None:
     pool = KVPoolSettings(
         num_blocks=cells,
@@ -123,6 +129,10 @@ def test_a_scheduler_gets_what_requests_get_one_by_one(
         max_model_len=max(cells // slots - state_slots, 1) if name == "ollama" else cells,
         enable_prefix_caching=caching,
         state_slots=state_slots,
+        window_tokens=window[0],
+        window_cells=window[1],
+        context_checkpoints=window[2],
+        ubatch_tokens=3,
     )
     scheduler = LlamaCppScheduler(LlamaCppSettings(n_batch=n_batch), ALLOCATORS.load(name)(pool))  # type: ignore[arg-type]
     shadow, arrivals, num_failed = Shadow(name, pool, scheduler), list(requests), 0

@@ -38,7 +38,7 @@ class SplitStreams:
             settings.state_slots,
         )
         self.stream_cells = stream_cells
-        self.server_slots = ServerSlots(settings, num_server_slots)
+        self.server_slots = ServerSlots(settings, num_server_slots, share_cells=False)
         self.usable_slots = num_server_slots * (stream_cells + self.state_slots)
         self._streams = list(range(num_server_slots))
         """By server slot: its stream."""
@@ -84,10 +84,12 @@ class SplitStreams:
                 "admit only requests that admission_slots has an answer for"
             )
         if slot.request is None:
+            self.server_slots.begin_window(slot, request, slot.tokens.size, num_cached)
             start_slot(self.server_slots.arrays, slot.index)
             self.server_slots.start(slot, request, num_cached)
         slot.num_computed = min(slot.num_computed, end - num_new_tokens)
         self._used[slot.index] = end
+        self.server_slots.count_computed(slot, num_new_tokens)
         return Grant(num_cached_tokens=num_cached, copies=self._copies(slot.index, end - num_new_tokens))
 
     def note_computed(self, request: KVRequest) -> None:
@@ -200,6 +202,7 @@ class LlamaCppSplit(SplitStreams):
             ConfigError: Also if no server slot is idle.
         """
         slot, target = self.server_slots.slots_of_fork(parent, child)
+        self.server_slots.begin_window(target, child, 0, 0)
         start_slot(self.server_slots.arrays, target.index)
         self.server_slots.start(target, child, min(slot.num_computed, parent.num_computed_tokens))
         source, size = self._uncopied.get(slot.index, (self._streams[slot.index], self.stream_cells))

@@ -40,7 +40,7 @@ class LlamaCppUnified:
             settings.state_slots,
         )
         size = settings.num_slots - settings.max_num_seqs * settings.state_slots
-        self.server_slots = ServerSlots(settings, settings.max_num_seqs if size > 0 else 0)
+        self.server_slots = ServerSlots(settings, settings.max_num_seqs if size > 0 else 0, share_cells=True)
         self.cells = CellCache(max(size, 0))
         self.usable_slots = self.cells.size + len(self.server_slots.slots) * self.state_slots
         self.arrays = SlotCells.over(self.cells.arrays, self.server_slots.arrays, self.max_model_len)
@@ -73,15 +73,17 @@ class LlamaCppUnified:
             if chosen is None:
                 return None
             slot, num_cached = chosen
-        num_kept = request.num_computed_tokens + num_cached
+        num_kept, remembered = request.num_computed_tokens + num_cached, slot.tokens.size
         request.check_length(num_kept + num_new_tokens, self.max_model_len)
         if not _take_cells(self.arrays, slot.index, int(num_kept), int(num_new_tokens)):
             return None
         if slot.request is None:
+            self.server_slots.begin_window(slot, request, remembered, num_cached)
             self.server_slots.start(slot, request, num_cached)
         else:
             self.server_slots.forget_lost()
         slot.num_computed = min(slot.num_computed, num_kept)
+        self.server_slots.count_computed(slot, num_new_tokens)
         return Grant(num_cached_tokens=num_cached)
 
     def note_computed(self, request: KVRequest) -> None:
@@ -110,6 +112,7 @@ class LlamaCppUnified:
             ConfigError: Also if no server slot is idle.
         """
         slot, target = self.server_slots.slots_of_fork(parent, child)
+        self.server_slots.begin_window(target, child, 0, 0)
         share_cells(self.arrays, slot.index, target.index, parent.num_computed_tokens)
         self.server_slots.start(target, child, min(slot.num_computed, parent.num_computed_tokens))
 

@@ -61,6 +61,7 @@ def settle(
     state_bytes: int = 0,
     window_bytes: int = 0,
     window_cells: int = 0,
+    checkpoint_bytes: int = 0,
 ) -> MemoryBudget:
     """Return the budget of a request that fits.
 
@@ -78,6 +79,7 @@ def settle(
         state_bytes: Bytes of sequence states that the engine reserves beside the blocks.
         window_bytes: Bytes of a cache that layers with a window have of their own.
         window_cells: Tokens that it has room for.
+        checkpoint_bytes: Bytes of a copy of one sequence's window.
     """
     kv_cache = num_blocks * block_bytes + state_bytes + window_bytes
     os_reserve, other_programs = request.taken_by_others
@@ -102,6 +104,8 @@ def settle(
         null_blocks=request.ledger.null_blocks,
         window_bytes=window_bytes,
         window_cells=window_cells,
+        window_tokens=0 if (apart := request.window_spec) is None else apart.longest_window,
+        checkpoint_bytes=checkpoint_bytes,
         equation=f"KV cache = {equation} = {gib(kv_cache)}",
         gate=check + _left_for_the_system(request, held),
         warnings=_warnings(request, held, gentler),

@@ -30,6 +30,8 @@ CELL_PADDING = 256
 """Cells are rounded up to a multiple of this."""
 DEFAULT_SLOTS = 4
 """Slots of `llama-server -np auto`, which then has a unified cache."""
+DEFAULT_CHECKPOINTS = 32
+"""Context checkpoints of a slot. Source: llama-server's --ctx-checkpoints."""
 PROCESS_OVERHEAD_BYTES = GIB // 2
 """CUDA context and libraries of one process. Estimated: a process that has allocated nothing shows 0.4 to 0.6 GiB in nvidia-smi."""
 LOGIT_BYTES = 4
@@ -60,6 +62,8 @@ class LlamaCppLedger:
     """Tokens computed at once."""
     swa_full: bool = False
     """Whether layers with a window keep as many cells as the others."""
+    ctx_checkpoints: int = DEFAULT_CHECKPOINTS
+    """Most copies of its window that a slot keeps in the processor's memory."""
 
     @property
     def block_size(self) -> int:
@@ -113,14 +117,18 @@ class LlamaCppLedger:
         spec = request.window_spec
         if spec is None:
             return 0
-        window = max(group.window or 0 for group in spec.groups)
         sequences, streams = (self.num_slots, 1) if self.unified else (1, self.num_slots)
-        return streams * padded(min(self.slot_cells(request), window * sequences + self.ubatch_size))
+        return streams * padded(min(self.slot_cells(request), spec.longest_window * sequences + self.ubatch_size))
 
     def window_bytes(self, request: MemoryRequest) -> int:
         """Return the bytes of the cache of layers with a window."""
         spec = request.window_spec
         return 0 if spec is None else spec.block_bytes(self.window_cells(request))
+
+    def checkpoint_bytes(self, request: MemoryRequest) -> int:
+        """Return the bytes of a context checkpoint: a window of one sequence in the layers that have one."""
+        spec = request.window_spec
+        return 0 if spec is None else spec.block_bytes(spec.longest_window)
 
     def check(self, request: MemoryRequest) -> None:
         """Refuse settings that no machine could make work.
@@ -131,6 +139,8 @@ class LlamaCppLedger:
         check_kv_cache_dtype(request, quantized=True)
         if self.ctx_size < 0:
             raise ConfigError(f"--ctx-size {self.ctx_size} must be at least 0, which is the model's {request.model.max_context}")
+        if self.ctx_checkpoints < 0:
+            raise ConfigError(f"--ctx-checkpoints {self.ctx_checkpoints} must be at least 0, which turns them off")
         for name, value in (("parallel", self.num_slots), ("ubatch-size", self.ubatch_size)):
             if value < 1:
                 raise ConfigError(f"--{name} {value} must be at least 1")
@@ -184,6 +194,7 @@ class LlamaCppLedger:
             state_bytes=states,
             window_bytes=window_bytes,
             window_cells=window_cells,
+            checkpoint_bytes=self.checkpoint_bytes(request),
         )
 
     def _cells_within(self, request: MemoryRequest, room: int) -> int:
@@ -207,9 +218,15 @@ class LlamaCppLedger:
     def start_up(self, request: MemoryRequest) -> StartUp:
         """Return how llama.cpp starts: it maps the file, takes all of its KV cache at once, and in time keeps old prompts.
 
+        Of a window it keeps copies as well: --ctx-checkpoints of a slot, which --cache-ram does not count.
         Source: llama-server's --cache-ram, 8 GiB by default; --direct-io, ggml-org/llama.cpp PR 18012 and 18166.
         """
-        del request
+        each, number = self.checkpoint_bytes(request), self.num_slots * self.ctx_checkpoints
+        copies = (
+            f"The server keeps up to {self.ctx_checkpoints} context checkpoints of each of {self.num_slots} slots in host memory "
+            f"in time, {gib(each)} each, {gib(each * number)} in all; --ctx-checkpoints 0 turns that off, and then prompts that "
+            "part with what a slot has are computed anew."
+        )
         return StartUp(
             profiles=False,
             compiles=False,
@@ -219,6 +236,8 @@ class LlamaCppLedger:
             direct_loader="--direct-io",
             host_cache_bytes=8 * GIB,
             host_cache_off="--cache-ram 0",
+            window_copies_bytes=each * number,
+            notes=(copies,) if each * number else (),
         )
 
     def starved_blocks(self, request: MemoryRequest, budget: MemoryBudget, lost_bytes: int) -> int:
@@ -228,6 +247,8 @@ class LlamaCppLedger:
 
     def cautious(self, request: MemoryRequest, budget: MemoryBudget) -> Iterator["LlamaCppLedger"]:
         """Yield fewer cells, as long as a slot holds the longest request."""
+        if request.window_spec is not None:
+            yield from (replace(self, ctx_checkpoints=number) for number in (8, 2, 0) if number < self.ctx_checkpoints)
         least = padded(request.max_model_len) * (1 if self.unified else self.num_slots)
         step = max(padded((budget.num_blocks - least) // 50), CELL_PADDING * (1 if self.unified else self.num_slots))
         yield from (replace(self, ctx_size=cells) for cells in range(budget.num_blocks - step, least - 1, -step))

@@ -8,8 +8,10 @@ from pagedkv.arrays import Int64Array
 from pagedkv.jit import lean_jit
 from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import NO_ROW, RequestArrays
-from pagedkv.scheduling.slot_steps import find_slot
+from pagedkv.scheduling.slot_steps import find_slot, message_start
 from pagedkv.scheduling.waiting import NUM_RUNNING, NUM_WAITING, WAITING_HEAD, SchedulerArrays
+from pagedkv.slot_arrays import SlotArrays
+from pagedkv.slot_windows import next_stop
 
 NUM_PENDING, NUM_ASSIGNED, NUM_COUNTS = range(3)
 """In `ServerBatch.counts`: entries of the batch that are still to be computed; how many at the head of the queue have been promised
@@ -60,11 +62,19 @@ def _append(server: ServerBatch, request: int, num_tokens: int, num_found: int) 
 
 
 @lean_jit
+def _tokens_to_stop(slots: SlotArrays, requests: RequestArrays, segments: Segments, request: int, num_computed: int) -> int:
+    """Return how many tokens of a prompt come into a batch at once: all that are left, or those up to its next checkpoint."""
+    known, start = requests["num_known_tokens"][request], message_start(requests, segments, request)
+    return int(next_stop(slots.windows, num_computed, known, start) - num_computed)
+
+
+@lean_jit
 def fill_batch(
     server: ServerBatch, state: SchedulerArrays, requests: RequestArrays, memory: Any, rules: Any, segments: Segments
 ) -> None:
     """Begin a batch: a token of each slot that generates, then prompts, those begun before others, up to n_batch tokens.
 
+    A prompt comes into it only up to where a checkpoint is made (`pagedkv.slot_windows`).
     Idle slots are promised to those who wait, in order of arrival; whose turn it is then joins the batch as far as there is room.
     """
     counts, slots = state.counts, memory.slots
@@ -78,7 +88,7 @@ def fill_batch(
     for row in range(slots.runs.size):
         if room > 0 and slots.runs[row] and not generates(requests, slots.requests[row]):
             request = slots.requests[row]
-            tokens = min(requests["num_known_tokens"][request] - requests["num_computed_tokens"][request], room)
+            tokens = min(_tokens_to_stop(slots, requests, segments, request, requests["num_computed_tokens"][request]), room)
             _append(server, request, tokens, 0)
             room -= tokens
     for k in range(server.counts[NUM_ASSIGNED]):
@@ -86,7 +96,7 @@ def fill_batch(
             break
         request = state.waiting[(counts[WAITING_HEAD] + k) % state.waiting.size]
         _, found = find_slot(slots, rules, requests, segments, request)
-        tokens = min(requests["num_known_tokens"][request] - found, room)
+        tokens = min(_tokens_to_stop(slots, requests, segments, request, found), room)
         _append(server, request, tokens, found)
         room -= tokens
 

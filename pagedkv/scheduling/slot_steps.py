@@ -18,6 +18,7 @@ from pagedkv.scheduling.content import Segments
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.slot_arrays import NUM_BUSY, SlotArrays, choose_slot, end_slot, start_slot
 from pagedkv.slot_cells import SlotCells, leave_slot, take_cells
+from pagedkv.slot_windows import begin_window, count_computed, reusable_tokens
 from pagedkv.step_memory import (
     admit,
     each_admission_slots,
@@ -63,7 +64,7 @@ def end_row(memory: Any, rules: Any, row: int, num_kept: int) -> Any:
 
 @lean_jit
 def find_slot(slots: SlotArrays, rules: SlotRules, requests: RequestArrays, segments: Segments, request: int) -> tuple[int, int]:
-    """Return the slot that waiting `request` would get now and the leading tokens that it would find there, never all.
+    """Return the slot that waiting `request` would get now and the leading tokens that it would find there, never all of its own.
 
     One must be idle. O(server slots × segments).
     """
@@ -74,7 +75,26 @@ def find_slot(slots: SlotArrays, rules: SlotRules, requests: RequestArrays, segm
             most = min(slots.num_kept[slot], known)
             slots.num_common[slot] = common_tokens(requests, segments, slots.requests[slot], request, most)
     slot = choose_slot(slots, known)
-    return slot, min(slots.num_common[slot], known - 1)
+    return slot, reusable_tokens(slots.windows, slot, slots.num_kept[slot], slots.num_common[slot], known)
+
+
+@lean_jit
+def message_start(requests: RequestArrays, segments: Segments, request: int) -> int:
+    """Return where the last message of a prompt starts: behind the last text that goes before it, a system prompt for example."""
+    place = requests["first_segment"][request] + requests["num_segments"][request] - 1
+    while place >= requests["first_segment"][request]:
+        if segments["end_token"][place] < requests["prompt_tokens"][request]:
+            return int(segments["end_token"][place])
+        place -= 1
+    return 0
+
+
+@lean_jit
+def _begin(slots: SlotArrays, requests: RequestArrays, segments: Segments, request: int, row: int, kept: int, found: int) -> None:
+    """Let `request` begin in slot `row`, which remembered `kept` tokens, behind `found` of them."""
+    slots.requests[row] = request
+    start = message_start(requests, segments, request)
+    begin_window(slots.windows, row, kept, found, requests["num_known_tokens"][request], start)
 
 
 @grant.register(SlotCells)
@@ -82,7 +102,10 @@ def find_slot(slots: SlotArrays, rules: SlotRules, requests: RequestArrays, segm
 def _grant_cells(
     memory: SlotCells, rules: SlotRules, requests: Any, segments: Any, request: int, row: int, num_tokens: int
 ) -> bool:
-    return take_cells(memory, row, memory.held[row], num_tokens)
+    if not take_cells(memory, row, memory.held[row], num_tokens):
+        return False
+    count_computed(memory.slots.windows, row, num_tokens)
+    return True
 
 
 @admit.register(SlotCells)
@@ -99,9 +122,11 @@ def _admit_to_cells(
     something_runs: bool,  # noqa: FBT001
 ) -> bool:
     """There is no watermark, and no gate for the whole prompt."""
+    kept = memory.slots.num_kept[row]
     if not take_cells(memory, row, num_cached, num_tokens):
         return False
-    memory.slots.requests[row] = request
+    _begin(memory.slots, requests, segments, request, row, kept, num_cached)
+    count_computed(memory.slots.windows, row, num_tokens)
     return True
 
 
@@ -140,6 +165,7 @@ def _grant_stream(
     memory: SlotStreams, rules: SlotRules, requests: Any, segments: Any, request: int, row: int, num_tokens: int
 ) -> bool:
     """Who runs has a whole stream."""
+    count_computed(memory.slots.windows, row, num_tokens)
     return True
 
 
@@ -156,8 +182,9 @@ def _admit_to_stream(
     num_tokens: int,
     something_runs: bool,  # noqa: FBT001
 ) -> bool:
+    _begin(memory.slots, requests, segments, request, row, memory.slots.num_kept[row], num_cached)
     start_slot(memory.slots, row)
-    memory.slots.requests[row] = request
+    count_computed(memory.slots.windows, row, num_tokens)
     memory.held[row] = rules.stream_cells
     return True
 

@@ -7,7 +7,7 @@ from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.llama_cpp_split import SplitStreams
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.ledgers.llama_cpp import LlamaCppLedger, padded
+from pagedkv.ledgers.llama_cpp import DEFAULT_CHECKPOINTS, LlamaCppLedger, padded
 from pagedkv.model_spec import ModelSpec
 from pagedkv.scheduling.llama_cpp_scheduler import OLLAMA, LlamaCppScheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
@@ -70,6 +70,7 @@ class Ollama(OneVersion):
             kv_unified=False,
             ubatch_size=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
             swa_full=serving.swa_full,
+            ctx_checkpoints=DEFAULT_CHECKPOINTS if serving.ctx_checkpoints is None else serving.ctx_checkpoints,
         )
 
     def scheduler(self, serving: ServingConfig, limits: SchedulerSettings, pool: KVPoolSettings, allocator: str) -> StepScheduler:

@@ -8,6 +8,7 @@ import pytest
 from starts import WARM, kinds, phase, request, timeline
 
 from pagedkv.errors import ConfigError
+from pagedkv.memory_timeline import MemoryTimeline
 from pagedkv.start_timeline import memory_timeline
 from pagedkv.start_up import Guest, StartOptions
 from pagedkv.timeline_advice import advise_start
@@ -88,6 +89,19 @@ def test_llama_server_comes_to_keep_old_prompts_in_the_same_memory() -> None:
     assert serving.end.mem_available - serving.worst.mem_available == 8 * GIB
     off = phase(memory_timeline(asked, StartOptions(host_cache_bytes=0)), "serving")
     assert off.end == off.worst
+
+
+def test_llama_server_comes_to_keep_copies_of_windows_as_well() -> None:
+    def timeline_with(**own: Any) -> MemoryTimeline:
+        asked = request(engine="llama-cpp", model="gemma-3-27b", quantization="q4_k_m", ctx_size=32_768, **own)
+        return memory_timeline(asked, StartOptions(host_cache_bytes=0))
+
+    told = timeline_with(parallel=2)
+    serving = phase(told, "serving")
+    assert serving.end.mem_available - serving.worst.mem_available == 2 * 32 * 1024 * 52 * 16 * 2 * 128 * 2
+    assert "32 context checkpoints of each of 2 slots" in told.notes[-1]
+    for own in ({"ctx_checkpoints": 0}, {"swa_full": True}):
+        assert phase(timeline_with(**own), "serving").end == phase(timeline_with(**own), "serving").worst
 
 
 @pytest.mark.parametrize(
