@@ -50,6 +50,8 @@ class Case:
     max_num_batched_tokens: int
     state_slots: int = 0
     watermark: float = 0.0
+    window: tuple[int, int, int] = (0, 0, 32)
+    """Of server slots: tokens, cells and checkpoints of layers with a window."""
 
     def scheduler(self) -> StepScheduler:
         preset = load_engine(self.engine)
@@ -67,6 +69,10 @@ class Case:
             offload_blocks=20,
             layer_groups=hybrid_layers(self.block_size),
             max_num_batched_tokens=self.max_num_batched_tokens,
+            window_tokens=self.window[0],
+            window_cells=self.window[1],
+            context_checkpoints=self.window[2],
+            ubatch_tokens=5,
             enable_prefix_caching=self.allocator in preset.caching_allocators,
         )
         return preset.scheduler(ServingConfig(engine=self.engine, **self.variant), limits, pool, self.allocator)
@@ -107,6 +113,9 @@ def cases(engine: str, allocator: str) -> st.SearchStrategy[Case]:
         max_num_batched_tokens=st.sampled_from([96, 128]),
         state_slots=st.sampled_from([0, 9]),
         watermark=st.sampled_from([0.0, 0.1]),
+        window=st.sampled_from(
+            [(0, 0, 32), (4, 60, 32), (3, 24, 2), (9, 90, 0)] if engine in ("llama-cpp", "ollama") else [(0, 0, 32)]
+        ),
     )
 
 

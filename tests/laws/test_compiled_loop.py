@@ -267,6 +267,11 @@ def request_by_request(case: Case) -> Run:
         return served(case, step_by_step=True)
 
 
+def lists_of(arrays: Any) -> list[Any]:
+    """Return what arrays in tuples hold."""
+    return [lists_of(part) if isinstance(part, tuple) else np.asarray(part).tolist() for part in arrays]
+
+
 def place(run: Run) -> list[Any]:
     """Return where whatever comes next will lie, and who holds what."""
     allocator = run.allocator
@@ -274,7 +279,7 @@ def place(run: Run) -> list[Any]:
     if allocator.placement == "page":
         where = [array.tolist() for array in memory.pages.arrays]
     elif allocator.placement == "cell":
-        where = [array.tolist() for part in memory.arrays for array in (part if isinstance(part, tuple) else (part,))]
+        where = lists_of(memory.arrays)
     elif isinstance(memory, RadixRows):
         nodes = memory.cache.tree.root.below()
         where = [memory.cache.slots.free_list().tolist(), [(node.slots.tolist(), node.last_access) for node in nodes]]
