@@ -109,9 +109,9 @@ def fuzz_settings(
 ) -> tuple[KVPoolSettings, ...]:
     """Return small pools, short of room, that `allocator` can work with.
 
-    They have blocks of 1, 2 and 4 tokens with prefix caching and without. Two more have a watermark, state and no gate for whole
-    prompts, one of them pages that are no blocks, and one has more and longer requests in larger blocks. Then comes each other
-    value of each setting in `_OTHER_VALUES` that the allocator reads when it is built.
+    They have blocks of 1, 2 and 4 tokens with prefix caching and without. Two more have a watermark, state, windows of server
+    slots and no gate for whole prompts, one of them pages that are no blocks, and one has more and longer requests in larger
+    blocks. Then comes each other value of each setting in `_OTHER_VALUES` that the allocator reads when it is built.
 
     Raises:
         ConfigError: If it can work with none.
@@ -137,6 +137,7 @@ def fuzz_settings(
         return KVPoolSettings(block_size=block_size, enable_prefix_caching=caching, **(settings | more))
 
     rare: dict[str, Any] = {"watermark": 0.1, "state_slots": 3, "reserve_full_isl": False}
+    rare |= {"window_tokens": 2, "window_cells": 24, "context_checkpoints": 2, "ubatch_tokens": 3}
     large: dict[str, Any] = {"num_blocks": num_slots, "max_num_seqs": 3 * max_num_seqs, "max_model_len": 10 * max_model_len}
     candidates = [small(block_size, caching=caching) for block_size in (1, 2, 4) for caching in (False, True)]
     candidates += [small(2, caching=False, page_tokens=3, **rare), small(2, caching=True, **rare), small(16, caching=True, **large)]

@@ -204,8 +204,8 @@ class ServingConfig:
     """llama.cpp: let all slots share the cells [default: yes, unless parallel is given]."""
     ubatch_size: int | None = None
     """llama.cpp and Ollama: most tokens that are computed together [default: 512]."""
-    swa_full: bool = False
-    """llama.cpp and Ollama: let layers with a window keep all tokens, as the others do."""
+    swa_full: bool | None = None
+    """llama.cpp and Ollama: let layers with a window keep all tokens, as the others do [default: no]."""
     ctx_checkpoints: int | None = None
     """llama.cpp and Ollama: most copies of its window that a slot keeps in host memory, to go on from [default: 32]."""
     speculative_method: str | None = None

@@ -91,7 +91,7 @@ def _ledger(serving: ServingConfig) -> LlamaCppLedger:
         parallel=asked.num_slots,
         kv_unified=asked.unified,
         ubatch_size=usual.ubatch_size if serving.ubatch_size is None else serving.ubatch_size,
-        swa_full=serving.swa_full,
+        swa_full=bool(serving.swa_full),
         ctx_checkpoints=usual.ctx_checkpoints if serving.ctx_checkpoints is None else serving.ctx_checkpoints,
     )
 

@@ -69,7 +69,7 @@ class Ollama(OneVersion):
             parallel=limits.max_num_seqs,
             kv_unified=False,
             ubatch_size=OLLAMA.n_ubatch if serving.ubatch_size is None else serving.ubatch_size,
-            swa_full=serving.swa_full,
+            swa_full=bool(serving.swa_full),
             ctx_checkpoints=DEFAULT_CHECKPOINTS if serving.ctx_checkpoints is None else serving.ctx_checkpoints,
         )
 
