@@ -1,77 +1,70 @@
-"""What to change when a model does not fit: every suggestion was planned again, and fits."""
+"""What to change when a model does not fit: every suggestion was planned again, fits, and does not freeze its host at the start."""
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain, combinations, islice
 
 from pagedkv.memory_request import MemoryRequest
 from pagedkv.remedies import fits, narrower_weights, other_hardware, smaller_model
+from pagedkv.request_flags import as_flags
+from pagedkv.timeline_advice import safe_start
 
 NUM_SUGGESTIONS = 3
 
-_FLAGS = {
-    "model": "--model",
-    "hardware": "--hardware",
-    "weight_format": "--quantization",
-    "kv_cache_dtype": "--kv-cache-dtype",
-    "max_model_len": "--max-model-len",
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestions:
+    """Changes to a request that does not fit, as flags."""
+
+    fit: tuple[str, ...]
+    """Up to `NUM_SUGGESTIONS` that fit, the mildest first, with what else their start needs."""
+    dangerous: str | None
+    """The first that fits and whose start may freeze the host, with the moment at which; None if there was none before the last
+    of `fit`."""
 
 
-def settings_that_fit(request: MemoryRequest) -> tuple[str, ...]:
-    """Return up to three changes to `request` that fit, as flags, the mildest first.
+def settings_that_fit(request: MemoryRequest) -> Suggestions:
+    """Return changes to `request` that fit.
 
     One setting is changed, then two of those that do not help alone, then the machine or the model.
     """
-    suggestions: list[str] = []
-    for change in _changes_that_fit(request):
-        flags = as_flags(request, change)
-        if flags not in suggestions:
-            suggestions.append(flags)
+    suggestions: dict[str, str] = {}
+    dangerous: list[str] = []
+
+    def starts(change: MemoryRequest) -> bool:
+        """Return whether it fits and starts; keep the words of the first that fits and endangers its host."""
+        if not fits(change):
+            return False
+        danger = safe_start(change).danger
+        if danger is not None:
+            dangerous.append(f"{as_flags(request, change)} holds it, but its start does not go well ({danger})")
+        return danger is None
+
+    for change in _changes_that_start(request, starts):
+        flags, settings = as_flags(request, change), safe_start(change).settings
+        suggestions[flags] = f"{flags} (at its start: {', '.join(settings)})" if settings else flags
         if len(suggestions) == NUM_SUGGESTIONS:
             break
-    return tuple(suggestions)
+    return Suggestions(fit=tuple(suggestions.values()), dangerous=next(iter(dangerous), None))
 
 
-def _changes_that_fit(request: MemoryRequest) -> Iterator[MemoryRequest]:
+def _changes_that_start(request: MemoryRequest, starts: Callable[[MemoryRequest], bool]) -> Iterator[MemoryRequest]:
     helpless = []
     for remedy in request.ledger.remedies():
-        change = next(filter(fits, remedy(request)), None)
+        change = next(filter(starts, remedy(request)), None)
         if change is None:
             helpless.append(remedy)
         else:
             yield change
     for first, second in combinations(helpless, 2):
         both = chain.from_iterable(map(second, first(request)))
-        yield from islice(filter(fits, both), 1)
+        yield from islice(filter(starts, both), 1)
     narrower = list(narrower_weights(request))
     larger_steps = [
-        filter(fits, other_hardware(request)),
-        filter(fits, chain.from_iterable(map(other_hardware, narrower))),
-        filter(fits, smaller_model(request)),
+        filter(starts, other_hardware(request)),
+        filter(starts, chain.from_iterable(map(other_hardware, narrower))),
+        filter(starts, smaller_model(request)),
     ]
     for changes in larger_steps:
         yield from islice(changes, 1)
-    yield from chain(*larger_steps, filter(fits, chain.from_iterable(map(smaller_model, narrower))))
-
-
-def as_flags(request: MemoryRequest, change: MemoryRequest) -> str:
-    """Return what to add to the command line to turn `request` into `change`."""
-    flags = ["--enforce-eager"] if change.enforce_eager and not request.enforce_eager else []
-    for name, flag in _FLAGS.items():
-        value = getattr(change, name)
-        changed = value != getattr(request, name)
-        if name == "weight_format" and change.model != request.model:
-            # Whether or not the user named a format, it must be clear which one the other model has.
-            formats = (value, request.weight_format, change.ledger.native_format(change.model))
-            changed = len({change.model.weight_bytes(fmt) for fmt in formats}) > 1
-        if changed:
-            flags.append(f"{flag} {getattr(value, 'name', value)}")
-    for field in fields(change.ledger):  # type: ignore[arg-type]  # ledgers are dataclasses
-        value = getattr(change.ledger, field.name)
-        if value != getattr(request.ledger, field.name):
-            flag = field.name.replace("_", "-")
-            flags.append(f"--no-{flag}" if value is False else f"--{flag} {value}")
-    return " ".join(flags)
+    yield from chain(*larger_steps, filter(starts, chain.from_iterable(map(smaller_model, narrower))))

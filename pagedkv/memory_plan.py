@@ -16,7 +16,13 @@ def plan(request: MemoryRequest) -> MemoryBudget:
     request.check()
     outcome = request.attempt()
     if isinstance(outcome, Shortage):
-        suggestions = settings_that_fit(request)
-        listed = "; or ".join(suggestions) or "nothing in the catalogue"
-        raise ConfigError(f"{request.ledger.reason(request, outcome)}. What fits: {listed}")
+        raise refuse(request, outcome)
     return outcome
+
+
+def refuse(request: MemoryRequest, shortage: Shortage) -> ConfigError:
+    """Return the error that says what is missing, and which settings fit."""
+    found = settings_that_fit(request)
+    listed = "; or ".join(found.fit) or "nothing in the catalogue"
+    not_so = "" if found.dangerous is None else f" {found.dangerous}."
+    return ConfigError(f"{request.ledger.reason(request, shortage)}.{not_so} What fits: {listed}")

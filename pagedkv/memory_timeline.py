@@ -116,6 +116,13 @@ class MemoryTimeline:
         """The phase in which the least memory is available."""
         return min(self.phases, key=lambda phase: phase.worst.mem_available)
 
+    @property
+    def danger(self) -> str | None:
+        """The phase in which the host may freeze, memory runs out or the engine refuses to start, in words; None: none does."""
+        worst = self.worst
+        safe = worst.verdict.severity < VERDICTS.index("dangerous")
+        return None if safe else f"{worst.title}: {worst.verdict.text}"
+
     def phase(self, name: str) -> MemoryPhase | None:
         """Return the phase of this name, None if there is none."""
         return next((phase for phase in self.phases if phase.name == name), None)

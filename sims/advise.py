@@ -16,6 +16,7 @@ from pagedkv.sims.deployment import Deployment, deploy
 from pagedkv.sims.probe import Probe, probe
 from pagedkv.sims.serve_command import checkpoint_note, serve_command
 from pagedkv.sims.speculation_gain import speculation_gain
+from pagedkv.sims.start_check import start_note, start_worsened
 from pagedkv.sims.statistics import ci95
 
 SCHEMA_VERSION = 1
@@ -72,6 +73,8 @@ class Advice:
     """A `vllm serve` command with the settings that gained, and those asked for."""
     serve_note: str | None
     """What to mend in it by hand."""
+    start_note: str | None
+    """How its start endangers the host, as that with the defaults does, and what avoids it; None: it does not."""
     values: tuple[Value, ...]
     """Of what sizes the cache and the steps, each with its reason."""
     simulate: str
@@ -128,8 +131,9 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
         candidate = changed(config, **{name: value})
         tried, gains = None, False
         try:
-            if warnings := set(deploy(candidate.serving).budget.warnings) - set(start.budget.warnings):
-                reason = "not tried: " + "; ".join(sorted(warnings))
+            deploy(candidate.serving)  # before its start is judged: what cannot run has its own reason
+            if danger := start_worsened(config.serving, candidate.serving):
+                reason = f"not tried: its start does not go well ({danger})"
             else:
                 tried = run(candidate)
                 gains, reason = _gain(best, tried, attain)
@@ -144,6 +148,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
         users=users,
         serve=serve_command(config.serving),
         serve_note=checkpoint_note(config.serving),
+        start_note=start_note(config.serving),
         values=tuple(_values(asked, deploy(config.serving), kept, trials, unfilled)),
         simulate=command_line(changed(config, allocator=(start.own_allocator,))),
         kept=tuple(kept.values()),

@@ -12,6 +12,8 @@ def show_advice(advice: Advice, console: Console) -> None:
     console.print(advice.serve, soft_wrap=True, markup=False)
     if advice.serve_note:
         console.print(Text(advice.serve_note, "yellow"))
+    if advice.start_note:
+        console.print(Text(advice.start_note, "yellow"))
     console.print()
     if not advice.kept:
         console.print("No setting that was tried gains anything over the defaults.")

@@ -12,6 +12,7 @@ from pagedkv.sims.load_flags import LARGEST
 from pagedkv.sims.missed_goal import MissedGoal
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run
+from pagedkv.sims.start_check import start_worsened
 from pagedkv.weight_format import load_weight_format
 
 
@@ -20,7 +21,8 @@ def next_command(
 ) -> str:
     """Return the command to try next: more load if this one fits, else the nearest remedy that would start, else less load.
 
-    Less load does not help prompts that miss a goal all by themselves: a faster format does, or a goal that they can keep.
+    A remedy whose start would freeze the host, where the present one's does not, is none. Less load does not help prompts that
+    miss a goal all by themselves: a faster format does, or a goal that they can keep.
 
     Args:
         scenario: What ran.
@@ -64,11 +66,12 @@ def next_command(
 
 
 def _starts(config: SimulationConfig, remedy: dict[str, Any]) -> bool:
+    then = changed(config, **remedy)
     try:
-        resolve(changed(config, **remedy))
+        resolve(then)
     except ConfigError:
         return False
-    return changed(config, **remedy) != config
+    return then != config and start_worsened(config.serving, then.serving) is None
 
 
 def _more_kv(scenario: Scenario) -> dict[str, Any]:

@@ -246,7 +246,8 @@ def test_what_would_crash_or_never_end_is_refused_before_it_runs(name: str) -> N
 
 
 def proposals(message: str) -> list[str]:
-    return message.partition("What fits: ")[2].strip().split("; or ")
+    listed = message.partition("What fits: ")[2].strip()
+    return re.sub(r" \(at its start: [^)]*\)", "", listed).split("; or ")
 
 
 def with_changes(arguments: str, changes: str) -> list[str]:

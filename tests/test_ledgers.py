@@ -51,6 +51,7 @@ def budget(engine: str, *names: str, **settings: Any) -> MemoryBudget:
 def suggestions(error: ConfigError) -> list[dict[str, Any]]:
     """Return the settings that a message proposes, as arguments of `ask`."""
     _, _, listed = str(error).partition("What fits: ")
+    listed = re.sub(r" \(at its start: [^)]*\)", "", listed)
     if listed in ("", "nothing in the catalogue"):
         return []
     pairs = (re.findall(r"--([a-z-]+)(?: (?!--)(\S+))?", alternative) for alternative in listed.split("; or "))
@@ -181,7 +182,11 @@ def test_a_model_that_is_too_large_is_refused_with_its_numbers(engine: str) -> N
     ) as caught:
         budget(engine, "llama-3.1-70b")
     first, *_ = suggestions(caught.value)
-    assert first == {"quantization": "q8_0" if engine == "llama-cpp" else "fp8"}
+    if engine == "vllm":
+        assert first == {"quantization": "fp8"}
+    else:  # they take more than leaves a Spark its floor
+        narrower = "q8_0" if engine == "llama-cpp" else "fp8"
+        assert re.search(rf"--quantization {narrower} holds it, but its start does not go well \(.* the host", str(caught.value))
 
 
 @pytest.mark.parametrize("engine", LEDGERS.names())

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pagedkv.activation_peak import activation_bytes
-from pagedkv.budget_advice import as_flags
 from pagedkv.errors import ConfigError
 from pagedkv.kv_spec import KV_CACHE_DTYPES, kv_element_pair_bytes
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import Ledger, MemoryRequest
 from pagedkv.remedies import longest_context
+from pagedkv.request_flags import as_flags
 from pagedkv.units import GIB, gib
 
 

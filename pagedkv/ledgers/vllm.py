@@ -266,7 +266,7 @@ class VLLMLedger:
 
 
 def _other_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield higher utilizations, or the highest that starts when the start gate refuses this one."""
+    """Yield higher utilizations, or those that start when the start gate refuses this one, the highest first."""
     ledger = request.ledger
     assert isinstance(ledger, VLLMLedger)
     if ledger.sized_by_user:
@@ -276,19 +276,22 @@ def _other_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:
     starts = highest_utilization_that_starts(visible=request.hardware.visible_bytes, free=free)
     highest = min(starts, request.hardware.max_utilization_seen.value)
     if 0 < highest < now:
-        yield replace(request, ledger=replace(ledger, gpu_memory_utilization=highest))
+        lower = (hundredths / 100 for hundredths in range(math.floor(highest * 100), 0, -1))
+        yield from (replace(request, ledger=replace(ledger, gpu_memory_utilization=share)) for share in (highest, *lower))
     for hundredths in range(int(now * 100) + 1, round(highest * 100) + 1):
         yield replace(request, ledger=replace(ledger, gpu_memory_utilization=hundredths / 100))
 
 
 def _kv_cache_that_fits(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield, where the user sized the KV cache, the largest for which there is room or the smallest that is enough."""
+    """Yield, where the user sized the KV cache, the largest for which there is room, also beside the machine's floor, or the
+    smallest that is enough."""
     ledger, outcome = request.ledger, request.attempt()
     assert isinstance(ledger, VLLMLedger)
     if not ledger.sized_by_user or isinstance(outcome, MemoryBudget) or outcome.kv_room <= 0:
         return
-    blocks = min(outcome.kv_room, outcome.kv_cache) // request.block_bytes
-    if ledger.num_gpu_blocks_override is not None:
-        yield replace(request, ledger=replace(ledger, num_gpu_blocks_override=blocks))
-    else:
-        yield replace(request, ledger=replace(ledger, kv_cache_memory_bytes=blocks * request.block_bytes))
+    for room in (outcome.kv_room, outcome.kv_room - int(request.hardware.memory_floor.value)):
+        blocks = max(min(room, outcome.kv_cache), 0) // request.block_bytes
+        if ledger.num_gpu_blocks_override is not None:
+            yield replace(request, ledger=replace(ledger, num_gpu_blocks_override=blocks))
+        else:
+            yield replace(request, ledger=replace(ledger, kv_cache_memory_bytes=blocks * request.block_bytes))

@@ -1,0 +1,113 @@
+"""What is proposed starts: a proposal that the timeline calls frozen or refused is none, or says what its start takes."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starts import request, timeline
+
+from pagedkv.budget_advice import settings_that_fit
+from pagedkv.errors import ConfigError
+from pagedkv.memory_budget import MemoryBudget
+from pagedkv.sims.advise import advise
+from pagedkv.sims.cli import main
+from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.start_check import start_note, start_worsened
+from pagedkv.start_up import StartOptions
+
+SHORT = MeasurementConfig(duration="10s", warmup="2s")
+
+
+def test_advice_does_not_try_what_would_freeze_the_host() -> None:
+    """With 2 GiB of other programs, 0.9 leaves less than a Spark's floor; 0.85 does not."""
+    serving = ServingConfig(other_programs="2GiB", max_model_len=8192)
+    advice = advise(SimulationConfig(load=LoadConfig(users=2), serving=serving, measurement=SHORT), attain=ATTAIN)
+    utilizations = {trial.value: trial for trial in advice.trials if trial.setting == "gpu_memory_utilization"}
+    for value, trial in utilizations.items():
+        danger = timeline(other_programs="2GiB", max_model_len=8192, gpu_memory_utilization=value).danger
+        assert (danger is not None) == (trial.output_tokens_per_s is None)
+        assert danger is None or danger in trial.reason
+    assert {value for value, trial in utilizations.items() if trial.output_tokens_per_s is None} == {0.9}
+    assert advice.start_note is None
+
+
+def test_advice_says_what_the_start_of_its_command_takes() -> None:
+    """gpt-oss-120b freezes a Spark on its first start, whatever advice changes; MAX_JOBS avoids it."""
+    note = start_note(ServingConfig(model="gpt-oss-120b"))
+    assert note is not None
+    assert "the host freezes" in note
+    assert "MAX_JOBS=5 avoids it" in note
+    assert timeline(StartOptions(compile_jobs=5), model="gpt-oss-120b").danger is None
+    assert timeline(StartOptions(compile_jobs=6), model="gpt-oss-120b").danger is not None
+    assert start_note(ServingConfig(model="gpt-oss-120b", hardware="h200")) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "worse"),
+    [
+        ({}, {"gpu_memory_utilization": 0.9}, False),
+        ({}, {"gpu_memory_utilization": 0.94}, True),
+        ({"gpu_memory_utilization": 0.94}, {"gpu_memory_utilization": 0.92}, False),
+        ({"gpu_memory_utilization": 0.92}, {"gpu_memory_utilization": 0.94}, True),
+        ({"gpu_memory_utilization": 0.94}, {"gpu_memory_utilization": 0.94, "block_size": 32}, False),
+        ({"model": "gpt-oss-120b"}, {"model": "gpt-oss-120b", "max_num_seqs": 512}, False),  # MAX_JOBS mends both
+        ({"model": "llama-3.3-70b", "quantization": "int4"}, {"model": "gpt-oss-120b"}, True),  # which the first does not need
+        ({"free_memory": "110GiB"}, {"free_memory": "110GiB", "gpu_memory_utilization": 0.92}, True),  # refused
+    ],
+)
+def test_a_start_is_worse_if_its_host_is_in_more_danger(before: dict[str, Any], after: dict[str, Any], *, worse: bool) -> None:
+    assert (start_worsened(ServingConfig(**before), ServingConfig(**after)) is not None) == worse
+
+
+def test_what_to_try_next_does_not_freeze_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    """A dense model of 32 B in bf16 needs no kernels built; its nvfp4 does, beside which 60 GiB of compilers find no room."""
+    words = "--users 8 --model qwen3-32b --quantization fp8 --other-programs 38GiB --gpu-memory-utilization 0.5"
+    words += " --random-input-len 50 --random-output-len 200 --think-time 1s --max-model-len 4096 --duration 30s"
+    main([*words.split(), "--json", "-"])
+    verdict = json.loads(capsys.readouterr().out)["results"][0]["verdict"]
+    narrower = ServingConfig(model="qwen3-32b", quantization="nvfp4", other_programs="38GiB", gpu_memory_utilization=0.5)
+    assert verdict["binding"] == "bandwidth"
+    assert start_worsened(replace(narrower, quantization="fp8"), narrower) is not None
+    assert "nvfp4" not in verdict["next_command"]
+
+
+def test_a_suggestion_that_freezes_is_named_as_such() -> None:
+    with pytest.raises(ConfigError, match=r"What fits: .*MAX_JOBS=5"):
+        timeline(model="qwen3-30b-a3b", gpu_memory_utilization=0.15)
+    needs = settings_that_fit(request(model="gpt-oss-120b", gpu_memory_utilization=0.5, other_programs="30GiB"))
+    assert needs.dangerous is not None
+    assert "--gpu-memory-utilization" in needs.dangerous
+    assert not any(text.startswith("--gpu-memory-utilization") for text in needs.fit)
+
+
+@given(
+    model=st.sampled_from(["llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-120b", "llama-3.3-70b", "glm-4.5-air"]),
+    utilization=st.sampled_from([0.1, 0.3, 0.5, 0.7]),
+    others=st.sampled_from(["0", "4GiB", "20GiB", "40GiB"]),
+    engine=st.sampled_from(["vllm", "sglang", "llama-cpp", "tensorrt-llm"]),
+)
+@settings(max_examples=25, deadline=None)
+def test_what_fits_starts(model: str, utilization: float, others: str, engine: str) -> None:
+    """Of every suggestion, or a change that its own flags make, the start is safe as the suggestion says."""
+    share = {"gpu_memory_utilization": utilization} if engine == "vllm" else {}
+    serving: dict[str, Any] = {"model": model, "engine": engine, "other_programs": others, "max_model_len": 4096, **share}
+    asked = request(**serving)
+    if isinstance(asked.attempt(), MemoryBudget):
+        return
+    for text in settings_that_fit(asked).fit:
+        flags, _, start = text.partition(" (at its start: ")
+        then = timeline(**(serving | _read(flags)))
+        assert (then.danger is None) == (not start), text
+
+
+def _read(flags: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in flags.split("--")[1:]:
+        name, _, value = part.strip().partition(" ")
+        kind = float if name.endswith(("utilization", "fraction", "-static")) else int
+        number = value.replace(".", "").isdigit()
+        found[name.replace("-", "_")] = (kind(value) if number else value) if value else True
+    return found
