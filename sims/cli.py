@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
@@ -27,6 +27,9 @@ from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.config_file import ASKED_FOR, given, read_settings, with_files, without_other_loads
 from pagedkv.sims.config_words import DEFAULT_PARAMETER
+
+if TYPE_CHECKING:
+    from pagedkv.sims.pipe_console import PipeConsole
 
 BAD_INPUT = 2
 
@@ -93,13 +96,12 @@ def simulate(
         if file is not None:
             prepare_file(file, flag=flag)
     if watch:
-        from rich.console import Console
-
         from pagedkv.sims.live_view import check_watchable, watch_run
+        from pagedkv.sims.pipe_console import PipeConsole
 
         if json == "-":
             raise ConfigError("--watch and --json - both write to stdout: leave one out, or give --json a file")
-        watch_run(scenario, check_watchable(scenario), Console(highlight=False))
+        watch_run(scenario, check_watchable(scenario), PipeConsole(highlight=False))
     with ProgressOnStderr(scenario.allocators, repeats=measurement.repeats) as progress:
         results = run_all(scenario, progress=progress)
     page, drawn = made_report(results, images) if images is not None or files["--report"] is not None else (None, True)
@@ -196,18 +198,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = _question(arguments)
         else:
             app.config = _config_files(arguments)
-        _app_for(arguments)(_joined(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+        console = _help_console() if {"--help", "-h"} & set(arguments) else None
+        _app_for(arguments)(
+            _joined(arguments), console=console, exit_on_error=False, print_error=False, result_action="return_value"
+        )
         sys.stdout.flush()
     except (ConfigError, CycloptsError) as error:
         _exit(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt:
         _exit("interrupted: nothing was written", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, e.g. `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(0)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(f"error: cannot write the answer: {error.strerror}", BAD_INPUT)
+
+
+def _help_console() -> "PipeConsole":
+    from pagedkv.sims.pipe_console import PipeConsole
+
+    return PipeConsole()
 
 
 def _app_for(arguments: list[str]) -> App:
@@ -267,5 +279,8 @@ def _without_config(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _exit(message: str, code: int) -> None:
-    print(message, file=sys.stderr)  # noqa: T201
+    try:
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+    except BrokenPipeError:  # nobody reads it; the status still says so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(code)

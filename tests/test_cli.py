@@ -307,11 +307,16 @@ def test_ctrl_c_says_that_nothing_was_written(monkeypatch: pytest.MonkeyPatch, c
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--json -", ""], ids=["json", "answer"])
-def test_a_closed_pipe_is_no_error(flags: str) -> None:
+SHORT_LOAD = "--users 2 --duration 1s --warmup 0"
+
+
+@pytest.mark.parametrize(
+    "words", [f"{SHORT_LOAD} --json -", SHORT_LOAD, f"{SHORT_LOAD} --watch", "--help", "fit --help", "models", "hardware --json -"]
+)
+def test_a_closed_pipe_is_no_error(words: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    argv = [*COMMAND, *shlex.split(f"--users 2 --duration 1s --warmup 0 {flags}")]
+    argv = [*COMMAND, *shlex.split(words)]
     done = subprocess.run(argv, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert said(done.stderr) == []
@@ -323,6 +328,15 @@ def test_head_gets_its_line() -> None:
     done = subprocess.run(argv, shell=True, env=environment(), capture_output=True, text=True, check=False)
     assert done.stdout.startswith("2 users on NVIDIA DGX Spark")
     assert said(done.stderr) == []
+
+
+def test_an_error_that_nobody_reads_still_has_its_status() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [*COMMAND, "--users", "0"]
+    done = subprocess.run(argv, env=environment(), stdout=writer, stderr=writer, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -283,8 +283,7 @@ def _other_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:
 
 
 def _kv_cache_that_fits(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield, where the user sized the KV cache, the largest for which there is room, also beside the machine's floor, or the
-    smallest that is enough."""
+    """Yield, where the user sized the KV cache, the largest that fits, also beside the floor, or the smallest that is enough."""
     ledger, outcome = request.ledger, request.attempt()
     assert isinstance(ledger, VLLMLedger)
     if not ledger.sized_by_user or isinstance(outcome, MemoryBudget) or outcome.kv_room <= 0:
