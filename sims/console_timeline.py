@@ -5,12 +5,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pagedkv.memory_timeline import MemoryTimeline, Moment
+from pagedkv.memory_timeline import MemoryPhase, MemoryTimeline, Moment
 from pagedkv.sims.budget_timeline import STACK, BudgetTimeline, headline, troubles
 from pagedkv.sims.console_table import plain_table
 from pagedkv.units import GIB
 
 _BAR_WIDTH = 24
+_NARROW = 72
+"""Columns of a terminal below which the bars stand below the names of their phases."""
 _LOOKS = {
     "OS, programs": ("▓", "dim"),
     "engine, weights": ("█", "blue"),
@@ -27,7 +29,7 @@ def show_timeline(answer: BudgetTimeline, console: Console) -> None:
     timeline = answer.timeline
     request = timeline.request
     console.print(Text(f"Memory over time: {request.model.title} on {request.hardware.title}", "bold"))
-    console.print(_table(timeline))
+    console.print(_narrow_table(timeline) if console.width < _NARROW else _table(timeline))
     what = "MemAvailable" if request.hardware.unified else "what is free"
     console.print(Text(f"Bars: each phase's worst moment. Least, and at its end: {what}, GiB", "dim"))
     legend = Text()
@@ -57,15 +59,29 @@ def _table(timeline: MemoryTimeline) -> Table:
     table = plain_table("", "takes", bar, "least", "at its end", left=(0, 2))
     table.columns[0].no_wrap, table.columns[2].min_width = False, _BAR_WIDTH
     for phase in timeline.phases:
-        style = _STYLES[phase.verdict.kind]
-        table.add_row(
-            Text(phase.title),
-            "" if phase.seconds is None else f"≥ {phase.seconds:,.0f} s",
-            _bar(phase.worst, timeline.request.hardware.visible_bytes),
-            Text(f"{phase.worst.mem_available / GIB:,.2f}", "" if phase.verdict.kind == "ok" else style),
-            f"{phase.end.mem_available / GIB:,.2f}",
-        )
+        bar_of_phase = _bar(phase.worst, timeline.request.hardware.visible_bytes)
+        table.add_row(Text(phase.title), _takes(phase), bar_of_phase, *_available(phase))
     return table
+
+
+def _narrow_table(timeline: MemoryTimeline) -> Table:
+    table = plain_table(f"of {timeline.request.hardware.visible_bytes / GIB:.2f} GiB", "least", "at end")
+    table.columns[0].no_wrap = False
+    for phase in timeline.phases:
+        title = ", ".join(filter(None, (phase.title, _takes(phase))))
+        bar = _bar(phase.worst, timeline.request.hardware.visible_bytes)
+        table.add_row(Text.assemble(title, "\n", bar), *_available(phase))
+    return table
+
+
+def _takes(phase: MemoryPhase) -> str:
+    return "" if phase.seconds is None else f"≥ {phase.seconds:,.0f} s"
+
+
+def _available(phase: MemoryPhase) -> tuple[Text, str]:
+    """Return what is available at the phase's worst moment and at its end."""
+    style = "" if phase.verdict.kind == "ok" else _STYLES[phase.verdict.kind]
+    return Text(f"{phase.worst.mem_available / GIB:,.2f}", style), f"{phase.end.mem_available / GIB:,.2f}"
 
 
 def _bar(moment: Moment, visible: int) -> Text:

@@ -5,10 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from starts import WARM, kinds, phase, request, timeline
 
 from pagedkv.errors import ConfigError
 from pagedkv.memory_timeline import MemoryTimeline
+from pagedkv.sims.budget_timeline import budget_timeline
+from pagedkv.sims.console_timeline import show_timeline
 from pagedkv.start_timeline import memory_timeline
 from pagedkv.start_up import Guest, StartOptions
 from pagedkv.timeline_advice import advise_start
@@ -118,3 +121,19 @@ def test_llama_server_comes_to_keep_copies_of_windows_as_well() -> None:
 def test_what_cannot_be_is_refused(options: StartOptions, serving: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         timeline(options, **serving)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 71, 72, 80])
+def test_no_number_is_cut_at_any_width(columns: int) -> None:
+    """In a terminal of 40 columns, too: every phase with what is available at its worst moment and at its end."""
+    answer = budget_timeline(request(model="gpt-oss-120b"))
+    console = Console(width=columns)
+    with console.capture() as shown:
+        show_timeline(answer, console)
+    text = shown.get()
+    assert "…" not in text
+    for each in answer.timeline.phases:
+        row = next(line for line in text.splitlines() if line.startswith(each.title[:11]) and "." in line)
+        assert f"{each.worst.mem_available / GIB:,.2f}" in row
+        assert f"{each.end.mem_available / GIB:,.2f}" in row
+    assert "≥ 115 s" in text
