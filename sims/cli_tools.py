@@ -50,19 +50,47 @@ def fit(
 
 
 @tools.command
-def models() -> None:
-    """List the models of the catalogue."""
+def models(
+    *text: str,
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """List the models of the catalogue, or those whose name has a text.
+
+    Args:
+        text: What to look for, e.g. qwen3 or llama 70b: every word must be in the name or the title.
+        json: Write the list to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.catalogue_lists import find_models, models_document
     from pagedkv.sims.console_static import show_models
 
-    print_view(show_models)
+    check_json(json)
+    found = find_models(" ".join(text))
+    if json is None:
+        print_view(lambda console: show_models(found, console))
+    else:
+        write_json(models_document(found.items()), json)
 
 
 @tools.command
-def hardware() -> None:
-    """List the machines of the catalogue."""
+def hardware(
+    *text: str,
+    json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
+) -> None:
+    """List the machines of the catalogue, or those whose name has a text.
+
+    Args:
+        text: What to look for, e.g. h200: every word must be in the name or the title.
+        json: Write the list to this file; - prints it, and nothing else, to stdout.
+    """
+    from pagedkv.sims.catalogue_lists import find_hardware, hardware_document
     from pagedkv.sims.console_static import show_hardware
 
-    print_view(show_hardware)
+    check_json(json)
+    found = find_hardware(" ".join(text))
+    if json is None:
+        print_view(lambda console: show_hardware(found, console))
+    else:
+        write_json(hardware_document(found.items()), json)
 
 
 @tools.command

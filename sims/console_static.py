@@ -1,11 +1,12 @@
 """What the terminal shows without a simulation: what fits, the catalogues, a word explained, a vLLM command read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
+from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.model_spec import ModelSpec
 from pagedkv.sims.console import waterfall
 from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.deployment import Deployment
@@ -51,11 +52,10 @@ def show_fit(answer: Fit, deployment: Deployment, console: Console) -> None:
         console.print(f"At {row.context:,} tokens each, {row.paged:,} requests fit at once.", markup=False)
 
 
-def show_models(console: Console) -> None:
-    """Print every model of the catalogue."""
+def show_models(models: Mapping[str, ModelSpec], console: Console) -> None:
+    """Print models of the catalogue, by name."""
     table = plain_table("model", "params", "active", "KV B/token", "state", "context")
-    for name in model_names():
-        model = load_model(name)
+    for name, model in models.items():
         spec = model.kv_spec("auto")
         state = f"{spec.state_bytes_per_sequence / 1e6:,.1f} MB" if spec.state_bytes_per_sequence else ""
         active = f"{model.params_active / 1e9:.1f}B" if model.num_experts else ""
@@ -64,11 +64,10 @@ def show_models(console: Console) -> None:
     console.print(table)
 
 
-def show_hardware(console: Console) -> None:
-    """Print every machine of the catalogue."""
+def show_hardware(machines: Mapping[str, HardwareSpec], console: Console) -> None:
+    """Print machines of the catalogue, by name."""
     table = plain_table("machine", "visible", "memory", "spec GB/s", "reached", "BF16 TFLOPS", left=(0, 2))
-    for name in hardware_names():
-        machine = load_hardware(name)
+    for name, machine in machines.items():
         table.add_row(
             name,
             f"{machine.visible_bytes / GIB:.1f} GiB",
