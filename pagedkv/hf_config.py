@@ -21,6 +21,9 @@ MAX_PARAMS = 10**15
 _OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "expert_dtype")
 """Fields that count for a nested text_config too."""
 
+_DRAFT_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""How DeepSeek, GLM and Nemotron, Qwen and MiniMax name the number of their layers for drafting."""
+
 
 def model_from_config(
     config: Mapping[str, object], *, name: str, title: str, source: str, hf_id: str = "", aliases: tuple[str, ...] = ()
@@ -67,6 +70,7 @@ def model_from_config(
         has_experts=bool(routed),
     )
     weights = native_format(fields, fields.section("quantization_config"), linear)
+    draft_layers = fields.integer(*_DRAFT_LAYERS, default=0, minimum=0)
     max_context, heads = fields.integer("max_position_embeddings"), fields.integer("num_attention_heads")
     fields.check_all_understood()
     if nested is not None:
@@ -93,6 +97,7 @@ def model_from_config(
         experts_per_token=experts.per_token if routed else 0,
         expert_params=routed,
         num_parts=linear.mixer_layers + linear.feed_forward_layers,
+        draft_layers=draft_layers,
         native_format=weights,
     )
 

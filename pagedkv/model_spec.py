@@ -60,6 +60,8 @@ class ModelSpec:
     """Parameters of the routed experts of all layers."""
     num_parts: int = 0
     """Mixers and feed-forward parts of all layers; 0: each layer has one of both."""
+    draft_layers: int = 0
+    """Layers for drafting (MTP) that the weights bring, which are not counted in `num_layers`."""
     native_format: WeightFormat
     """How the published weights are stored."""
 

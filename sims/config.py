@@ -209,7 +209,7 @@ class ServingConfig:
     ctx_checkpoints: int | None = None
     """llama.cpp and Ollama: most copies of its window that a slot keeps in host memory, to go on from [default: 32]."""
     speculative_method: str | None = None
-    """vLLM, SGLang: what drafts: draft-model, mtp, medusa or ngram [default: nothing; draft-model with speculative-model]."""
+    """vLLM, SGLang: what drafts: draft-model, mtp, eagle, medusa, ngram [default: nothing; draft-model with speculative-model]."""
     speculative_model: str | None = None
     """vLLM and SGLang: the draft model, with weights and KV of its own in the same memory."""
     num_speculative_tokens: int | None = None

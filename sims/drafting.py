@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.arrays import Float64Array
-from pagedkv.catalogue import load_model
+from pagedkv.catalogue import load_model, model_names
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.jit import lean_jit
 from pagedkv.kv_spec import LayerGroup
@@ -22,8 +22,9 @@ from pagedkv.splitmix import mixed_one
 from pagedkv.step_batch import StepBatch
 from pagedkv.weight_format import WeightFormat
 
-METHODS = ("draft-model", "mtp", "medusa", "ngram")
-"""What drafts: a small model; a layer made for it (MTP, EAGLE); heads that each guess one token further (Medusa); the prompt."""
+METHODS = ("draft-model", "mtp", "eagle", "medusa", "ngram")
+"""What drafts: a small model; a layer that the weights bring for it (MTP), or one that somebody trained (EAGLE); heads that each guess
+one token further, trained likewise (Medusa); the prompt."""
 DEFAULT_ACCEPTANCE = 0.7
 """Of a token. Between 0.6 and 0.8 are reported for drafts of the same family on chat. Source: Leviathan et al. 2023, table 3."""
 MOST_DRAFTS = 64
@@ -65,7 +66,12 @@ class Drafting:
     @property
     def title(self) -> str:
         """E.g. "3 drafts a step by Llama 3.2 1B, accepted at 0.7"."""
-        by = {"ngram": "the prompt's own n-grams", "medusa": "Medusa heads", "mtp": "a layer for drafting"}
+        by = {
+            "ngram": "the prompt's own n-grams",
+            "medusa": "Medusa heads",
+            "mtp": "the model's own layer",
+            "eagle": "an EAGLE layer",
+        }
         who = self.model.title if self.method == "draft-model" and self.model is not None else by[self.method]
         spread = f" ± {self.acceptance_spread:g}" if self.acceptance_spread else ""
         drafts = f"{self.num_tokens} draft{'s' if self.num_tokens > 1 else ''}"
@@ -122,7 +128,9 @@ def drafting_of(serving: ServingConfig, target: ModelSpec, weight_format: Weight
                 f"--speculative-model {serving.speculative_model}: {model.title} has {model.vocab_size:,} words, {target.title} "
                 f"{target.vocab_size:,}: a draft model needs the vocabulary of its target"
             )
-    elif method == "mtp":
+    elif method in ("mtp", "eagle"):
+        if method == "mtp" and not target.draft_layers:
+            raise ConfigError(_no_layer(target))
         model, shares = _one_layer(target), True
     elif method == "medusa":
         model = _heads(target, number)
@@ -135,6 +143,18 @@ def drafting_of(serving: ServingConfig, target: ModelSpec, weight_format: Weight
         num_passes=0 if model is None else 1 if method == "medusa" else number,
         shares_tables=shares,
         weight_format=weight_format if shares or model is None or method == "medusa" else model.native_format,
+    )
+
+
+def _no_layer(target: ModelSpec) -> str:
+    """Return that the weights of `target` bring no layer for drafting, and what would draft."""
+    drafts = [model for model in map(load_model, model_names()) if 0 < 5 * model.params_total <= target.params_total]
+    same_words = [model.name for model in drafts if model.vocab_size == target.vocab_size]
+    draft = f"--speculative-model {same_words[0]}, " if same_words else ""
+    return (
+        f"--speculative-method mtp: the weights of {target.title} bring no layer for drafting (config.json names none, as "
+        f"num_nextn_predict_layers or mtp_num_hidden_layers). Use {draft}--speculative-method ngram, or eagle or medusa if "
+        "somebody has trained one for it"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_what_drafts_lives_in_the_same_memory() -> None:
     assert budget.weights - alone.weights == draft.weight_bytes(draft.native_format)
     assert budget.kv_bytes_per_token == sum(m.kv_spec("auto").bytes_per_token for m in (target, draft))
     assert budget.num_blocks < alone.num_blocks
-    layer = deploy(ServingConfig(speculative_method="mtp", num_speculative_tokens=1)).budget
+    layer = deploy(ServingConfig(speculative_method="eagle", num_speculative_tokens=1)).budget
     assert layer.kv_bytes_per_token * 32 == alone.kv_bytes_per_token * 33
     grown = layer.weights - alone.weights
     assert grown == pytest.approx((target.linear_params / 32 + 2 * 4096**2) * 2, rel=0.01)
@@ -244,6 +245,11 @@ def test_advice_says_where_speculation_stops_paying() -> None:
             {"speculative_method": "mtp", "speculative_model": "llama-3.2-1b", "num_speculative_tokens": 1},
             "leave --speculative-model out",
         ),
+        (
+            {"speculative_method": "mtp", "num_speculative_tokens": 1},
+            "Use --speculative-model llama-3.2-1b, --speculative-method ngram",
+        ),
+        ({"speculative_method": "mtp", "num_speculative_tokens": 1, "model": "kimi-k2", "hardware": "gb200"}, "bring no layer"),
         (drafts(0.5, 0), "needs 1 to 64"),
         (drafts(1.5, 2), "acceptance-rate is 1.5: needs 0 to 1"),
         (drafts(0.5, 2, acceptance_spread=0.5), "needs 0 to below 0.5"),
@@ -256,3 +262,28 @@ def test_a_draft_that_cannot_be_is_refused(serving: dict[str, Any], says: str) -
     with pytest.raises(ConfigError) as error:
         deploy(ServingConfig(**serving))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "drafts_itself"),
+    [("glm-4.7-flash", True), ("qwen3.6-35b-a3b", True), ("gpt-oss-20b", False), ("qwen3-8b", False)],
+)
+def test_a_model_drafts_by_its_own_layer_if_it_brings_one(model: str, *, drafts_itself: bool) -> None:
+    assert bool(load_model(model).draft_layers) == drafts_itself
+    serving = ServingConfig(model=model, speculative_method="mtp", num_speculative_tokens=1, max_model_len=4096)
+    if drafts_itself:
+        assert deploy(serving).drafting is not None
+        return
+    with pytest.raises(ConfigError, match="bring no layer for drafting"):
+        deploy(serving)
+    assert deploy(replace(serving, speculative_method="eagle")).drafting is not None
+
+
+def test_a_config_says_whether_there_is_a_layer(shared_data: Path) -> None:
+    """Published files name it in three ways; Kimi K2's says 0."""
+    found = {}
+    for path in sorted((shared_data / "hf_configs").glob("*.json")):
+        found[path.name.partition("--")[2].removesuffix("_config.json")] = load_model(str(path)).draft_layers
+    assert {name for name, layers in found.items() if layers} == {
+        "DeepSeek-V3", "DeepSeek-V4-Flash", "GLM-5", "MiniMax-M2.7", "Qwen3.5-27B", "Qwen3.6-35B-A3B-NVFP4",
+    }  # fmt: skip
