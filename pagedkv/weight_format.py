@@ -1,13 +1,22 @@
 """How many bits a weight takes, and what stays wide."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from pagedkv.errors import unknown_name
+from pagedkv.errors import ConfigError, unknown_name
 
 ComputeDtype = Literal["fp32", "bf16", "fp8", "fp4"]
+Container = Literal["any", "safetensors", "gguf"]
+"""Whose files have a format: a quantizer's for PyTorch, llama.cpp's, or both."""
+
+ENGINE_CONTAINERS: Mapping[str, tuple[Container, ...]] = MappingProxyType(
+    {"llama-cpp": ("any", "gguf"), "ollama": ("any", "gguf"), "sglang": ("any", "safetensors", "gguf")}
+)
+"""Which files an engine reads, where that is not what PyTorch has. llama.cpp and Ollama know GGUF alone; SGLang reads it, too
+(`--quantization gguf`); vLLM does by a plugin, which is not modelled (vllm-project/vllm PR 39612, since 0.24); transformers widens
+it while it loads. Source: the engines' documentation, August 2026."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +37,8 @@ class WeightFormat:
     """Bits of input tables; None: `wide_bits`."""
     compute_dtype: ComputeDtype
     """What the matrix units multiply in; weight-only formats are widened to bf16 first."""
+    container: Container = "safetensors"
+    """Which files have it, and so which engines read it (`ENGINE_CONTAINERS`)."""
     source: str
     """Where the bits come from."""
 
@@ -41,14 +52,15 @@ def _gguf(name: str, bits: float, source: str) -> WeightFormat:
         head_bits=bits,
         embedding_bits=bits,
         compute_dtype="bf16",
+        container="gguf",
         source=f"llama.cpp: {source}",
     )
 
 
 _FORMATS = (
-    WeightFormat(name="fp32", bits_per_weight=32, wide_bits=32, compute_dtype="fp32", source="IEEE 754 binary32"),
-    WeightFormat(name="bf16", bits_per_weight=16, wide_bits=16, compute_dtype="bf16", source="bfloat16, no scales"),
-    WeightFormat(name="fp16", bits_per_weight=16, wide_bits=16, compute_dtype="bf16", source="IEEE 754 binary16"),
+    WeightFormat(name="fp32", bits_per_weight=32, wide_bits=32, compute_dtype="fp32", container="any", source="IEEE 754 binary32"),
+    WeightFormat(name="bf16", bits_per_weight=16, wide_bits=16, compute_dtype="bf16", container="any", source="bfloat16"),
+    WeightFormat(name="fp16", bits_per_weight=16, wide_bits=16, compute_dtype="bf16", container="any", source="IEEE 754 binary16"),
     _gguf("q8_0", 8.5, "8 bits and a 16-bit scale per 32 weights"),
     WeightFormat(
         name="mxfp8",
@@ -79,6 +91,7 @@ _FORMATS = (
         bits_per_weight=4.5,
         wide_bits=16,
         compute_dtype="fp4",
+        container="any",
         source="NVIDIA NVFP4: E2M1 with an FP8 scale per 16 weights, 4 + 8/16",
     ),
     WeightFormat(
@@ -104,6 +117,7 @@ _FORMATS = (
         wide_bits=16,
         dense_bits=16,
         compute_dtype="bf16",
+        container="any",
         source="OCP Microscaling 1.0: E2M1 with an 8-bit scale per 32 weights, 4 + 8/32; in vLLM for routed experts",
     ),
     WeightFormat(
@@ -114,6 +128,7 @@ _FORMATS = (
         head_bits=8.5,
         embedding_bits=8.5,
         compute_dtype="bf16",
+        container="gguf",
         source="llama.cpp's gpt-oss: routed experts as mxfp4, all else as q8_0; 11.27 GiB for 20b",
     ),
     WeightFormat(
@@ -162,3 +177,24 @@ def load_weight_format(name: str) -> WeightFormat:
         return WEIGHT_FORMATS[_ALIASES.get(key, key)]
     except KeyError:
         raise unknown_name("--quantization", name, (*WEIGHT_FORMATS, *_ALIASES)) from None
+
+
+def check_readable(weight_format: WeightFormat, engine: str, *, proposed: Iterable[str]) -> None:
+    """Refuse a format of whose files `engine` reads none; `proposed` are formats that it does.
+
+    Raises:
+        ConfigError: With formats that it reads, and engines that read this one.
+    """
+    containers = ENGINE_CONTAINERS.get(engine, ("any", "safetensors"))
+    if weight_format.container in containers:
+        return
+    wide = [name for name, fmt in WEIGHT_FORMATS.items() if fmt.container == "any"]
+    ours = ", ".join(dict.fromkeys((*wide, *proposed)))
+    if weight_format.container == "gguf":
+        whose, readers = "a format of GGUF files", "llama-cpp, ollama or sglang"
+    else:
+        whose, readers = "a format of PyTorch's files, and it reads GGUF", "vllm, sglang or tensorrt-llm"
+    raise ConfigError(
+        f"--quantization {weight_format.name}: {engine} does not read it, {whose}. It reads {ours}; {weight_format.name} is for "
+        f"--engine {readers}"
+    )

@@ -30,7 +30,7 @@ from pagedkv.sims.second_tier import SecondTier, second_tier
 from pagedkv.sims.step_formula import NO_COPIES
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.units import parse_bytes, size_bytes
-from pagedkv.weight_format import WeightFormat, load_weight_format
+from pagedkv.weight_format import WeightFormat, check_readable, load_weight_format
 
 PAGE_BYTES = 2 << 20
 """A page of virtual memory that stock CUDA maps. Source: Prabhu et al., vAttention, ASPLOS 2025."""
@@ -163,6 +163,8 @@ def memory_request(serving: ServingConfig) -> MemoryRequest:
     limits = engine.scheduler_settings(serving, model, hardware)
     ledger = engine.ledger(serving, hardware, limits)
     weight_format = load_weight_format(serving.quantization) if serving.quantization else ledger.native_format(model)
+    if weight_format != ledger.native_format(model):
+        check_readable(weight_format, engine.name, proposed=ledger.weight_formats)
     drafting = drafting_of(serving, model, weight_format)
     return MemoryRequest(
         model=model,

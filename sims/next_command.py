@@ -15,6 +15,9 @@ from pagedkv.sims.simulation import Run
 from pagedkv.sims.start_check import start_worsened
 from pagedkv.weight_format import load_weight_format
 
+CLEARLY_NARROWER = 0.8
+"""Of the present bits per weight: a format above this share of them is hardly faster, and costs quality all the same."""
+
 
 def next_command(
     scenario: Scenario, binding: Binding, runs: list[Run], why: MissedGoal | None, *, attain: float, fits: bool
@@ -82,8 +85,17 @@ def _more_kv(scenario: Scenario) -> dict[str, Any]:
 
 
 def _narrower_format(scenario: Scenario) -> str | None:
-    bits = scenario.deployment.weight_format.bits_per_weight
-    return "fp8" if bits > 8 else "nvfp4" if bits > 4.5 and "fp4" in scenario.deployment.hardware.reached_flops else None
+    """Return the widest of the engine's formats that takes clearly less than the present one and computes no slower."""
+    deployment, hardware = scenario.deployment, scenario.deployment.hardware
+    now, ledger = deployment.weight_format, deployment.engine.ledger(scenario.config.serving, hardware, deployment.scheduler)
+    for name in ledger.weight_formats:
+        narrower = load_weight_format(name)
+        if narrower.compute_dtype == "fp4" and "fp4" not in hardware.reached_flops:
+            continue
+        slower = hardware.effective_flops(narrower) < hardware.effective_flops(now)
+        if narrower.bits_per_weight < CLEARLY_NARROWER * now.bits_per_weight and not slower:
+            return name
+    return None
 
 
 def _faster_formats(scenario: Scenario) -> list[str]:

@@ -113,7 +113,7 @@ def test_older_builds_have_factors_of_their_own() -> None:
 
 def test_a_deployment_has_the_constants_of_its_engine() -> None:
     llama_cpp = deploy(ServingConfig(engine="llama-cpp", quantization="q8_0"))
-    vllm = deploy(ServingConfig(quantization="q8_0"))
+    vllm = deploy(ServingConfig(quantization="int8"))
     costs = [each.step_time.prefill_cost(2048, max_num_batched_tokens=2048).total_s for each in (llama_cpp, vllm)]
     assert llama_cpp.calibration.status == "validated"
     assert costs[0] > 2 * costs[1]  # llama.cpp prefills at a third of what cuBLAS reaches
