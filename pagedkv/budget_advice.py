@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain, combinations, islice
 
 from pagedkv.memory_request import MemoryRequest
-from pagedkv.remedies import fits, narrower_weights, other_hardware, smaller_model
+from pagedkv.remedies import fits, narrower_weights, no_drafting, other_hardware, smaller_model
 from pagedkv.request_flags import as_flags
 from pagedkv.timeline_advice import safe_start
 
@@ -50,7 +50,7 @@ def settings_that_fit(request: MemoryRequest) -> Suggestions:
 
 def _changes_that_start(request: MemoryRequest, starts: Callable[[MemoryRequest], bool]) -> Iterator[MemoryRequest]:
     helpless = []
-    for remedy in request.ledger.remedies():
+    for remedy in (no_drafting, *request.ledger.remedies()):
         change = next(filter(starts, remedy(request)), None)
         if change is None:
             helpless.append(remedy)

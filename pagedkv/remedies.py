@@ -82,6 +82,12 @@ def eager(request: MemoryRequest) -> Iterator[MemoryRequest]:
         yield replace(request, enforce_eager=True)
 
 
+def no_drafting(request: MemoryRequest) -> Iterator[MemoryRequest]:
+    """Yield the same without speculative decoding, whose model takes memory and changes no answer."""
+    if request.draft is not None:
+        yield replace(request, draft=None)
+
+
 def other_hardware(request: MemoryRequest) -> Iterator[MemoryRequest]:
     """Yield the other machines of the catalogue, the smallest first, if their own defaults would fit as well."""
     others = (load_hardware(name) for name in hardware_names() if name != request.hardware.name)

@@ -16,8 +16,9 @@ _FLAGS = {
 
 
 def as_flags(request: MemoryRequest, change: MemoryRequest) -> str:
-    """Return what to add to the command line to turn `request` into `change`."""
-    flags = ["--enforce-eager"] if change.enforce_eager and not request.enforce_eager else []
+    """Return what to add to the command line to turn `request` into `change`; or what to leave out, in words."""
+    flags = ["no speculative decoding"] if change.draft is None and request.draft is not None else []
+    flags += ["--enforce-eager"] if change.enforce_eager and not request.enforce_eager else []
     for name, flag in _FLAGS.items():
         value = getattr(change, name)
         changed = value != getattr(request, name)

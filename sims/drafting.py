@@ -23,8 +23,8 @@ from pagedkv.step_batch import StepBatch
 from pagedkv.weight_format import WeightFormat
 
 METHODS = ("draft-model", "mtp", "eagle", "medusa", "ngram")
-"""What drafts: a small model; a layer that the weights bring for it (MTP), or one that somebody trained (EAGLE); heads that each guess
-one token further, trained likewise (Medusa); the prompt."""
+"""What drafts: a small model; a layer that the weights bring (MTP), or that somebody trained (EAGLE); heads that each guess one
+token further, trained likewise (Medusa); the prompt."""
 DEFAULT_ACCEPTANCE = 0.7
 """Of a token. Between 0.6 and 0.8 are reported for drafts of the same family on chat. Source: Leviathan et al. 2023, table 3."""
 MOST_DRAFTS = 64

@@ -92,7 +92,7 @@ def _values(deployment: Deployment, serving: ServingConfig, version: VLLMVersion
 
 
 def _speculative_config(drafting: Drafting) -> str:
-    """Return vLLM's JSON of how tokens are drafted; of heads the repository is the user's to name."""
+    """Return vLLM's JSON of how tokens are drafted; of an EAGLE layer or heads the repository is the user's to name."""
     settings: dict[str, object] = {"method": drafting.method.replace("-", "_")}
     if drafting.method == "draft-model" and drafting.model is not None:
         settings["model"] = drafting.model.hf_id or drafting.model.name

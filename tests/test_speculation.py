@@ -204,6 +204,16 @@ def test_what_drafts_lives_in_the_same_memory() -> None:
     assert deploy(ServingConfig(**drafts(0.5, 4))).budget == alone
 
 
+def test_a_draft_model_that_does_not_fit_beside_its_target_is_left_out() -> None:
+    """Both take 60 GiB of a card of 47; the target alone fits."""
+    serving = ServingConfig(
+        model="qwen2.5-14b", hardware="l40s", max_model_len=4096, speculative_model="qwen2.5-7b", num_speculative_tokens=3
+    )
+    with pytest.raises(ConfigError, match=r"What fits: no speculative decoding; or "):
+        deploy(serving)
+    assert deploy(replace(serving, speculative_model=None, num_speculative_tokens=None))
+
+
 def test_speculation_stops_paying_when_the_batch_is_large() -> None:
     """Verifying drafts of many requests is arithmetic that a small batch has for nothing; the draft model reads keys, too."""
     drafting: dict[str, Any] = {"speculative_model": "llama-3.2-1b", "num_speculative_tokens": 5, "acceptance_rate": 0.6}
