@@ -54,6 +54,7 @@ def simulate(
     measurement: Annotated[MeasurementConfig, Parameter(name="*", group=MEASUREMENT)] = MeasurementConfig(),  # noqa: B008
     json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
     out: Annotated[str | None, Parameter(group=OUTPUT)] = None,
+    overwrite: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
     report: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     images: Annotated[str | None, Parameter(group=OUTPUT)] = None,
     watch: Annotated[bool, Parameter(group=OUTPUT)] = False,
@@ -64,13 +65,14 @@ def simulate(
     Args:
         json: Write the result document to this file; - prints it, and nothing else, to stdout.
         out: Write to this folder: config.toml, summary.json, requests.csv, timeline.csv, report.html, metrics.prom (vLLM's metrics
-            for Prometheus) and trace.json (for Perfetto).
+            for Prometheus) and trace.json (for Perfetto). A folder that holds another run is left as it is: see overwrite.
+        overwrite: Replace the run that the folder of --out holds, whatever it is.
         report: Write report.html, one offline page with the pictures, to this file.
         images: Write every picture of the report to this folder, as SVG and PNG (pip install 'pagedkv[images]').
         watch: Before the answer, show the first allocator's memory block by block while simulated time runs.
         config: Take settings from a config.toml, such as --out writes; flags override it, and its paths are relative to it.
     """
-    from pagedkv.sims.export import prepare_file, prepare_folder, to_json, write, write_atomically
+    from pagedkv.sims.export import keep_other_runs, prepare_file, prepare_folder, to_json, write, write_atomically
     from pagedkv.sims.progress import ProgressOnStderr
     from pagedkv.sims.results import simulate as run_all
     from pagedkv.sims.scenario import resolve
@@ -80,11 +82,13 @@ def simulate(
     if "," in serving.engine:
         if watch:
             raise ConfigError("--watch shows one engine: name one with --engine")
-        compare_engines(asked, json=json, out=out, report=report or images)
+        compare_engines(asked, json=json, out=out, report=report or images, overwrite=overwrite)
         return
     scenario = resolve(asked)
     folder, _ = output_path(out, "--out"), output_path(images, "--images")
     files = {"--json": output_path(None if json == "-" else json, "--json"), "--report": output_path(report, "--report")}
+    if folder is not None and not overwrite:
+        keep_other_runs(scenario, folder)
     if images is not None:
         from pagedkv.sims.figure_files import check_images
 

@@ -7,7 +7,7 @@ from pagedkv.sims.cli_output import output_path, print_view
 from pagedkv.sims.config import SimulationConfig
 
 
-def compare_engines(config: SimulationConfig, *, json: str | None, out: str | None, report: str | None) -> None:
+def compare_engines(config: SimulationConfig, *, json: str | None, out: str | None, report: str | None, overwrite: bool) -> None:
     """Simulate every engine that `config` names with the same load.
 
     Args:
@@ -16,6 +16,7 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
         out: Write comparison.json, metrics.prom and trace.json of all engines to this folder, and each one's results to a folder in
             it by its name.
         report: Not for several engines.
+        overwrite: Replace what other runs have left in the folders of `out`.
 
     Raises:
         ConfigError: If nothing can run, or a report is wanted.
@@ -23,7 +24,7 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
     from pagedkv.sims.chrome_trace import trace_text
     from pagedkv.sims.engine_comparison import column_name, scenarios
     from pagedkv.sims.engine_comparison import compare_engines as run_all
-    from pagedkv.sims.export import prepare_file, prepare_folder, to_json, write, write_atomically
+    from pagedkv.sims.export import keep_other_runs, prepare_file, prepare_folder, to_json, write, write_atomically
     from pagedkv.sims.progress import ProgressOnStderr
     from pagedkv.sims.vllm_metrics import metrics_text
 
@@ -32,7 +33,9 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
     folder, file = output_path(out, "--out"), output_path(None if json == "-" else json, "--json")
     ready, refused = scenarios(config)
     if folder is not None:
-        for engine in ready:
+        for engine, scenario in ready.items():
+            if not overwrite:
+                keep_other_runs(scenario, folder / engine)
             prepare_folder(folder / engine)
     if file is not None:
         prepare_file(file, flag="--json")

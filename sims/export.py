@@ -17,6 +17,7 @@ from pagedkv.sims.config_file import file_text
 from pagedkv.sims.recording import KV_KINDS, RUNNING, WAITING
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.results import Results, rerun_settings
+from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.vllm_metrics import metrics_text
 
@@ -48,6 +49,23 @@ def prepare_folder(folder: Path, *, flag: str = "--out") -> None:
         raise ConfigError(
             f"cannot write results to {str(folder)!r}: {error.strerror}. Give {flag} a folder that you may write to"
         ) from error
+
+
+def keep_other_runs(scenario: Scenario, folder: Path) -> None:
+    """Refuse to write the run of `scenario` over another; over the same settings it is written anew.
+
+    Raises:
+        ConfigError: If `folder` holds a config.toml that does not say the same.
+    """
+    there = folder / "config.toml"
+    try:
+        same = not there.exists() or there.read_text(encoding="utf-8") == file_text(rerun_settings(scenario), folder)
+    except (OSError, UnicodeDecodeError):
+        same = False
+    if not same:
+        raise ConfigError(
+            f"{str(folder)!r} holds another run, as its config.toml says: give --out a new folder, or add --overwrite to replace it"
+        )
 
 
 def prepare_file(path: Path, *, flag: str) -> None:

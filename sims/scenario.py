@@ -17,6 +17,8 @@ from pagedkv.sims.routing import DEFAULT_ROUTING
 
 DEFAULT_DURATION_S = 600.0
 DEFAULT_WARMUP_S = 60.0
+MOST_REPEATS = 10_000
+"""Of one answer: intervals shrink with the square root, and the log of every run is held until the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +127,8 @@ def _usual_window(load: Load) -> tuple[float, float | None]:
 
 
 def _window(measurement: MeasurementConfig, load: Load) -> tuple[float, float | None]:
-    if measurement.repeats < 1:
-        raise ConfigError(f"repeats is {measurement.repeats}: needs 1 or more")
+    if not 1 <= measurement.repeats <= MOST_REPEATS:
+        raise ConfigError(f"repeats is {measurement.repeats}: needs 1 to {MOST_REPEATS:,}; each is a run, all of which are kept")
     if measurement.seed < 0:
         raise ConfigError(f"seed is {measurement.seed}: needs 0 or more")
     warmup_s, duration_s = _usual_window(load)

@@ -146,6 +146,32 @@ def test_the_configuration_names_every_setting_once() -> None:
     assert config["goodput"] == ["ttft:150", "tpot:90"]
 
 
+def test_a_run_is_not_written_over_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same again is the same run; another is refused before it runs, and --overwrite replaces the first."""
+    short = "--duration 2s --warmup 0s --out r"
+    main(f"--users 2 {short}".split())
+    kept = Path("r/summary.json").read_bytes()
+    main(f"--users 2 {short}".split())
+    main(["--config", "r/config.toml", "--out", "r"])
+    with pytest.raises(SystemExit) as refused:
+        main(f"--users 3 {short}".split())
+    assert refused.value.code == 2
+    assert "'r' holds another run" in capsys.readouterr().err
+    assert json.loads(kept)["config"] == json.loads(Path("r/summary.json").read_bytes())["config"]
+    main(f"--users 3 {short} --overwrite".split())
+    assert json.loads(Path("r/summary.json").read_bytes())["config"]["users"] == 3
+
+
+def test_engines_are_not_written_over_others(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--users 1 --engine vllm,ollama --duration 2s --warmup 0s --out r".split()
+    main(words)
+    main(words)
+    with pytest.raises(SystemExit):
+        main([*words, "--think-time", "1s"])
+    assert "holds another run" in capsys.readouterr().err
+    main([*words, "--think-time", "1s", "--overwrite"])
+
+
 def rows(name: str) -> list[dict[str, str]]:
     with Path(name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
