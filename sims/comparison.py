@@ -36,9 +36,11 @@ def comparison(document: dict[str, Any]) -> list[Row]:
     if any(c.get("num_replicas", 1) > 1 for c in columns):
         rows.insert(1, row("replicas", *(f"{c['num_replicas']:,}" for c in columns)))
     if document["config"]["goodput"]:
+        if all(c["verdict"] is not None for c in columns):
+            rows.append(row("meet the goals", *(_percent(c["verdict"].get("attained")) for c in columns)))
         rows += [
             row("goodput, requests/s", *(_number(c["goodput_per_s"], ".2f") for c in columns)),
-            row("goodput, share", *(_percent(c["goodput_share"]) for c in columns)),
+            row("goodput, of all requests", *(_percent(c["goodput_share"]) for c in columns)),
         ]
     rows.append(row("requests", *(f"{c['num_injected']:,}" for c in columns)))
     for outcome in ("finished", "unfinished", "rejected", "failed"):

@@ -58,9 +58,16 @@ _ENTRIES = (
     _entry("goodput_per_s", "goodput, requests/s", "requests that finish within every goal / (E − W)", "Throughput that counts."),
     _entry(
         "goodput_share",
-        "goodput, share",
+        "goodput, of all requests",
         "requests that finish within every goal / requests",
-        "Unfinished requests count as misses.",
+        "Requests that the end of the run cuts off count as misses, so that this is at most the share that meets the goals.",
+    ),
+    _entry(
+        "attained",
+        "meet the goals",
+        "requests that finish within every goal / (requests − those cut off while within every goal)",
+        "What the verdict judges by. A request that the end of the run cuts off is left out while nobody knows whether it would "
+        "have met the goals.",
     ),
     _entry(
         "output_tokens_per_s",

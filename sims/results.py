@@ -68,6 +68,7 @@ class Results:
                         "status": result.verdict.status,
                         "fits": result.verdict.fits,
                         "binding": result.verdict.binding,
+                        "attained": result.verdict.attained,
                         "text": result.verdict.text,
                         "next_command": result.verdict.next_command,
                     },

@@ -34,6 +34,8 @@ class Verdict:
     """With goals: they are met, nobody is turned away, and an open loop's queue does not rise. Without: stable."""
     binding: Binding | None
     """The limit that is reached, or would be reached first; None if nothing was measured."""
+    attained: float | None
+    """Share of the requests whose fate is known that meet the goals; None without goals, or if none is known."""
     missed: str | None
     """Which goal is missed most, and why; None if the goals are met, or for want of goals."""
     text: str
@@ -91,6 +93,7 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         status=status,
         fits=fits,
         binding=binding,
+        attained=share,
         missed=None if why is None else why.text,
         text=text,
         next_command=next_command(scenario, binding, runs, why, attain=attain, fits=fits),
@@ -104,6 +107,7 @@ def _of_nothing(scenario: Scenario, runs: list[Run]) -> Verdict:
         status="unmeasured",
         fits=False,
         binding=None,
+        attained=None,
         missed=None,
         text=f"{scenario.load.title}: nothing was measured: {why.text}.",
         next_command=command_line(scenario.config, **why.remedy),
