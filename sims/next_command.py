@@ -46,8 +46,7 @@ def next_command(
         elif binding == "bandwidth" and (narrower := _narrower_format(scenario)):
             remedies = [{"quantization": narrower}]
         elif binding == "max_num_seqs":
-            name = "max_num_seqs" if config.serving.parallel is None else "parallel"  # which wins, where it is given
-            remedies = [{name: 2 * scenario.deployment.scheduler.max_num_seqs}]
+            remedies = _more_at_once(scenario)
         elif binding == "model_loads" and scenario.model_serving is not None and (lower := scenario.model_serving.lower_context):
             remedies = [{"ctx_size": lower}]
     more = 2.0 if fits else 0.5
@@ -75,6 +74,26 @@ def _starts(config: SimulationConfig, remedy: dict[str, Any]) -> bool:
     except ConfigError:
         return False
     return then != config and start_worsened(config.serving, then.serving) is None
+
+
+def _more_at_once(scenario: Scenario) -> list[dict[str, Any]]:
+    """Return twice the requests at once, with what keeps the longest as long: llama.cpp splits its cells among its slots."""
+    config, limits = scenario.config, scenario.deployment.scheduler
+    name = "max_num_seqs" if config.serving.parallel is None else "parallel"  # which wins, where it is given
+    twice: dict[str, Any] = {name: 2 * limits.max_num_seqs}
+    if config.serving.kv_unified is None and "kv_unified" not in scenario.deployment.engine.derived_settings(config.serving):
+        return [twice]
+    cells = config.serving.ctx_size or scenario.deployment.model.max_context
+    found = (twice, twice | {"ctx_size": 2 * cells}, twice | {"kv_unified": True})
+    return [each for each in found if _longest(config, each) >= limits.max_model_len]
+
+
+def _longest(config: SimulationConfig, remedy: dict[str, Any]) -> int:
+    """Return the longest request with `remedy`; 0 if it cannot be."""
+    try:
+        return resolve(changed(config, **remedy)).deployment.scheduler.max_model_len
+    except ConfigError:
+        return 0
 
 
 def _more_kv(scenario: Scenario) -> dict[str, Any]:

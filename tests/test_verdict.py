@@ -292,3 +292,24 @@ def test_the_proposal_against_a_full_cache_makes_it_larger(capsys: pytest.Captur
 
 def test_one_user_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"--users 1 {WINDOW}", capsys)["verdict"]["text"].startswith("1 user fits: stable")
+
+
+@pytest.mark.parametrize(
+    ("flags", "proposal"),
+    [("", "--max-num-seqs 8 --kv-unified"), ("--parallel 2", "--ctx-size 262144 --parallel 4"), ("--kv-unified", "--kv-unified")],
+)
+def test_more_slots_of_llama_cpp_do_not_shorten_the_longest_request(
+    flags: str, proposal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --parallel four slots share all cells; a number of slots would split them."""
+    load = "--users 20 --think-time 1s --random-input-len 100 --random-output-len 50 --duration 20s --warmup 5s"
+    main([*f"{load} --engine llama-cpp --quantization q4_k_m {flags} --json -".split()])
+    document = json.loads(capsys.readouterr().out)
+    before, verdict = document["config"]["max_model_len"], document["results"][0]["verdict"]
+    assert verdict["binding"] == "max_num_seqs"
+    assert proposal in verdict["next_command"]
+    program, *words = shlex.split(verdict["next_command"])
+    main([*words, "--json", "-"])
+    now = json.loads(capsys.readouterr().out)
+    assert program == "simulate"
+    assert now["config"]["max_model_len"] >= before
