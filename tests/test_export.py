@@ -271,7 +271,7 @@ def test_whatever_stops_writing_leaves_whole_files(
     old = contents("r")
     monkeypatch.setattr(owner, name, on_call(number, getattr(owner, name), error))
     with pytest.raises(SystemExit) as exit:
-        main([*SMALL, "--seed", "2"])
+        main([*SMALL, "--seed", "2", "--overwrite"])
     assert exit.value.code == code
     after = contents("r")
     assert after.keys() == old.keys()  # nothing half-written lies about
