@@ -107,7 +107,7 @@ BAD_INPUT: dict[str, tuple[str, ...]] = {
     "--request-rate 2 --burstiness 0": ("--burstiness is 0", "needs"),
     "--request-rate 2 --num-prompts 0": ("--num-prompts is 0", "needs"),
     "--trace good.csv --trace-rate -1": ("--trace-rate is -1", "needs"),
-    "--users 5 --repeats 0": ("repeats is 0", "1 or more"),
+    "--users 5 --repeats 0": ("repeats is 0", "needs 1 to 10,000"),
     "--users 5 --seed -1": ("seed is -1", "0 or more"),
     "--users 5 --watermark 2": ("watermark 2", "0 or more, below 1"),
     "--users 5 --watermark nan": ("watermark nan", "0 or more, below 1"),
