@@ -12,11 +12,16 @@ Container = Literal["any", "safetensors", "gguf"]
 """Whose files have a format: a quantizer's for PyTorch, llama.cpp's, or both."""
 
 ENGINE_CONTAINERS: Mapping[str, tuple[Container, ...]] = MappingProxyType(
-    {"llama-cpp": ("any", "gguf"), "ollama": ("any", "gguf"), "sglang": ("any", "safetensors", "gguf")}
+    {
+        "llama-cpp": ("any", "gguf"),
+        "ollama": ("any", "gguf"),
+        "sglang": ("any", "safetensors", "gguf"),
+        "vllm@0.19": ("any", "safetensors", "gguf"),
+    }
 )
 """Which files an engine reads, where that is not what PyTorch has. llama.cpp and Ollama know GGUF alone; SGLang reads it, too
-(`--quantization gguf`); vLLM does by a plugin, which is not modelled (vllm-project/vllm PR 39612, since 0.24); transformers widens
-it while it loads. Source: the engines' documentation, August 2026."""
+(`--quantization gguf`); vLLM did so until 0.23, and has a plugin since, which is not modelled (vllm-project/vllm PR 39612);
+transformers widens it while it loads. Source: the engines' documentation, August 2026."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

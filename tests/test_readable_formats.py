@@ -30,6 +30,7 @@ def test_a_format_is_read_or_refused_with_formats_that_are_read(engine: str, nam
     ("engine", "name", "reads"),
     [
         ("vllm", "q4_k_m", False),
+        ("vllm@0.19", "q4_k_m", True),
         ("vllm", "awq", True),
         ("vllm", "nvfp4", True),
         ("sglang", "q4_k_m", True),
@@ -53,7 +54,7 @@ def test_what_engines_are_known_to_read(engine: str, name: str, *, reads: bool) 
 
 
 def test_engines_with_files_of_their_own_are_engines_and_propose_what_they_read() -> None:
-    assert set(ENGINE_CONTAINERS) <= set(ENGINES.names())
+    assert {name.partition("@")[0] for name in ENGINE_CONTAINERS} <= set(ENGINES.names())
     for ledger in LEDGERS.names():
         proposed = LEDGERS.load(ledger)().weight_formats
         containers = ENGINE_CONTAINERS.get(ledger, ("any", "safetensors"))
