@@ -30,7 +30,7 @@ FIGURES = (
     *("iterations", "request_steps", "simulated_s"),
 )
 """The numbers of a result, in the order of a table."""
-VERDICT = ("verdict.status", "verdict.fits", "verdict.binding")
+VERDICT = ("verdict.status", "verdict.fits", "verdict.binding", "verdict.attained")
 """What is judged of them."""
 
 

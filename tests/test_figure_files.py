@@ -114,4 +114,4 @@ def test_several_engines_have_no_one_report(tmp_path: Path) -> None:
 
     config = SimulationConfig(load=LoadConfig(users=2), serving=ServingConfig(engine="vllm,sglang"))
     with pytest.raises(ConfigError, match="--report and --images show one engine"):
-        compare_engines(config, json=None, out=None, report=str(tmp_path))
+        compare_engines(config, json=None, out=None, report=str(tmp_path), overwrite=False)

@@ -122,7 +122,7 @@ def test_longer_prompts_leave_less_for_the_cache() -> None:
 
 
 def test_a_batch_whose_prompts_do_not_fit_is_refused_with_settings_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"What fits: --max-num-batched-tokens 524288") as caught:
+    with pytest.raises(ConfigError, match=r"--max-num-batched-tokens 524288 holds it, but its start") as caught:
         deploy(ServingConfig(engine="naive", max_num_seqs=32))
     assert "117.69 GiB are free" in str(caught.value)
     assert deploy(ServingConfig(engine="naive", max_num_seqs=32, max_num_batched_tokens=524_288)).budget.num_blocks > 32_768

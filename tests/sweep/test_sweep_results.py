@@ -12,7 +12,7 @@ from small_sweep import BASE, FLAGS, grid, same
 
 from pagedkv.sims.cli import main
 from pagedkv.sims.command import command_line
-from pagedkv.sims.flat_figures import DRAFT_FIGURES, FIGURES, TIER_FIGURES, figure
+from pagedkv.sims.flat_figures import DRAFT_FIGURES, FIGURES, TIER_FIGURES, VERDICT, figure
 from pagedkv.sims.sweep import run_sweep
 from pagedkv.sims.sweep_findings import Row, anomalies, cliffs
 from pagedkv.sims.sweep_grid import Axis
@@ -40,7 +40,7 @@ def test_every_number_of_a_result_is_a_column(undisturbed: Path) -> None:
         return {name} if isinstance(value, int | float) and not isinstance(value, bool) else set()
 
     runs = json.loads((undisturbed / "results.json").read_text())["runs"]
-    assert set().union(*(numbers(run["result"], "") for run in runs)) == set(FIGURES) - {*DRAFT_FIGURES, *TIER_FIGURES}
+    assert set().union(*(numbers(run["result"], "") for run in runs)) == {*FIGURES, *VERDICT[3:]} - {*DRAFT_FIGURES, *TIER_FIGURES}
 
 
 def test_more_workers_give_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
