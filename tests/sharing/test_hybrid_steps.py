@@ -3,18 +3,21 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from step_twin import StepTwin
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators.hybrid import HybridAllocator
+from pagedkv.errors import ConfigError, IntegrityError
 from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.kv_spec import LayerGroup
 from pagedkv.scheduling.content import shared_segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import Blocker
+from pagedkv.step_allocation import step_allocator
 
 SIZE = 4
 LONGEST = 64
@@ -108,3 +111,61 @@ def test_steps_take_and_give_back_what_the_allocator_does(
     event(f"windows leave blocks behind: {given_back > 0}")
     assert int(scheduler.requests.arrays["num_hit_tokens"].sum()) == found
     assert memory.free_slots == memory.usable_slots
+
+
+def busy(*, freed_to_front: bool = True) -> tuple[HybridStepAllocator, Scheduler]:
+    """Two requests that share a prefix, one of which has left blocks behind its window."""
+    memory = HybridStepAllocator(
+        pool_of(MODELS["one window"], 60, enable_prefix_caching=True, max_num_batched_tokens=24, freed_to_front=freed_to_front)
+    )
+    scheduler = Scheduler(SchedulerSettings(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=LONGEST), memory)
+    for _ in range(2):
+        scheduler.add(prompt_tokens=30, output_tokens=9, content=shared_segments(np.array([1]), np.array([24])))
+        for _ in range(3):
+            scheduler.schedule()
+            scheduler.complete()
+    assert scheduler.num_running == 2
+    assert memory.shared_slots > 0
+    assert memory.arrays.num_given_back.max() > 0
+    scheduler.check_integrity()
+    return memory, scheduler
+
+
+def put(array: Any, place: Any, value: int) -> None:
+    array[place] = value
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda m: put(m.arrays.tables, (0, 0, 0), 59), id="a block that nobody took"),
+        pytest.param(lambda m: put(m.arrays.tables, (1, 0, int(m.arrays.num_given_back[1, 0])), 0), id="a hole in a table"),
+        pytest.param(lambda m: put(m.arrays.num_given_back, (1, 0), 0), id="given back, but not said"),
+        pytest.param(lambda m: put(m.arrays.held, 0, 1), id="a row of another size"),
+        pytest.param(lambda m: put(m.arrays.shares, 0, 0), id="shares that are forgotten"),
+        pytest.param(lambda m: put(m.arrays.num_registered, (0, 0), int(m.arrays.num_blocks[0, 0])), id="a key that is not there"),
+    ],
+)
+def test_what_is_spoiled_is_noticed(spoil: Any) -> None:
+    memory, _ = busy()
+    spoil(memory)
+    with pytest.raises(IntegrityError):
+        memory.check_integrity()
+
+
+def test_blocks_freed_behind_are_handed_out_last() -> None:
+    """vLLM 0.19's order: what a window leaves behind, and what a request gives back, goes to the end of the queue."""
+    for freed_to_front in (True, False):
+        memory, scheduler = busy(freed_to_front=freed_to_front)
+        tail = int(memory.block_table(int(scheduler.requests.arrays["row"][0]))[-1])  # not full: it carries no key
+        assert scheduler.abort(0)
+        queue = memory.pool.free_queue().tolist()
+        assert queue.index(tail) < 3 if freed_to_front else queue.index(tail) > 30
+        scheduler.check_integrity()
+
+
+def test_states_and_prefixes_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="enable_prefix_caching off"):
+        step_allocator("hybrid", pool_of((*MODELS["full"], STATE), 60, enable_prefix_caching=True))
+    with pytest.raises(ConfigError, match="needs layers with keys"):
+        step_allocator("hybrid", pool_of((STATE,), 60))
