@@ -86,6 +86,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "enforce_eager": st.booleans(),
     "watermark": st.sampled_from([0.0, 0.01, 0.05]),
     "quantization": st.none() | st.sampled_from(["fp8", "nvfp4", "awq", "bf16", "fp16", "float32"]),
+    "disable_hybrid_kv_cache_manager": st.booleans(),
 }
 
 
@@ -101,6 +102,7 @@ def test_from_vllm_reads_a_serve_command_as_it_was_meant(changes: dict[str, Any]
     read, here = deploy(parse_vllm_command(command, base=base).serving), deploy(serving)
     assert read.budget == here.budget
     assert read.scheduler == here.scheduler
+    assert read.config.disable_hybrid_kv_cache_manager == here.config.disable_hybrid_kv_cache_manager
     assert replace(read.pool, kv_cache_dtype="") == replace(here.pool, kv_cache_dtype="")  # bfloat16 for bf16
     assert read.weight_format.bits_per_weight == here.weight_format.bits_per_weight
 
@@ -108,7 +110,8 @@ def test_from_vllm_reads_a_serve_command_as_it_was_meant(changes: dict[str, Any]
 FLAGS = {
     "vllm": "quantization kv-cache-dtype dtype max-model-len block-size gpu-memory-utilization kv-cache-memory-bytes watermark "
     "num-gpu-blocks-override max-num-seqs max-num-batched-tokens no-enable-chunked-prefill no-enable-prefix-caching "
-    "long-prefill-token-threshold no-scheduler-reserve-full-isl scheduler-reserve-full-isl enforce-eager",
+    "long-prefill-token-threshold no-scheduler-reserve-full-isl scheduler-reserve-full-isl enforce-eager "
+    "disable-hybrid-kv-cache-manager",
 }
 FLAGS["vllm@0.19"] = FLAGS["vllm"].replace("watermark ", "")
 
@@ -139,6 +142,7 @@ def test_a_serve_command_has_what_its_version_takes(changes: dict[str, Any]) -> 
         ({"quantization": "nvfp4"}, "vllm serve meta-llama/Llama-3.1-8B-NVFP4 "),
         ({"quantization": "int4"}, "vllm serve meta-llama/Llama-3.1-8B-AWQ "),
         ({"quantization": "fp16"}, "--dtype float16"),
+        ({"model": "gpt-oss-20b", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
     ],
 )
 def test_what_was_asked_for_is_in_the_command(changes: dict[str, Any], part: str) -> None:
