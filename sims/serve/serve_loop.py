@@ -81,6 +81,11 @@ class ServeLoop:
         """Answers on their way."""
         return self._num_unfinished
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is served and no step is in flight: only then is what the engine holds for others to read."""
+        return self._empty.is_set()
+
     def submit(self, asks: Sequence[Ask]) -> list[Answer]:
         """Take in what is asked together: all of it, or nothing. Return the answers, those to the first ask first.
 

@@ -64,6 +64,8 @@ class Served:
         return await self.client.post(f"/v1/{path}", json=body)
 
     def is_empty(self) -> bool:
+        if not self.loop.is_idle:
+            return False
         scheduler = self.loop.engine.scheduler
         scheduler.check_integrity()
         nobody = scheduler.num_running == scheduler.num_waiting == self.loop.num_unfinished == 0

@@ -20,7 +20,7 @@ CLIENTS = 200
 
 async def settled(loop: ServeLoop) -> None:
     async with asyncio.timeout(30):
-        while loop.num_unfinished or loop.engine.scheduler.num_running:
+        while not loop.is_idle:
             await asyncio.sleep(0.01)
     scheduler = loop.engine.scheduler
     scheduler.check_integrity()

@@ -256,7 +256,7 @@ def test_the_official_client() -> None:
             assert blocks_held(model) < 2 * 23 + 4  # a prompt of 23 blocks once, not four times
             await stream.close()
             async with asyncio.timeout(20):
-                while loop.num_unfinished or blocks_held(model):
+                while not loop.is_idle or blocks_held(model):
                     await asyncio.sleep(0.005)
             model.scheduler.check_integrity()
 
