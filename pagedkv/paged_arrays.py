@@ -28,13 +28,9 @@ class PagedArrays(NamedTuple):
     hits: Int32Array
     """Room for one request's hits."""
     forks: Int64Array
-    """NUM_FORKS and NUM_COPIES."""
+    """See `ForkedMemory`."""
     copies: Int32Array
-    """forks[NUM_COPIES] pairs of blocks, source and destination: see `PagedStepAllocator.copies`."""
-
-
-NUM_FORKS, NUM_COPIES = 0, 1
-"""In `PagedArrays.forks`: how often a row was forked since the start; copies that the step decided last wants."""
+    """Likewise; room for one of each row."""
 
 
 class PagedRules(NamedTuple):

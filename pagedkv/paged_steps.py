@@ -8,15 +8,15 @@ import pagedkv.scheduling.paged_grants  # noqa: F401 - what compiled code does w
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Int32Array, Int64Array
 from pagedkv.block_moves import take_blocks
-from pagedkv.block_pool import BlockPool
 from pagedkv.block_table import BlockTables
-from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, NUM_KEYED, NUM_SHARES, Blocks, FreeQueue
+from pagedkv.errors import IntegrityError
+from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, Blocks, FreeQueue
 from pagedkv.jit import lean_jit
-from pagedkv.paged_arrays import NUM_COPIES, NUM_FORKS, PagedArrays, PagedRules
+from pagedkv.paged_arrays import PagedArrays, PagedRules
+from pagedkv.pooled_memory import PooledMemory
 from pagedkv.prefix_cache import Buckets, KeyIndex
 from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import NEVER, free_row
+from pagedkv.step_memory import NEVER
 
 
 @lean_jit
@@ -80,7 +80,7 @@ def _allocate_slots(
     return last
 
 
-class PagedStepAllocator:
+class PagedStepAllocator(PooledMemory):
     """Blocks of `block_size` tokens, taken as tokens come and given back tail first.
 
     Prefixes are looked up by a compiled scheduler (`pagedkv.scheduling.vllm_step`), not by the calls of this class.
@@ -90,22 +90,19 @@ class PagedStepAllocator:
     placement = "block"
 
     def __init__(self, settings: KVPoolSettings) -> None:
-        self.pool = BlockPool(num_blocks=settings.num_blocks, enable_caching=settings.enable_prefix_caching)
+        super().__init__(
+            settings, unit_slots=settings.block_size, num_groups=1, state_units=-(-settings.state_slots // settings.block_size)
+        )
         self.tables = BlockTables(
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
         )
-        self.unit_slots = self.hash_block_size = settings.block_size
-        self.state_units = -(-settings.state_slots // settings.block_size)
+        self.group_tables, self.group_lengths = self.tables.blocks[None], self.tables.num_blocks[None]
         self.state_tables: Int32Array = np.zeros((settings.max_num_seqs, self.state_units), np.int32)
         """By row: the blocks that hold a running request's state."""
-        self.max_model_len = settings.max_model_len
-        self.lookahead_slots = settings.lookahead_slots
-        self.usable_slots = (settings.num_blocks - 1) * settings.block_size
         self.units_held = self.tables.num_blocks
-        self.rounding_slots = 0
         self.paged_rules = PagedRules(
             int(settings.block_size),
-            int(settings.watermark * settings.num_blocks),
+            self.watermark_blocks,
             bool(settings.reserve_full_isl),
             bool(settings.enable_prefix_caching),
             bool(settings.freed_to_front),
@@ -120,34 +117,23 @@ class PagedStepAllocator:
             np.zeros(settings.max_num_seqs, np.int32),
             self.state_tables,
             np.zeros(self.tables.blocks.shape[1], np.int32),
-            np.zeros(2, np.int64),
-            np.zeros((settings.max_num_seqs, 2), np.int32),
+            self.forks,
+            self.copy_room,
         )
         self.arrays: Any = self.paged_arrays
         self.rules: Any = self.paged_rules
 
-    @property
-    def copies(self) -> Int32Array:
-        """Blocks to copy, in this order, before the step decided last computes anything [copies, 2]: source, destination. A view.
+    def most_tokens(self, num_blocks: int) -> int:
+        """Return the longest request that `num_blocks` blocks hold, in tokens that have a slot."""
+        return (num_blocks - self.state_units) * self.unit_slots
 
-        Who writes first into a block that he shares with a fork gets one of his own.
-        """
-        return self.paged_arrays.copies[: self.paged_arrays.forks[NUM_COPIES]]
-
-    def fork(self, row: int, child_row: int, num_tokens: int) -> None:
-        """Let `child_row`, which holds nothing, hold the blocks of the first `num_tokens` of `row` too. O(blocks).
-
-        Raises:
-            ConfigError: If rows have a state of fixed size, which nobody can share.
-        """
-        if self.state_units:
-            raise ConfigError("a state of fixed size (linear attention, Mamba) cannot be shared: requests cannot be forked")
+    def _share(self, group: int, row: int, child_row: int, num_tokens: int) -> None:
         number, tables = -(-num_tokens // self.unit_slots), self.tables
         self.pool.share(tables.blocks[row, :number])
         tables.blocks[child_row, :number] = tables.blocks[row, :number]
         tables.num_blocks[child_row] = number
-        self.paged_arrays.num_registered[child_row] = min(self.paged_arrays.num_registered[row], number)
-        self.paged_arrays.forks[NUM_FORKS] += 1
+        registered = self.paged_arrays.num_registered
+        registered[child_row] = min(registered[row], num_tokens // self.unit_slots)
 
     def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
         """Return 0, or None if even the empty pool is too small (the last output token never needs a slot, drafts do)."""
@@ -205,25 +191,6 @@ class PagedStepAllocator:
                 num_entries,
             )
         )
-
-    def free(self, row: int) -> None:
-        """Give all blocks of `row` back. O(blocks)."""
-        free_row(self.arrays, self.rules, row)
-
-    @property
-    def cached_slots(self) -> int:
-        """Slots in free blocks that keep a prefix for reuse."""
-        return int(self.pool.queue[NUM_KEYED]) * self.unit_slots
-
-    @property
-    def shared_slots(self) -> int:
-        """Slots in blocks that are held more than once, each counted as often as it is held beyond the first time."""
-        return int(self.pool.queue[NUM_SHARES]) * self.unit_slots
-
-    @property
-    def free_slots(self) -> int:
-        """Slots in free blocks."""
-        return self.pool.num_free_blocks * self.unit_slots
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every block's reference count is the number of tables that hold it."""

@@ -6,11 +6,11 @@ from pagedkv.arrays import Int32Array
 from pagedkv.block_moves import take_blocks, touch_blocks
 from pagedkv.free_queue import NULL_BLOCK, NUM_FREE, NUM_KEYED, NUM_SHARES
 from pagedkv.jit import lean_jit
-from pagedkv.paged_arrays import NUM_COPIES, NUM_FORKS, PagedArrays, PagedRules
+from pagedkv.paged_arrays import PagedArrays, PagedRules
 from pagedkv.prefix_cache import find_key, insert_key
 from pagedkv.scheduling.content import Segments, segment_of, stream_of
 from pagedkv.scheduling.requests import RequestArrays
-from pagedkv.shared_tails import part_tail, shares_tail
+from pagedkv.shared_tails import NUM_COPIES, NUM_FORKS, is_shared_tail, part_tail
 from pagedkv.step_memory import (
     admit,
     begin_step,
@@ -41,9 +41,15 @@ def _covers(pool: PagedArrays, rules: PagedRules, row: int, num_slots: int, num_
     enough = num_slots <= int(pool.num_blocks[row]) * rules.block_size
     if rules.caches:
         enough &= num_slots < (int(pool.num_registered[row]) + 1) * rules.block_size
-    if pool.forks[NUM_FORKS] > 0:
-        enough &= not shares_tail(pool, rules, row, num_computed)
-    return enough
+    return enough and not _shares_tail(pool, rules, row, num_computed)
+
+
+@lean_jit
+def _shares_tail(pool: PagedArrays, rules: PagedRules, row: int, num_tokens: int) -> bool:
+    """Return whether `row` needs a copy of the block that it writes next, behind `num_tokens`."""
+    if pool.forks[NUM_FORKS] == 0:
+        return False
+    return is_shared_tail(pool, pool.tables[row], num_tokens // rules.block_size, pool.num_registered[row], pool.num_blocks[row])
 
 
 moved_blocks.register(PagedArrays)(nothing_moved)
@@ -66,7 +72,7 @@ def _rows_of(pool: PagedArrays, rules: PagedRules) -> tuple[Int32Array, int, int
 def blocks_due(pool: PagedArrays, rules: PagedRules, requests: RequestArrays, request: int, row: int, num_tokens: int) -> int:
     """Return how many blocks `grant` takes for the next tokens of a running `request`, a tail of its own among them."""
     computed = requests["num_computed_tokens"][request]
-    parts = pool.forks[NUM_FORKS] > 0 and shares_tail(pool, rules, row, computed)
+    parts = _shares_tail(pool, rules, row, computed)
     return int(max(-(-(computed + num_tokens) // rules.block_size) - int(pool.num_blocks[row]), 0) + parts)
 
 
@@ -82,8 +88,8 @@ def _grant(
     full = min(slots, requests["num_known_tokens"][request]) // rules.block_size if filled else registered
     if blocks_due(pool, rules, requests, request, row, num_tokens) > pool.queue[NUM_FREE]:
         return False
-    if pool.forks[NUM_FORKS] > 0 and shares_tail(pool, rules, row, requests["num_computed_tokens"][request]):
-        part_tail(pool, rules, row, requests["num_computed_tokens"][request])
+    if _shares_tail(pool, rules, row, requests["num_computed_tokens"][request]):
+        part_tail(pool, pool.tables[row], requests["num_computed_tokens"][request] // rules.block_size)
     needed = max(-(-slots // rules.block_size), held)
     take_blocks(pool.blocks, pool.queue, pool.key_index, pool.buckets, needed - held, pool.tables[row], held)
     if full > registered:

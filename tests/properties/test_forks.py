@@ -209,6 +209,17 @@ def test_all_but_the_last_of_those_who_share_a_tail_copy_it(*, caches: bool) -> 
     one.finish()
 
 
+def test_a_tail_that_a_held_step_has_filled_is_not_what_its_fork_will_write() -> None:
+    one = Forking.of()
+    parent = decode(one, BLOCK - 1)  # the next token fills the block, which is keyed with it
+    one.step(held=1.0)
+    while one.chains[(child := one.fork(parent))].token_ids[-1] == one.chains[parent].token_ids[-1]:
+        one.scheduler.abort(child)
+    one.step()
+    assert one.allocator.copies.shape == (1, 2)
+    one.finish()
+
+
 def test_a_full_tail_is_shared_for_good() -> None:
     one = Forking.of()
     parent = decode(one, 12)
