@@ -53,6 +53,10 @@ class HybridArrays(NamedTuple):
     """Room for one request's hits, int32 [groups, max_blocks]: at the places that they have in its tables."""
     shares: Int64Array
     """By group: references to its blocks beyond the first of each."""
+    forks: Int64Array
+    """See `ForkedMemory`."""
+    copies: Int32Array
+    """Likewise; room for one of each row and group."""
 
 
 class HybridRules(NamedTuple):

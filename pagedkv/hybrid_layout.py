@@ -1,6 +1,7 @@
 """How a pool is divided among groups of layers: what each keeps in it, and how long its blocks are."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from pagedkv.allocation import KVPoolSettings
@@ -33,6 +34,11 @@ class HybridLayout:
     def peak_blocks(self, num_tokens: int, max_new_tokens: int) -> int:
         """Return the most blocks that a request of up to `num_tokens` holds at once, in all groups: `GroupRule.peak_blocks`."""
         return sum(rule.peak_blocks(num_tokens, max_new_tokens) for rule in self.rules)
+
+    def most_tokens(self, num_blocks: int, max_new_tokens: int, max_model_len: int) -> int:
+        """Return the longest request, up to `max_model_len` tokens, that `num_blocks` blocks hold: by bisection."""
+        lengths = range(1, max_model_len + 1)
+        return bisect_right(lengths, num_blocks, key=lambda length: self.peak_blocks(length, max_new_tokens))
 
 
 def hybrid_layout(settings: KVPoolSettings) -> HybridLayout:

@@ -4,15 +4,15 @@ import numpy as np
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Int32Array, Int64Array
-from pagedkv.block_pool import BlockPool
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.free_queue import NULL_BLOCK, NUM_KEYED, NUM_SHARES
+from pagedkv.free_queue import NULL_BLOCK, NUM_SHARES
 from pagedkv.hybrid_arrays import HybridArrays, HybridRules, groups_of
 from pagedkv.hybrid_layout import hybrid_layout
 from pagedkv.jit import lean_jit
+from pagedkv.pooled_memory import PooledMemory
 from pagedkv.scheduling.hybrid_grants import admit_row, grow_row
 from pagedkv.step_batch import StepBatch
-from pagedkv.step_memory import each_admission_slots, free_row
+from pagedkv.step_memory import each_admission_slots
 
 
 @lean_jit
@@ -28,7 +28,7 @@ def _allocate_slots(memory: HybridArrays, rules: HybridRules, batch: StepBatch, 
     return last
 
 
-class HybridStepAllocator:
+class HybridStepAllocator(PooledMemory):
     """What `HybridAllocator` does request by request, row by row and compiled.
 
     Prefixes are looked up by a compiled scheduler (`pagedkv.scheduling.hybrid_grants`), not by the calls of this class. Layers with
@@ -37,7 +37,6 @@ class HybridStepAllocator:
 
     name = "hybrid"
     placement = "block"
-    rounding_slots = 0
 
     def __init__(self, settings: KVPoolSettings) -> None:
         """Make an empty pool.
@@ -51,12 +50,8 @@ class HybridStepAllocator:
             raise ConfigError(
                 "hybrid, step by step, keeps a state per request: needs layers with keys, and with states enable_prefix_caching off"
             )
-        self.layout, self.unit_slots, self.hash_block_size = layout, layout.unit_slots, settings.block_size
-        self.num_groups = len(rules)
-        self.max_model_len, self.lookahead_slots = settings.max_model_len, settings.lookahead_slots
-        self.state_units = layout.num_state_blocks
-        self.pool = BlockPool(num_blocks=settings.num_blocks, enable_caching=settings.enable_prefix_caching)
-        self.usable_slots = (settings.num_blocks - 1) * self.unit_slots
+        super().__init__(settings, unit_slots=layout.unit_slots, num_groups=len(rules), state_units=layout.num_state_blocks)
+        self.layout, self.num_groups = layout, len(rules)
         width = -(-settings.max_model_len // min(rule.block_size for rule in rules))
         lengths = np.zeros((3, len(rules), rows), np.int32)
         self.arrays = HybridArrays(
@@ -73,13 +68,16 @@ class HybridStepAllocator:
             np.zeros((rows, self.state_units), np.int32),
             np.zeros((len(rules), width), np.int32),
             np.zeros(len(rules), np.int64),
+            self.forks,
+            self.copy_room,
         )
+        self.group_tables, self.group_lengths = self.arrays.tables, self.arrays.num_blocks
         self.rules = HybridRules(
             self.unit_slots,
             settings.block_size,
             layout.alignment,
             settings.max_num_batched_tokens or settings.max_model_len,
-            int(settings.watermark * settings.num_blocks),
+            self.watermark_blocks,
             bool(settings.reserve_full_isl),
             bool(settings.enable_prefix_caching),
             bool(settings.freed_to_front),
@@ -101,34 +99,26 @@ class HybridStepAllocator:
         """Grant blocks in order until one entry does not fit; return its index. O(entries * groups + blocks taken)."""
         return int(_allocate_slots(self.arrays, self.rules, batch, first, last, num_running))
 
-    def free(self, row: int) -> None:
-        """Give all blocks of `row` back. O(groups + blocks)."""
-        free_row(self.arrays, self.rules, row)
-
-    def block_table(self, row: int, group: int = 0) -> Int32Array:
-        """Return the table of `row` in a group of layers, null blocks included, a view."""
-        return self.arrays.tables[group, row, : self.arrays.num_blocks[group, row]]
-
     def tokens_within(self) -> Int64Array:
         """Return, by row, up to which token its tables reach in all groups."""
         sizes = self.arrays.groups["block_size"]
         reach: Int64Array = (self.arrays.num_blocks * sizes[:, None]).min(0)
         return reach
 
-    @property
-    def cached_slots(self) -> int:
-        """Slots in free blocks that keep a prefix for reuse."""
-        return int(self.pool.queue[NUM_KEYED]) * self.unit_slots
+    def most_tokens(self, num_blocks: int) -> int:
+        """Return the longest request that `num_blocks` blocks hold, in tokens that have a slot."""
+        return self.layout.most_tokens(num_blocks, self.rules.max_new_tokens, self.max_model_len)
 
-    @property
-    def shared_slots(self) -> int:
-        """Slots in blocks that are held more than once, each counted as often as it is held beyond the first time."""
-        return int(self.pool.queue[NUM_SHARES]) * self.unit_slots
-
-    @property
-    def free_slots(self) -> int:
-        """Slots in free blocks."""
-        return self.pool.num_free_blocks * self.unit_slots
+    def _share(self, group: int, row: int, child_row: int, num_tokens: int) -> None:
+        arrays, size = self.arrays, int(self.arrays.groups["block_size"][group])
+        number, first, shares = -(-num_tokens // size), int(arrays.num_given_back[group, row]), self.pool.queue[NUM_SHARES]
+        table = arrays.tables[group, row, :number]
+        self.pool.share(table[first:])
+        arrays.tables[group, child_row, :number] = table
+        arrays.num_blocks[group, child_row], arrays.num_given_back[group, child_row] = number, first
+        arrays.num_registered[group, child_row] = min(arrays.num_registered[group, row], num_tokens // size)
+        arrays.held[child_row] += number - first
+        arrays.shares[group] += self.pool.queue[NUM_SHARES] - shares
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every block's reference count is the number of tables that hold it."""

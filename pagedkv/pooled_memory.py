@@ -67,6 +67,11 @@ class PooledMemory:
         """
         return self.copy_room[: self.forks[NUM_COPIES]]
 
+    def block_table(self, row: int, group: int = 0) -> Int32Array:
+        """Return the table of `row` in a group of layers, null blocks included, a view."""
+        table: Int32Array = self.group_tables[group, row, : self.group_lengths[group, row]]
+        return table
+
     def padded_tables(self, rows: Int32Array) -> list[Int32Array]:
         """Return by group of layers the tables of `rows` [rows, longest table], -1 behind the blocks that each has."""
         padded = []

@@ -1,7 +1,8 @@
 """What a request gets of memory whose layer groups have block tables of their own, compiled: in every group, or in none.
 
 A window gives back what it has left behind before its next tokens are asked for, and keeps that given back if they do not fit. A
-prefix is found as far as all groups have what a request that begins behind it would read.
+prefix is found as far as all groups have what a request that begins behind it would read. Forks part where they write, group by
+group.
 """
 
 import numpy as np
@@ -15,6 +16,7 @@ from pagedkv.prefix_cache import find_key, insert_key
 from pagedkv.scheduling.content import Segments, segment_of, stream_of
 from pagedkv.scheduling.requests import RequestArrays
 from pagedkv.scheduling.waiting import NUM_RUNNING, SchedulerArrays
+from pagedkv.shared_tails import NUM_COPIES, NUM_FORKS, is_shared_tail, part_tail
 from pagedkv.step_batch import StepBatch
 from pagedkv.step_memory import (
     admit,
@@ -25,7 +27,6 @@ from pagedkv.step_memory import (
     keep_content,
     moved_blocks,
     no_content,
-    no_news,
     note_computed,
     nothing_moved,
     rows_of,
@@ -33,16 +34,35 @@ from pagedkv.step_memory import (
     use_in_groups,
 )
 
-begin_step.register(HybridArrays)(no_news)
 moved_blocks.register(HybridArrays)(nothing_moved)
 note_computed.register(HybridArrays)(no_content)
 keep_content.register(HybridArrays)(no_content)
 
 
+@begin_step.register(HybridArrays)
+@lean_jit
+def _begin_step(memory: HybridArrays, rules: HybridRules) -> None:
+    """Forget the copies of the last step."""
+    memory.forks[NUM_COPIES] = 0
+
+
+@lean_jit
+def _shares_tail(memory: HybridArrays, group: int, row: int, num_tokens: int) -> bool:
+    """Return whether `row` needs a copy of the block of a group that it writes next, behind `num_tokens`."""
+    if memory.forks[NUM_FORKS] == 0:
+        return False
+    place = num_tokens // memory.groups["block_size"][group]
+    table, registered = memory.tables[group, row], memory.num_registered[group, row]
+    return is_shared_tail(memory, table, place, registered, memory.num_blocks[group, row])
+
+
 @covers.register(HybridArrays)
 @lean_jit
 def _covers(memory: HybridArrays, rules: HybridRules, row: int, num_slots: int, num_computed: int) -> bool:
-    """No block is due in any group, none has left a window, and none gets full that is to carry its key. O(groups)."""
+    """No block is due in any group, none has left a window, none gets full that is to carry its key, and tails are its own.
+
+    O(groups).
+    """
     groups, enough = memory.groups, True
     for group in range(groups.size):
         size = groups["block_size"][group]
@@ -50,6 +70,7 @@ def _covers(memory: HybridArrays, rules: HybridRules, row: int, num_slots: int, 
         enough &= first_block(groups, group, num_computed) <= memory.num_given_back[group, row]
         if rules.caches:
             enough &= num_slots < int(memory.num_registered[group, row]) * size + rules.alignment
+        enough &= not _shares_tail(memory, group, row, num_computed)
     return enough
 
 
@@ -116,14 +137,21 @@ def _take(memory: HybridArrays, group: int, row: int, slots: int) -> None:
 
 @lean_jit
 def grow_row(memory: HybridArrays, rules: HybridRules, row: int, num_computed: int, slots: int) -> bool:
-    """Let a running row, of which so many tokens are computed, have `slots`; return whether they fit. O(groups + blocks)."""
+    """Let a running row, of which so many tokens are computed, have `slots`, and tails of its own; return whether they fit.
+
+    O(groups + blocks).
+    """
     groups, due = memory.groups, 0
     _give_back(memory, rules, row, num_computed)
     for group in range(groups.size):
         due += max(-(-slots // groups["block_size"][group]) - int(memory.num_blocks[group, row]), 0)
+        due += _shares_tail(memory, group, row, num_computed)
     if due > memory.queue[NUM_FREE]:
         return False
     for group in range(groups.size):
+        if _shares_tail(memory, group, row, num_computed):
+            part_tail(memory, memory.tables[group, row], num_computed // groups["block_size"][group])
+            memory.shares[group] -= 1
         _take(memory, group, row, slots)
     return True
 
@@ -161,7 +189,7 @@ def _register(
             while place < end and segments["end_token"][place] < (i + 1) * size:
                 place += 1
             block = memory.tables[group, row, i]
-            if block != NULL_BLOCK:
+            if block != NULL_BLOCK and memory.blocks["next_same"][block] == NULL_BLOCK:  # one that was shared may carry its key
                 word_a, word_b = stream_of(segments, place, end, request)
                 key_a = (word_a + np.uint64((i + 1) * stride - 1)) ^ salt_a
                 insert_key(memory.blocks, memory.key_index, memory.buckets, block, key_a, word_b ^ salt_b)

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError
+from pagedkv.group_rules import GroupRule
+from pagedkv.hybrid_steps import HybridStepAllocator
+from pagedkv.kv_spec import LayerGroup
 from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.pooled_memory import PooledMemory
 from pagedkv.scheduling.content import shared_segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
@@ -18,6 +22,20 @@ from pagedkv.scheduling.waiting import NUM_RUNNING
 from pagedkv.step_batch import HELD
 
 BLOCK = 4
+
+
+def layers(kind: str, num_heads: int = 1, window: int | None = None) -> LayerGroup:
+    return LayerGroup(kind=kind, num_layers=2, num_kv_heads=num_heads, key_dim=16, value_dim=16, window=window)  # type: ignore[arg-type]
+
+
+MODELS: dict[str, tuple[LayerGroup, ...]] = {
+    "one table": (),
+    "window": (layers("sliding_window", window=6), layers("full")),
+    "longer blocks of a window": (layers("full", 2), layers("sliding_window", window=5)),
+    "chunks, in a block of less": (layers("full"), layers("chunked", 2, window=10)),
+    "windows alone": (layers("sliding_window", window=9),),
+}
+"""The layers of models whose memory is forked here."""
 
 
 @dataclass
@@ -31,7 +49,15 @@ class Forking:
 
     @classmethod
     def of(
-        cls, *, num_blocks: int = 30, rows: int = 6, caches: bool = True, drafts: int = 0, policy: str = "fcfs", seed: int = 0
+        cls,
+        *,
+        num_blocks: int = 30,
+        rows: int = 6,
+        caches: bool = True,
+        drafts: int = 0,
+        policy: str = "fcfs",
+        seed: int = 0,
+        model: str = "one table",
     ) -> "Forking":
         pool = KVPoolSettings(
             num_blocks=num_blocks,
@@ -40,22 +66,28 @@ class Forking:
             max_model_len=60,
             lookahead_slots=drafts,
             enable_prefix_caching=caches,
+            layer_groups=MODELS[model],
+            max_num_batched_tokens=24,
         )
         limits = SchedulerSettings(
             max_num_seqs=rows, max_num_batched_tokens=24, max_model_len=60, num_speculative_tokens=drafts, policy=policy
         )
-        one = cls(Scheduler(limits, PagedStepAllocator(pool)), np.random.default_rng(seed))
-        one.memory = np.full(num_blocks * BLOCK, -1)
-        return one
+        allocator = HybridStepAllocator(pool) if MODELS[model] else PagedStepAllocator(pool)
+        return cls(Scheduler(limits, allocator), np.random.default_rng(seed))
 
     def __post_init__(self) -> None:
-        self.memory = np.zeros(0, np.int64)
+        self.memory = np.full((self.allocator.pool.num_blocks, self.allocator.unit_slots), -1)
 
     @property
-    def allocator(self) -> PagedStepAllocator:
+    def allocator(self) -> PooledMemory:
         allocator = self.scheduler.allocator
-        assert isinstance(allocator, PagedStepAllocator)
+        assert isinstance(allocator, PooledMemory)
         return allocator
+
+    @property
+    def rules(self) -> tuple[GroupRule, ...]:
+        allocator = self.allocator
+        return allocator.layout.rules if isinstance(allocator, HybridStepAllocator) else (GroupRule(kind="full", block_size=BLOCK),)
 
     def keys(self, request: int) -> dict[str, object]:
         return {"keys": self.chains[request].keys} if self.scheduler.caches_prefixes else {}
@@ -106,27 +138,29 @@ class Forking:
         step = scheduler.schedule()
         batch = step.batch[: step.num_entries]
         for source, destination in self.allocator.copies.tolist():
-            slots = np.arange(BLOCK)
-            memory[destination * BLOCK + slots] = memory[source * BLOCK + slots]
+            memory[destination] = memory[source]
             self.copies += 1
-        reads = []
+        reads, drafted_tokens = [], {}
         for entry in batch:
             request, last, known = int(entry["request"]), int(entry["num_slots_needed"]), int(entry["num_known_tokens"])
             ids = self.chains[request].token_ids
             drafted = self.rng.integers(5, size=max(last - known, 0))
             tokens = np.concatenate((ids, drafted))[:last]
-            table = self.allocator.tables.of(int(entry["row"])).astype(np.int64)
-            slots = table[np.arange(last) // BLOCK] * BLOCK + np.arange(last) % BLOCK
             first = last - int(entry["num_scheduled_tokens"])
-            memory[slots[first:]] = tokens[first:]
-            reads.append((slots, tokens))
-        for slots, tokens in reads:
-            np.testing.assert_array_equal(memory[slots], tokens)
+            drafted_tokens[request] = tokens
+            for group, rule in enumerate(self.rules):
+                places = np.arange(rule.num_skipped_tokens(first), last)  # what the first query of the step reads, and all others
+                table = self.allocator.block_table(int(entry["row"]), group)
+                slots = table[places // rule.block_size], places % rule.block_size
+                assert slots[0].all()
+                memory[slots[0][places >= first], slots[1][places >= first]] = tokens[first:]
+                reads.append((slots, tokens[places]))
+        for slots, wanted in reads:
+            np.testing.assert_array_equal(memory[slots], wanted)
         accepted = [int(self.rng.integers(max(0, d) + 1)) for d in batch["num_slots_needed"] - batch["num_known_tokens"]]
         accepted = [HELD if self.rng.random() < held else count for count in accepted]
         batch["num_accepted_tokens"] = accepted
         before = scheduler.requests.arrays["num_known_tokens"].copy()
-        drafted_tokens = {int(entry["request"]): tokens for entry, (_, tokens) in zip(batch, reads, strict=True)}
         scheduler.complete()
         for request, tokens in drafted_tokens.items():
             chain, known = self.chains[request], int(scheduler.requests.arrays["num_known_tokens"][request])
@@ -157,12 +191,13 @@ OPERATIONS = st.lists(
     drafts=st.sampled_from([0, 0, 3]),
     policy=st.sampled_from(["fcfs", "priority"]),
     num_blocks=st.integers(17, 40),
+    model=st.sampled_from(sorted(MODELS)),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_each_request_reads_its_own_tokens(
-    operations: list[tuple[str, int]], *, caches: bool, drafts: int, policy: str, num_blocks: int
+    operations: list[tuple[str, int]], *, caches: bool, drafts: int, policy: str, num_blocks: int, model: str
 ) -> None:
-    one = Forking.of(num_blocks=num_blocks, caches=caches, drafts=drafts, policy=policy)
+    one = Forking.of(num_blocks=num_blocks, caches=caches, drafts=drafts, policy=policy, model=model)
     for kind, number in operations:
         forkable = one.decoding()
         if kind == "add":
@@ -217,6 +252,30 @@ def test_a_tail_that_a_held_step_has_filled_is_not_what_its_fork_will_write() ->
         one.scheduler.abort(child)
     one.step()
     assert one.allocator.copies.shape == (1, 2)
+    one.finish()
+
+
+def test_a_tail_is_copied_in_each_group_that_writes_to_it() -> None:
+    one = Forking.of(model="longer blocks of a window")  # 4 tokens a block, and 8 a block of the window's
+    one.fork(decode(one, 12))  # three full blocks; of the window's one and a half, of which the half is read
+    one.step()
+    assert one.allocator.copies.shape == (1, 2)
+    blocks_of_all, blocks_of_window = 3 + 2, 2
+    held = (one.allocator.usable_slots - one.allocator.free_slots) // one.allocator.unit_slots
+    assert held == blocks_of_all + blocks_of_window
+    one.finish()
+
+
+def test_forks_hold_a_window_until_the_last_of_them_has_left_it() -> None:
+    one = Forking.of(model="windows alone", caches=False)
+    parent = decode(one, 12, 30)
+    child = one.fork(parent)
+    for _ in range(20):
+        one.step()
+    held = (one.allocator.usable_slots - one.allocator.free_slots) // BLOCK
+    assert held == 2 * len(range(31 - 9 + 1, 33, BLOCK))
+    one.scheduler.abort(child)
+    assert (one.allocator.usable_slots - one.allocator.free_slots) // BLOCK == held // 2
     one.finish()
 
 
@@ -305,7 +364,6 @@ def test_a_state_cannot_be_shared() -> None:
     one = Forking(
         Scheduler(SchedulerSettings(max_num_seqs=4, max_model_len=60), PagedStepAllocator(pool)), np.random.default_rng(0)
     )
-    one.memory = np.full(120, -1)
     parent = decode(one, 5)
     with pytest.raises(ConfigError, match="without"):
         one.scheduler.fork(parent)
