@@ -120,6 +120,7 @@ def _load(asked: GenerateConfig, prompts: "list[Prompt]") -> _Loaded:
         max_num_batched_tokens=asked.max_num_batched_tokens,
         max_model_len=asked.max_model_len,
         enable_prefix_caching=asked.enable_prefix_caching,
+        disable_hybrid_kv_cache_manager=asked.disable_hybrid_kv_cache_manager,
         speculative_model=draft,
         num_speculative_tokens=asked.num_speculative_tokens or 0,
     )
@@ -219,6 +220,7 @@ def _served(loaded: _Loaded) -> "Served":
         hardware=_device_name(storage.device),
         num_blocks=storage.num_blocks,
         block_bytes=storage.block_bytes,
+        kv_bytes_per_token=storage.layout.token_elements * storage.dtype.itemsize,
         scheduler=loaded.engine.scheduler.settings,
         weight_bytes=sum(each.numel() * each.element_size() for model in models for each in model.parameters()),
     )

@@ -140,8 +140,11 @@ def _machine(asked: RealityConfig) -> _Machine:
 def _limits(asked: RealityConfig, load: "TimedLoad", model: Any) -> tuple[Any, Any]:
     """Return what bounds a step, and the pool: of the real engine and of the simulated one."""
     from pagedkv.allocation import KVPoolSettings
+    from pagedkv.layer_groups import groups_differ
+    from pagedkv.runtime.model_layers import model_layers
     from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 
+    layers = model_layers(model.config)
     longest = min(int(model.config.max_position_embeddings), (asked.num_gpu_blocks_override - 1) * asked.block_size)
     limits = SchedulerSettings(
         max_num_seqs=load.max_num_seqs, max_num_batched_tokens=asked.max_num_batched_tokens, max_model_len=longest
@@ -152,6 +155,8 @@ def _limits(asked: RealityConfig, load: "TimedLoad", model: Any) -> tuple[Any, A
         max_num_seqs=load.max_num_seqs,
         max_model_len=longest,
         enable_prefix_caching=True,
+        layer_groups=layers if groups_differ(layers) else (),
+        max_num_batched_tokens=asked.max_num_batched_tokens,
     )
     return limits, pool
 

@@ -22,7 +22,7 @@ SERVER = Group("Server", sort_key=0)
 REAL_SETTINGS = (
     *("model", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill"),
     *("enable_prefix_caching", "watermark", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_queue"),
-    *("speculative_model", "num_speculative_tokens"),
+    *("speculative_model", "num_speculative_tokens", "disable_hybrid_kv_cache_manager"),
 )
 """Fields of `ServingConfig` that mean something to a model that is really there."""
 
@@ -153,6 +153,7 @@ def _real(asked: ServeConfig, serving: ServingConfig) -> "tuple[ServedEngine, st
         max_num_batched_tokens=2048 if serving.max_num_batched_tokens is None else serving.max_num_batched_tokens,
         max_model_len=serving.max_model_len,
         enable_prefix_caching=serving.enable_prefix_caching,
+        disable_hybrid_kv_cache_manager=serving.disable_hybrid_kv_cache_manager,
         enable_chunked_prefill=serving.enable_chunked_prefill is not False,
         watermark=serving.watermark,
         speculative_model=draft,

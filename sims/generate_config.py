@@ -65,6 +65,8 @@ class GenerateConfig:
     """Most requests that run at once."""
     max_num_batched_tokens: int = 2048
     """Most tokens of a step."""
+    disable_hybrid_kv_cache_manager: bool = False
+    """One block table for all layers: windowed ones keep all tokens."""
     enable_prefix_caching: bool | None = None
     """Keep what was computed, for prompts that begin alike [default: on, but for models with linear attention]."""
     stream: bool = False

@@ -26,6 +26,8 @@ class Served(NamedTuple):
     """Of the pool."""
     block_bytes: int
     """Bytes of one."""
+    kv_bytes_per_token: int
+    """Bytes of a token's keys and values in all layers."""
     scheduler: SchedulerSettings
     """Limits of a step."""
     weight_bytes: int
@@ -44,7 +46,7 @@ def real_document(config: GenerateConfig, served: Served, run: Run) -> dict[str,
             "kv_cache": served.num_blocks * served.block_bytes,
             "num_blocks": served.num_blocks,
             "block_size": config.block_size,
-            "kv_bytes_per_token": served.block_bytes // config.block_size,
+            "kv_bytes_per_token": served.kv_bytes_per_token,
         },
         "results": [
             {

@@ -1,7 +1,7 @@
 """Whether beams can be searched here: they must be able to run all at once."""
 
 from pagedkv.errors import ConfigError
-from pagedkv.paged_steps import PagedStepAllocator
+from pagedkv.pooled_memory import PooledMemory
 from pagedkv.runtime.beam_search import BeamSearch
 from pagedkv.runtime.model_pair import ModelPair
 from pagedkv.runtime.sampling import SamplingParams
@@ -30,12 +30,12 @@ def check_search(search: BeamSearch, scheduler: Scheduler, models: ModelPair, *,
         raise ConfigError(f"{width} beams look at {search.num_candidates} continuations: the model has {models.vocab_size} words")
 
 
-def longest_beam(width: int, allocator: PagedStepAllocator) -> int:
+def longest_beam(width: int, allocator: PooledMemory) -> int:
     """Return the most tokens, prompt included, of each of `width` beams of which none shares a block: as after a preemption."""
-    blocks = allocator.usable_slots // allocator.unit_slots - allocator.paged_rules.watermark_blocks
-    return blocks // width * allocator.unit_slots + 1  # the last token needs no slot
+    blocks = allocator.usable_slots // allocator.unit_slots - allocator.watermark_blocks
+    return allocator.most_tokens(blocks // width) + 1  # the last token needs no slot
 
 
-def beams_fit(width: int, num_tokens: int, allocator: PagedStepAllocator) -> bool:
+def beams_fit(width: int, num_tokens: int, allocator: PooledMemory) -> bool:
     """Return whether the empty pool holds `width` beams of `num_tokens`, prompt included."""
     return num_tokens <= longest_beam(width, allocator)

@@ -35,7 +35,14 @@ class Drafter:
         self.runner = ModelRunner(model, storage, layers=layers, backend=backend)
 
     def draft(
-        self, texts: Sequence[Text], *, first: Int64Array, last: Int64Array, known: Int64Array, tables: Int32Array, rows: Int64Array
+        self,
+        texts: Sequence[Text],
+        *,
+        first: Int64Array,
+        last: Int64Array,
+        known: Int64Array,
+        tables: Sequence[Int32Array],
+        rows: Int64Array,
     ) -> list[Drafts]:
         """Return by entry of a step its drafts: as many as the step computes tokens beyond the known ones.
 
@@ -44,7 +51,7 @@ class Drafter:
             first: By entry: tokens that the target has computed.
             last: By entry: tokens that it will have.
             known: By entry: tokens known.
-            tables: By entry: its blocks, with room for `last` tokens.
+            tables: By group of layers and entry: its blocks, with room for `last` tokens.
             rows: By entry: its place in the running batch.
         """
         number = np.maximum(last - known, 0)
@@ -64,9 +71,9 @@ class Drafter:
             entries = entries[number[entries] > done]
             if entries.size:
                 new = [np.array(drafts[i].tokens[-1:], np.int32) for i in entries.tolist()]
-                ones = np.ones(entries.size, np.int64)
+                ones, own = np.ones(entries.size, np.int64), [table[entries] for table in tables]
                 logits = self.runner.logits(
-                    StepInput(tokens=new, last=known[entries] + done, num_logits=ones, tables=tables[entries], rows=rows[entries])
+                    StepInput(tokens=new, last=known[entries] + done, num_logits=ones, tables=own, rows=rows[entries])
                 )
         return drafts
 

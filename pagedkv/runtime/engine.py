@@ -8,13 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pagedkv.allocation import KVPoolSettings
-from pagedkv.arrays import Int32Array
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError, IntegrityError
-from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.runtime.beam_room import beams_fit, check_search, longest_beam
 from pagedkv.runtime.beam_search import BeamParams, BeamSearch
+from pagedkv.runtime.engine_memory import engine_memory
 from pagedkv.runtime.model_pair import ModelPair
 from pagedkv.runtime.sampling import GREEDY, Sampler, SamplingParams
 from pagedkv.runtime.step_observer import StepObserver
@@ -30,8 +28,9 @@ from pagedkv.step_batch import HELD
 class LLMEngine:
     """Serves requests in continuous batches: chunked prefill, prefix caching, preemption by recompute, speculation, forks.
 
-    Who computes what, and in which blocks, `Scheduler` over `PagedStepAllocator` decide: the code that the simulator runs. Given
-    the same arrivals by step, both come to the same batches and block tables. A model's windowed layers keep all tokens.
+    Who computes what, and in which blocks, decides `Scheduler` over `PagedStepAllocator`, or over `HybridStepAllocator` if layers
+    have windows, and so block tables of their own: the code that the simulator runs. Given the same arrivals by step, both come to
+    the same batches and block tables.
 
     If a step is interrupted, or fails, the engine cannot go on: blocks may carry the keys of what was never computed.
     """
@@ -54,6 +53,7 @@ class LLMEngine:
         backend: str = "auto",
         speculative_model: Any = None,
         num_speculative_tokens: int = 0,
+        disable_hybrid_kv_cache_manager: bool = False,
         observer: StepObserver | None = None,
     ) -> None:
         """Take the memory, and let `model` attend over it.
@@ -76,6 +76,8 @@ class LLMEngine:
             speculative_model: A smaller model of the same vocabulary, type and device, that drafts tokens for `model` to verify.
                 Its keys and values lie in the same blocks, which are larger for it.
             num_speculative_tokens: Drafts of a text that decodes, per step.
+            disable_hybrid_kv_cache_manager: One block table for all layers, in which windowed ones keep all tokens, as vLLM's flag
+                of this name has it; so it is with a draft model anyway.
             observer: Is told how steps go: whoever has a clock.
 
         Raises:
@@ -91,36 +93,24 @@ class LLMEngine:
             max_num_seqs=max_num_seqs,
             dtype=dtype,
             backend=backend,
+            layers_apart=not disable_hybrid_kv_cache_manager,
         )
         self.storage = self.models.storage
-        if enable_prefix_caching and self.models.has_states:
-            raise ConfigError(
-                f"enable_prefix_caching with {model.config.model_type}: blocks keep no state of linear attention, so nobody could "
-                "go on from them; leave it out"
-            )
-        room = (self.storage.num_blocks - 1) * block_size
-        longest = self.models.max_positions or room
-        if max_model_len is None:  # the last token needs no slot, but drafts behind it do
-            max_model_len = min(longest, room if num_speculative_tokens else room + 1)
-        if max_model_len > longest:
-            who = "the model takes" if speculative_model is None else "the model and its draft model take"
-            raise ConfigError(f"max_model_len is {max_model_len}: {who} {longest} tokens at most")
-        self.allocator = PagedStepAllocator(
-            KVPoolSettings(
-                num_blocks=self.storage.num_blocks,
-                block_size=block_size,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
-                watermark=watermark,
-                lookahead_slots=num_speculative_tokens,
-                enable_prefix_caching=not self.models.has_states if enable_prefix_caching is None else enable_prefix_caching,
-            )
+        self.allocator = engine_memory(
+            self.models,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            watermark=watermark,
+            lookahead_slots=num_speculative_tokens,
         )
         self.scheduler = Scheduler(
             SchedulerSettings(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
-                max_model_len=max_model_len,
+                max_model_len=self.allocator.max_model_len,
                 enable_chunked_prefill=enable_chunked_prefill,
                 num_speculative_tokens=num_speculative_tokens,
                 policy=policy,
@@ -164,7 +154,7 @@ class LLMEngine:
             ConfigError: If there is no prompt, max_tokens or n is below 1, a token id is not the model's, or beams cannot be
                 searched here.
         """
-        chain = BlockHashChain(block_size=self.allocator.unit_slots, salt=salt)
+        chain = BlockHashChain(block_size=self.allocator.hash_block_size, salt=salt)
         chain.extend(prompt)
         ids = chain.token_ids
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.models.vocab_size:
@@ -291,25 +281,23 @@ class LLMEngine:
 
     def too_long(self, prompt_tokens: int, max_tokens: int, what: str = "a request", *, num_beams: int = 1) -> str:
         """Return what to say of a request that `add_request` refused."""
-        most, usable = self.scheduler.settings.max_model_len, self.allocator.usable_slots
-        most = most if most <= usable else min(most, usable + 1 - self.allocator.lookahead_slots)
+        most, allocator = self.scheduler.settings.max_model_len, self.allocator
+        room = allocator.most_tokens(allocator.usable_slots // allocator.unit_slots)
+        most = most if most <= room else min(most, room + 1 - allocator.lookahead_slots)
         if num_beams > 1:
-            most = min(most, longest_beam(num_beams, self.allocator))
+            most = min(most, longest_beam(num_beams, allocator))
         beams = f" in each of {num_beams} beams" if num_beams > 1 else ""
         return f"{what} of {prompt_tokens} tokens and {max_tokens} new ones: prompt and output have room for {most} together{beams}"
 
     def _compute(self, step: Step) -> TokenChoice:
         """Copy what forks write to, compute, and choose tokens; how many were accepted is written to the step's batch."""
-        batch, tables = step.batch[: step.num_entries], self.allocator.tables
+        batch = step.batch[: step.num_entries]
         requests: list[int] = batch["request"].tolist()
         texts = [self.texts[request] for request in requests]
-        held = tables.num_blocks[batch["row"]]
-        blocks: Int32Array = tables.blocks[batch["row"], : held.max()]
-        blocks[np.arange(blocks.shape[1]) >= held[:, None]] = -1
         for text in texts[step.num_running_before :]:
             text.draft_lag = 0  # an admission begins with what both models have computed
         self.storage.copy_blocks(self.allocator.copies)
-        choice = choose_tokens(texts, requests, self.models.compute(texts, batch, blocks))
+        choice = choose_tokens(texts, requests, self.models.compute(texts, batch, self.allocator.padded_tables(batch["row"])))
         accepted = batch["num_accepted_tokens"]
         for i, request in enumerate(requests):
             accepted[i] = len(choice.tokens[request]) - 1 if request in choice.tokens else 0

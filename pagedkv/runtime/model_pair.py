@@ -8,6 +8,8 @@ import torch
 
 from pagedkv.arrays import Int32Array
 from pagedkv.errors import ConfigError
+from pagedkv.kv_spec import LayerGroup
+from pagedkv.layer_groups import groups_differ
 from pagedkv.runtime.beam_search import held_beams
 from pagedkv.runtime.drafter import Drafter, check_draft
 from pagedkv.runtime.model_layers import check_model, linear_layers, model_layers
@@ -46,8 +48,11 @@ class ModelPair:
         max_num_seqs: int,
         dtype: torch.dtype | str | None,
         backend: str,
+        layers_apart: bool,
     ) -> None:
         """Take the memory, and let both models attend over it; `draft` is None where nobody drafts.
+
+        With `layers_apart`, layers that keep different tokens have block tables of their own; not where somebody drafts.
 
         Raises:
             ConfigError: If a model is not supported, or both do not go together: with what would work.
@@ -63,8 +68,13 @@ class ModelPair:
         if self.has_states:
             budget_bytes = _beside_states(budget_bytes, state_bytes(model), max_num_seqs)
         own, its = model_layers(model.config, with_states=True), () if draft is None else model_layers(draft.config)
+        self.layers: tuple[LayerGroup, ...] = (*own, *its)
+        """What layers with keys and values cache, one by one: the model's, then the draft's."""
+        # A draft model may be a token behind, whose window begins one before what the target's rules keep.
+        self.layers_apart = layers_apart and draft is None and groups_differ(own)
+        """Whether layers that keep different tokens have block tables of their own."""
         self.storage = PagedKVStorage(
-            plan_storage([*own, *its], block_size=block_size),
+            plan_storage(self.layers, block_size=block_size, share_windows=self.layers_apart),
             num_blocks=num_blocks,
             budget_bytes=budget_bytes,
             dtype=model.dtype if dtype is None else dtype,
@@ -80,13 +90,14 @@ class ModelPair:
         self.max_positions: int | None = min((limit for limit in limits if limit), default=None)
         """Longest sequence that both take; None: there is no limit."""
 
-    def compute(self, texts: Sequence[Text], batch: StepBatch, tables: Int32Array) -> Computed:
+    def compute(self, texts: Sequence[Text], batch: StepBatch, tables: Sequence[Int32Array]) -> Computed:
         """Compute a step.
 
         Args:
             texts: By entry.
             batch: Its entries.
-            tables: By entry: its blocks, with room for all that it computes [entries, max_blocks], -1 behind those that it holds.
+            tables: By group of layers and entry: its blocks, with room for all that it computes [entries, max_blocks], -1 behind
+                those that it holds.
         """
         last, known = batch["num_slots_needed"].copy(), batch["num_known_tokens"].copy()
         first, rows = last - batch["num_scheduled_tokens"], batch["row"].astype(np.int64)

@@ -76,8 +76,8 @@ class StepInput:
     """Tokens of the sequence that are in the cache afterwards: the new ones are the last of them."""
     num_logits: Int64Array
     """How many of the new tokens, from the last one back, give logits of what follows them."""
-    tables: Int32Array
-    """Its blocks [sequences, max_blocks], int32, -1 behind those that it holds."""
+    tables: Sequence[Int32Array]
+    """By group of layers: its blocks [sequences, max_blocks], int32, -1 behind those that it holds."""
     rows: Int64Array
     """Its place in the running batch, which is another's only after it has gone."""
     again: BoolArray | None = None
@@ -114,7 +114,7 @@ class ModelRunner:
         kept = np.concatenate([np.arange(end - number, end) for end, number in zip(ends, step.num_logits, strict=True)])
         places = torch.from_numpy(kept.astype(np.int64)).to(device)
         sizes = self.storage.layout.block_sizes
-        self._cache.begin(plan_tokens(counts, step.last, tables=[step.tables], block_sizes=sizes, device=device), _spans(step))
+        self._cache.begin(plan_tokens(counts, step.last, tables=step.tables, block_sizes=sizes, device=device), _spans(step))
         with torch.no_grad():
             out = self.model(
                 input_ids=torch.from_numpy(tokens)[None].to(device),

@@ -92,6 +92,7 @@ class PagedKVStorage:
             torch.empty(self.num_blocks, size, dtype=self.dtype, device=self.device) for size in layout.tensor_elements
         ]
         self._pools = [self._pool(layer) for layer in range(len(layout.places))]
+        self._widest = layout.widest_layers
 
     @property
     def num_bytes(self) -> int:
@@ -163,13 +164,13 @@ class PagedKVStorage:
         )
 
     def copy_blocks(self, pairs: Int32Array) -> None:
-        """Copy blocks [n, 2], source and destination, in order, in all layers: forks that are written to. O(copies * layers).
+        """Copy blocks [n, 2], source and destination, in order, whole: forks that are written to. O(copies * tensors).
 
         Raises:
             KernelError: On the CPU, if a block is outside.
         """
         for batch in _independent(pairs):
-            for layer in range(len(self._pools)):
+            for layer in self._widest:
                 copy_blocks(self.keys(layer), self.values(layer), batch, kv_layout=self.kv_layout)
 
     def apply_copies(self, copies: Int64Array) -> None:

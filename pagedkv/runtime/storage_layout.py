@@ -57,12 +57,23 @@ class StorageLayout:
         return tuple(sizes[group] for group in range(self.num_groups))
 
     @property
+    def widest_layers(self) -> tuple[int, ...]:
+        """By tensor: a layer whose blocks fill those of the tensor."""
+        widest: dict[int, int] = {}
+        for layer, place in enumerate(self.places):
+            if place.tensor not in widest or place.block_elements > self.places[widest[place.tensor]].block_elements:
+                widest[place.tensor] = layer
+        return tuple(widest[tensor] for tensor in range(len(widest)))
+
+    @property
+    def token_elements(self) -> int:
+        """Elements of one token's keys and values in all layers."""
+        return sum(2 * place.num_kv_heads * place.head_dim for place in self.places)
+
+    @property
     def tensor_elements(self) -> tuple[int, ...]:
         """By tensor: elements of one block, those of the largest layer that lies there."""
-        elements: dict[int, int] = {}
-        for place in self.places:
-            elements[place.tensor] = max(elements.get(place.tensor, 0), place.block_elements)
-        return tuple(elements[tensor] for tensor in range(len(elements)))
+        return tuple(self.places[layer].block_elements for layer in self.widest_layers)
 
 
 def plan_storage(layers: Sequence[LayerGroup], *, block_size: int = 16, share_windows: bool = False) -> StorageLayout:

@@ -11,7 +11,6 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.arrays import Float64Array
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.model_spec import ModelSpec
-from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.sims.clock import Clock
@@ -24,6 +23,7 @@ from pagedkv.sims.step_constants import StepConstants
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.sims.validation.least_squares import least_squares, softened
 from pagedkv.sims.validation.work import Work, as_row
+from pagedkv.step_allocation import step_allocator
 from pagedkv.weight_format import WeightFormat
 
 MEASURED = ("weight_read_bytes_per_s", "linear_flops", "kv_read_bytes_per_s", "attention_flops")
@@ -101,7 +101,7 @@ def step_time(
 
 def simulated(load: TimedLoad, limits: SchedulerSettings, pool: KVPoolSettings, steps: RooflineStepTime) -> Run:
     """Return what `load` does before the scheduler and allocator of the simulator."""
-    scheduler = Scheduler(limits, PagedStepAllocator(pool))
+    scheduler = Scheduler(limits, step_allocator("hybrid" if pool.layer_groups else "paged", pool))
     env, recorder = Clock(initial_time=0.0), Recorder(scheduler, warmup_s=0.0, end_s=math.inf)
     engine = CompiledEngine(env, scheduler, steps, recorder)
     engine.submit_all(load.arrival_s, load.prompt_tokens, load.output_tokens)

@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.scheduling.content import NO_SEGMENTS, Segments, shared_segments
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import Step
+from pagedkv.step_allocation import step_allocator
 from pagedkv.step_batch import STEP_ENTRY
 
 
@@ -43,7 +43,7 @@ class Shadow:
     def __init__(self, engine: LLMEngine, pool: Any) -> None:
         self.engine, self.steps, self.chunks, self.preemptions, self.forks, self.copies = engine, 0, 0, 0, 0, 0
         self.contents: dict[int, Segments] = {}
-        self.allocator = PagedStepAllocator(pool)
+        self.allocator = step_allocator("hybrid" if pool.layer_groups else "paged", pool)
         self.scheduler = Scheduler(engine.scheduler.settings, self.allocator)
         engine.observer = self
 
@@ -93,9 +93,9 @@ class Shadow:
     def compare(self) -> None:
         """Hold block tables, free queue and reference counts together."""
         mine, its = self.allocator, self.engine.allocator
-        np.testing.assert_array_equal(mine.tables.num_blocks, its.tables.num_blocks)
-        for row in np.flatnonzero(mine.tables.num_blocks):
-            np.testing.assert_array_equal(mine.tables.of(row), its.tables.of(row))
+        np.testing.assert_array_equal(mine.group_lengths, its.group_lengths)
+        for group, row in np.argwhere(mine.group_lengths).tolist():
+            np.testing.assert_array_equal(mine.block_table(row, group), its.block_table(row, group))
         np.testing.assert_array_equal(mine.pool.queue, its.pool.queue)
         np.testing.assert_array_equal(mine.pool.ref_cnt, its.pool.ref_cnt)
         np.testing.assert_array_equal(self.scheduler.waiting(), self.engine.scheduler.waiting())

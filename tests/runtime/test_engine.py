@@ -15,7 +15,9 @@ transformers = pytest.importorskip("transformers", reason="the runtime's models 
 from tiny_models import COMMON, MODELS, TIE, VOCAB, Answer, build, generate
 
 from pagedkv.runtime.engine import LLMEngine
+from pagedkv.runtime.model_layers import model_layers
 from pagedkv.runtime.sampling import Sampler, SamplingParams, sample
+from pagedkv.runtime.storage_layout import plan_storage
 
 STEPS = 20
 
@@ -37,8 +39,14 @@ def contiguous(model: Any, prompts: list[list[int]], **options: Any) -> Answer:
 
 
 def tight(model: Any, **options: Any) -> LLMEngine:
-    """An engine that has to preempt and to cut prompts; its memory is NaN before."""
+    """An engine that has to preempt and to cut prompts; its memory is NaN before.
+
+    `num_blocks` are those of all layers: it has as many more as a block has fewer layers, less a quarter that windows do not need.
+    """
     limits = {"num_blocks": 22, "block_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 16} | options
+    if not {"speculative_model", "disable_hybrid_kv_cache_manager"} & set(options):
+        groups = plan_storage(model_layers(model.config, with_states=True), share_windows=True).num_groups
+        limits["num_blocks"] = limits["num_blocks"] * groups * (3 if groups > 1 else 4) // 4
     engine = LLMEngine(model, **limits)
     for tensor in engine.storage._tensors:
         tensor.fill_(torch.nan)

@@ -16,22 +16,43 @@ from pagedkv.allocation import KVPoolSettings
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.scheduling.content import shared_segments
 
+WINDOWED = ("gemma3", "gpt_oss")
+"""Families whose layers have block tables of their own."""
 LIMITS = {"max_num_seqs": 12, "max_num_batched_tokens": 48, "max_model_len": 120}
 
 
-def engine_and_shadow(*, caching: bool, policy: str = "fcfs", num_blocks: int = 60) -> tuple[LLMEngine, Shadow]:
-    model = build("llama")
+def engine_and_shadow(
+    *, family: str = "llama", caching: bool, policy: str = "fcfs", num_blocks: int = 60
+) -> tuple[LLMEngine, Shadow]:
+    model = build(family)
     engine = LLMEngine(model, num_blocks=num_blocks, block_size=4, enable_prefix_caching=caching, policy=policy, **LIMITS)
     for tensor in engine.storage._tensors:
         tensor.fill_(torch.nan)
-    pool = KVPoolSettings(num_blocks=num_blocks, block_size=4, max_num_seqs=12, max_model_len=120, enable_prefix_caching=caching)
+    assert engine.allocator.name == ("hybrid" if family in WINDOWED else "paged")
+    pool = KVPoolSettings(
+        num_blocks=num_blocks,
+        block_size=4,
+        enable_prefix_caching=caching,
+        layer_groups=engine.models.layers if family in WINDOWED else (),
+        **LIMITS,
+    )
     return engine, Shadow(engine, pool)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize(
+    ("family", "policy", "num_blocks", "least_preempted", "least_found"),
+    [
+        ("llama", "fcfs", 60, 6, 200),
+        ("llama", "priority", 60, 6, 200),
+        ("gemma3", "fcfs", 80, 3, 20),
+        ("gpt_oss", "priority", 44, 5, 150),
+    ],
+)
 @pytest.mark.parametrize("caching", [False, True])
-def test_64_ragged_requests_are_scheduled_as_the_simulator_schedules_them(*, caching: bool, policy: str) -> None:
-    engine, shadow = engine_and_shadow(caching=caching, policy=policy)
+def test_64_ragged_requests_are_scheduled_as_the_simulator_schedules_them(
+    *, family: str, caching: bool, policy: str, num_blocks: int, least_preempted: int, least_found: int
+) -> None:
+    engine, shadow = engine_and_shadow(family=family, caching=caching, policy=policy, num_blocks=num_blocks)
     asks = ragged_asks(64)
     texts = serve(engine, shadow, asks)
     assert [len(text) for text in texts] == [ask.max_tokens for ask in asks]
@@ -40,9 +61,9 @@ def test_64_ragged_requests_are_scheduled_as_the_simulator_schedules_them(*, cac
         f"caching {caching}, {policy}: {shadow.steps} steps, {shadow.preemptions} preemptions, {shadow.chunks} chunks, "
         f"{known['num_hit_tokens'].sum()} tokens found\n"
     )
-    assert shadow.preemptions > 5
+    assert shadow.preemptions >= least_preempted
     assert shadow.chunks > 5
-    assert bool(known["num_cached_tokens"].sum() > 200) is caching
+    assert bool(known["num_cached_tokens"].sum() >= least_found) is caching
 
 
 def test_what_one_turn_generates_is_found_by_the_next() -> None:

@@ -16,7 +16,6 @@ from shadow import Ask, ragged_asks
 from tiny_models import build, draft_of
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.scheduling.scheduler import Scheduler
 from pagedkv.scheduling.step import Step
@@ -27,6 +26,7 @@ from pagedkv.sims.real_clock import RealClock
 from pagedkv.sims.recorder import Recorder
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.step_time import StepCost
+from pagedkv.step_allocation import step_allocator
 from pagedkv.step_batch import StepBatch
 
 TICK_S = 2.0**-10
@@ -46,13 +46,13 @@ class Watching(RealClock):
 
 
 def really(
-    asks: list[Ask], arrival_s: list[float], *, caching: bool, drafts: int
+    asks: list[Ask], arrival_s: list[float], *, family: str, caching: bool, drafts: int
 ) -> tuple[Run, list[float], list[list[int]], LLMEngine]:
     """Serve requests at these times, by a clock that goes on while the model computes.
 
     Return also what each step took and accepted.
     """
-    model = build("llama")
+    model = build(family)
     speculation = {"speculative_model": draft_of(model), "num_speculative_tokens": drafts} if drafts else {}
     limits = LIMITS | speculation
     engine = LLMEngine(model, num_blocks=60, block_size=4, max_num_batched_tokens=48, enable_prefix_caching=caching, **limits)
@@ -90,8 +90,17 @@ class Recorded:
 
 
 def simulated(asks: list[Ask], arrival_s: list[float], took_s: list[float], *, caching: bool, drafts: int, like: LLMEngine) -> Run:
-    pool = KVPoolSettings(num_blocks=60, block_size=4, enable_prefix_caching=caching, lookahead_slots=drafts, **LIMITS)
-    scheduler = Scheduler(like.scheduler.settings, PagedStepAllocator(pool))
+    apart = like.models.layers if like.allocator.name == "hybrid" else ()
+    pool = KVPoolSettings(
+        num_blocks=60,
+        block_size=4,
+        enable_prefix_caching=caching,
+        lookahead_slots=drafts,
+        layer_groups=apart,
+        max_num_batched_tokens=48,
+        **LIMITS,
+    )
+    scheduler = Scheduler(like.scheduler.settings, step_allocator(like.allocator.name, pool))
     env, recorder = Clock(initial_time=0.0), Recorder(scheduler, warmup_s=0.0, end_s=math.inf)
     engine = Engine(env, scheduler, Recorded(took_s), recorder)
 
@@ -108,13 +117,18 @@ def simulated(asks: list[Ask], arrival_s: list[float], took_s: list[float], *, c
     return Run(allocator=scheduler.allocator, recorder=recorder, log=recorder.log(), end_s=env.now, warmup_s=0.0, drained=True)
 
 
-@pytest.mark.parametrize(("caching", "drafts"), [(False, 0), (True, 0), (True, 3)])
-def test_a_real_run_and_its_simulation_are_the_same(monkeypatch: pytest.MonkeyPatch, *, caching: bool, drafts: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "caching", "drafts"),
+    [("llama", False, 0), ("llama", True, 0), ("llama", True, 3), ("gpt_oss", False, 0), ("gpt_oss", True, 0)],
+)
+def test_a_real_run_and_its_simulation_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, *, family: str, caching: bool, drafts: int
+) -> None:
     asks, rng = ragged_asks(64), np.random.default_rng(1)
     gaps = rng.integers(0, 16, 64) * (rng.random(64) < 0.6)
     ticks = np.cumsum(gaps) + 4000 * (np.cumsum(gaps) > 300)  # two bursts, and a pause
     arrival_s = (ticks * TICK_S + np.cumsum(gaps > 0) * TICK_S / 1024).tolist()  # nobody arrives when a step ends
-    real, took_s, accepted, engine = really(asks, arrival_s, caching=caching, drafts=drafts)
+    real, took_s, accepted, engine = really(asks, arrival_s, family=family, caching=caching, drafts=drafts)
     steps = iter(accepted)
 
     def accept_drafts(acceptance: object, batch: StepBatch, num_entries: int) -> None:
