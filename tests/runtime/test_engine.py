@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the runtime needs torch")
 pytest.importorskip("pagedkv.runtime")
 transformers = pytest.importorskip("transformers", reason="the runtime's models are transformers'")
 
-from tiny_models import COMMON, MODELS, TIE, VOCAB, Answer, build, generate
+from tiny_models import COMMON, MODELS, TIE, VOCAB, WINDOW, Answer, build, generate
 
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.runtime.model_layers import model_layers
@@ -82,6 +82,27 @@ def test_greedy_tokens_are_those_of_the_contiguous_cache(name: str, *, caching: 
     assert {text.finish_reason for text in given} == {"length"}
     assert engine.allocator.free_slots == engine.allocator.usable_slots
     engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_windows_hold_no_more_than_they_see(name: str) -> None:
+    """The same texts over one table for all layers, which keeps all tokens, and over one for each group, in fewer bytes."""
+    model, prompt = build(name), shared_prompts()[1]
+    held, texts = {}, {}
+    for one_table in (True, False):
+        engine = LLMEngine(model, num_blocks=300, block_size=4, disable_hybrid_kv_cache_manager=one_table)
+        engine.add_request(prompt, max_tokens=90)
+        new = [engine.step()]
+        while engine.num_unfinished:
+            held[one_table] = (engine.allocator.usable_slots - engine.allocator.free_slots) // engine.allocator.unit_slots
+            held[one_table] *= engine.storage.block_bytes
+            new.append(engine.step())
+        texts[one_table] = [each.token for step in new for each in step]
+    assert texts[True] == texts[False]
+    full, sliding = (sum(layer.kind == kind for layer in engine.models.layers) for kind in ("full", "sliding_window"))
+    tokens, window_blocks = len(prompt) + 88, -(-(WINDOW + 3) // 4)
+    assert held[True] == (full + sliding) * -(-tokens // 4) * 4 * 2 * 2 * 16 * 4
+    assert held[False] <= (full * -(-tokens // 4) + sliding * window_blocks) * 4 * 2 * 2 * 16 * 4
 
 
 def test_blocks_that_one_step_fills_are_read_by_another_entry_of_it() -> None:

@@ -181,11 +181,17 @@ def test_one_text_can_be_taken_out_before_and_after_it_forks(*, caching: bool) -
     assert searching.abort(request)
 
 
-@pytest.mark.parametrize("caching", [True, False])
-def test_forks_are_scheduled_as_a_scheduler_of_lengths_alone_schedules_them(*, caching: bool) -> None:
+@pytest.mark.parametrize(("name", "caching"), [("llama", True), ("llama", False), ("gpt_oss", True), ("gpt_oss", False)])
+def test_forks_are_scheduled_as_a_scheduler_of_lengths_alone_schedules_them(name: str, *, caching: bool) -> None:
     limits = {"max_num_seqs": 12, "max_num_batched_tokens": 48, "max_model_len": 120}
-    engine = tight(build("llama"), num_blocks=60, enable_prefix_caching=caching, **limits)
-    pool = KVPoolSettings(num_blocks=60, block_size=4, max_num_seqs=12, max_model_len=120, enable_prefix_caching=caching)
+    engine = tight(build(name), num_blocks=60 if name == "llama" else 40, enable_prefix_caching=caching, **limits)
+    pool = KVPoolSettings(
+        num_blocks=engine.storage.num_blocks,
+        block_size=4,
+        enable_prefix_caching=caching,
+        layer_groups=engine.models.layers if engine.models.layers_apart else (),
+        **limits,
+    )
     shadow = Shadow(engine, pool)
     asks, arrived, step = ragged_asks(24), 0, 0
     while arrived < len(asks) or engine.num_unfinished:
