@@ -34,9 +34,9 @@ class MemoryBudget:
     free_at_start: int
     """What the operating system and other programs leave to the engine."""
     block_size: int
-    """Tokens per block."""
+    """Tokens per block, as asked for; blocks of a group of layers may be longer."""
     block_bytes: int
-    """Bytes of one block in all layers that have blocks."""
+    """Bytes of one block as the engine counts them: in all layers that have blocks, or in those of one group."""
     kv_bytes_per_token: int
     """Bytes of one token in those layers."""
     num_blocks: int
@@ -60,13 +60,17 @@ class MemoryBudget:
 
     @property
     def num_kv_tokens(self) -> int:
-        """Slots of the pool, those of null blocks included."""
+        """Slots of the pool, those of null blocks included; where a block is of one group of layers, slots in that group."""
         return self.num_blocks * self.block_size
 
     @property
     def usable_blocks(self) -> int:
         """Blocks that requests can hold."""
         return self.num_blocks - self.null_blocks
+
+    def blocks_of(self, block_bytes: int) -> int:
+        """Return how many blocks of `block_bytes` the bytes of these come to, null blocks included."""
+        return self.num_blocks * self.block_bytes // block_bytes
 
     @property
     def parts(self) -> dict[str, int]:

@@ -142,8 +142,11 @@ class MemoryRequest:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers that have blocks, those that draft included, in `kv_cache_dtype`."""
-        return self._kv_spec.block_bytes(self.ledger.block_size)
+        """Bytes of one block as the engine counts them, in `kv_cache_dtype`.
+
+        In all layers that have blocks, those that draft included; if layers are apart, in those of one group.
+        """
+        return self._layer_groups.page_bytes if self.layers_apart else self._kv_spec.block_bytes(self.ledger.block_size)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -178,17 +181,15 @@ class MemoryRequest:
     @property
     def blocks_for_one_request(self) -> int:
         """Blocks without which a request of `max_model_len` tokens cannot finish, its state and null blocks included."""
-        null_bytes = self.ledger.null_blocks * (self._layer_groups.page_bytes if self.layers_apart else self.block_bytes)
-        return -(-(self.bytes_for_one_request + null_bytes) // self.block_bytes)
+        return self.bytes_for_one_request // self.block_bytes + self.ledger.null_blocks
 
     @property
     def bytes_for_one_request(self) -> int:
         """Bytes of the blocks that a request of `max_model_len` tokens holds at its peak, its state included."""
         spec, size = self._kv_spec, self.ledger.block_size
         if self.layers_apart:
-            groups = self._layer_groups
-            rules = groups.rules(max_model_len=self.max_model_len, enable_caching=False)
-            return groups.page_bytes * sum(rule.peak_blocks(self.max_model_len, self.max_num_batched_tokens) for rule in rules)
+            rules = self._layer_groups.rules(max_model_len=self.max_model_len, enable_caching=False)
+            return self.block_bytes * sum(rule.peak_blocks(self.max_model_len, self.max_num_batched_tokens) for rule in rules)
         state_slots = -(-spec.state_bytes_per_sequence // spec.bytes_per_token)
         return (-(-self.max_model_len // size) + -(-state_slots // size)) * self.block_bytes
 

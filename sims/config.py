@@ -162,7 +162,7 @@ class ServingConfig:
     kv_cache_memory_bytes: str | None = None
     """Size of the KV cache, e.g. 16GiB, instead of what utilization leaves."""
     num_gpu_blocks_override: int | None = None
-    """Number of KV blocks, instead of what the memory holds."""
+    """Number of KV blocks as vLLM counts them, of a group of layers where layers differ, instead of what the memory holds."""
     free_memory: str | None = None
     """Memory that is free when the engine starts, e.g. 102.2GiB [default: visible less OS and other programs]."""
     os_reserve: str | None = None

@@ -81,9 +81,7 @@ class Deployment:
             return pool
         groups = self.model.layer_groups + (() if self.drafting is None else self.drafting.memory.kv_groups)
         plan = plan_layer_groups(groups, block_size=pool.block_size, kv_cache_dtype=pool.kv_cache_dtype)
-        return replace(
-            pool, num_blocks=pool.num_blocks * self.budget.block_bytes // plan.page_bytes, layer_groups=groups, state_slots=0
-        )
+        return replace(pool, num_blocks=self.budget.blocks_of(plan.page_bytes), layer_groups=groups, state_slots=0)
 
     @property
     def why_no_prefix_caching(self) -> str | None:
@@ -126,7 +124,15 @@ def deploy(serving: ServingConfig) -> Deployment:
         weight_format=weight_format,
         budget=budget,
         scheduler=limits,
-        pool=_pool(serving, engine, kv_spec, budget, limits, offload_blocks=0 if tier is None else tier.num_blocks),
+        pool=_pool(
+            serving,
+            engine,
+            kv_spec,
+            budget,
+            limits,
+            num_blocks=budget.blocks_of(replace(request, layers_apart=False).block_bytes),
+            offload_blocks=0 if tier is None else tier.num_blocks,
+        ),
         step_time=RooflineStepTime(
             model,
             hardware,
@@ -236,12 +242,14 @@ def _pool(
     budget: MemoryBudget,
     limits: SchedulerSettings,
     *,
+    num_blocks: int,
     offload_blocks: int,
 ) -> KVPoolSettings:
+    """Return the pool of one block table for all layers, with `num_blocks` of all of them."""
     reserve_full_isl, freed_to_front = engine.admission(serving)
     state_bytes = kv_spec.state_bytes_per_sequence
     return KVPoolSettings(
-        num_blocks=budget.num_blocks,
+        num_blocks=num_blocks,
         block_size=budget.block_size,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,

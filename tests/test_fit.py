@@ -58,9 +58,9 @@ def deployments(draw: st.DrawFn) -> Deployment:
         contiguous_heap=draw(st.sampled_from(HEAPS.names())),
         watermark=draw(st.sampled_from([0.0, 0.3])),
     )
-    least = memory_request(serving).blocks_for_one_request
-    more = draw(st.integers(0, (20_000 if state else 1500) // block_size))
-    return deploy(replace(serving, num_gpu_blocks_override=least + more))
+    request = memory_request(serving)
+    more = draw(st.integers(0, 20_000 if state else 1500)) * request.kv_bytes_per_token // request.block_bytes
+    return deploy(replace(serving, num_gpu_blocks_override=request.blocks_for_one_request + more))
 
 
 @given(deployment=deployments(), share=st.floats(0, 1))

@@ -74,7 +74,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     assert len(seen) > 20
 
 
-@pytest.mark.parametrize(("model", "num_blocks"), [("gpt-oss-20b", 260), ("gemma-3-12b", 300), ("mistral-7b-v0.1", 600)])
+@pytest.mark.parametrize(("model", "num_blocks"), [("gpt-oss-20b", 520), ("gemma-3-12b", 1800), ("mistral-7b-v0.1", 600)])
 def test_every_slot_is_counted_as_the_allocator_tells_it(model: str, num_blocks: int, checks: list[int]) -> None:
     done = run(scenario(model, num_blocks), "hybrid", seed=3, step_by_step=True)
     assert done.drained
@@ -98,9 +98,10 @@ def test_with_layers_of_one_kind_it_is_paged_memory_to_the_last_figure() -> None
     assert measure(hybrid, ()) == measure(paged, ())
 
 
-@pytest.mark.parametrize("model", ["gpt-oss-20b", "gemma-3-12b"])
-def test_the_same_bytes_hold_more_requests_where_windows_give_blocks_back(model: str) -> None:
-    one = scenario(model, 700)
+@pytest.mark.parametrize(("model", "num_blocks"), [("gpt-oss-20b", 2 * 700), ("gemma-3-12b", 6 * 700)])
+def test_the_same_bytes_hold_more_requests_where_windows_give_blocks_back(model: str, num_blocks: int) -> None:
+    one = scenario(model, num_blocks)
+    assert one.deployment.pool.num_blocks == 700, "blocks of all layers, for paged memory"
 
     def preemptions(done: Run) -> int:
         return int(done.log.num_preemptions.sum())
@@ -115,5 +116,7 @@ def test_its_pool_has_the_bytes_that_the_budget_says(model: str) -> None:
     deployment = deploy(ServingConfig(model=model, hardware="b200", quantization="nvfp4", kv_cache_memory_bytes="60GiB"))
     pool = deployment.pool_of("hybrid")
     page = plan_layer_groups(pool.layer_groups, block_size=16).page_bytes
-    assert 0 <= deployment.budget.kv_cache - pool.num_blocks * page < page
+    assert (pool.num_blocks, page) == (deployment.budget.num_blocks, deployment.budget.block_bytes)
+    assert deployment.budget.kv_cache == pool.num_blocks * page
+    assert 0 <= (60 << 30) - deployment.budget.kv_cache < page
     assert deployment.pool_of("paged") == deployment.pool

@@ -46,7 +46,13 @@ def held_for_state(allocator: StepAllocator) -> int:
 
 def scenario(name: str, heap: str) -> Scenario:
     load = LoadConfig(request_rate=2.0, num_prompts=25, random_input_len=600, random_output_len=150, random_range_ratio=0.9)
-    serving = ServingConfig(model="qwen3.5-27b", num_gpu_blocks_override=700, max_model_len=1500, contiguous_heap=heap)
+    serving = ServingConfig(
+        model="qwen3.5-27b",
+        num_gpu_blocks_override=700,
+        max_model_len=1500,
+        disable_hybrid_kv_cache_manager=True,
+        contiguous_heap=heap,
+    )
     return resolve(SimulationConfig(load=load, serving=serving, measurement=MeasurementConfig(allocator=(name,))))
 
 
@@ -213,9 +219,9 @@ def test_an_engine_that_starts_can_serve_the_longest_request() -> None:
         deploy(replace(serving, num_gpu_blocks_override=275))
     deployment = deploy(serving)
     assert step_allocator("paged", deployment.pool).admission_slots(2047, 1) is not None
-    # Three blocks of 784 tokens in the layers of attention, three with a state, and the null block; each as large as 49 of 16.
-    apart = replace(serving, disable_hybrid_kv_cache_manager=False, num_gpu_blocks_override=7 * 49)
+    # Three blocks of 784 tokens in the layers of attention, three with a state, and the null block.
+    apart = replace(serving, disable_hybrid_kv_cache_manager=False, num_gpu_blocks_override=7)
     with pytest.raises(ConfigError, match="--max-model-len 2048"):
-        deploy(replace(apart, num_gpu_blocks_override=7 * 49 - 1))
+        deploy(replace(apart, num_gpu_blocks_override=6))
     deployment = deploy(apart)
     assert step_allocator("hybrid", deployment.pool_of("hybrid")).admission_slots(2047, 1) is not None

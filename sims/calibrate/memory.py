@@ -131,9 +131,9 @@ def _check_weights(request: MemoryRequest, log: StartUp, notes: list[str]) -> No
 
 
 def _kv_cache(request: MemoryRequest, log: StartUp) -> tuple[int, bool]:
-    """Return (blocks of the KV cache as this project counts them, whether they are exact).
+    """Return (blocks of the KV cache as the ledger counts them, whether they are exact).
 
-    Where layers cache differently, vLLM's blocks and tokens are of another kind, and only the size counts.
+    Where layers cache differently, tokens say too little, blocks may be of other groups than here, and only the size counts.
     """
     ledger, alike = request.ledger, len(request.model.layer_groups) == 1
     blocks = (

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from starts import phase, request
@@ -11,6 +12,9 @@ from pagedkv.catalogue import hardware_names, model_names
 from pagedkv.errors import ConfigError
 from pagedkv.memory_request import MemoryRequest
 from pagedkv.memory_timeline import TIMELINE_PARTS, VERDICTS, MemoryTimeline
+from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.deployment import deploy, memory_request
+from pagedkv.sims.run_texts import kv_equation
 from pagedkv.start_timeline import memory_timeline
 from pagedkv.start_up import Guest, StartOptions
 from pagedkv.timeline_advice import advise_start
@@ -110,6 +114,33 @@ def test_more_free_memory_gives_no_fewer_blocks_and_no_worse_verdict(
     assert more.least_blocks is not None
     assert more.budget.num_blocks >= less.budget.num_blocks
     assert more.least_blocks >= less.least_blocks
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@given(chosen=SERVING, lost=SIZES)
+@settings(max_examples=25)
+def test_blocks_are_counted_alike_by_budget_timeline_and_allocator(engine: str, chosen: dict[str, Any], lost: int) -> None:
+    serving = ServingConfig(**(chosen | {"engine": engine}), max_model_len=2048)
+    try:
+        deployment = deploy(serving)
+    except ConfigError:
+        assume(False)
+    budget, asked = deployment.budget, memory_request(serving)
+    assert deployment.pool_of(deployment.own_allocator).num_blocks == budget.num_blocks
+    assert budget.block_bytes == asked.block_bytes
+    assert asked.ledger.starved_blocks(asked, budget, 0) == budget.num_blocks
+    fewer = (budget.num_blocks - asked.ledger.starved_blocks(asked, budget, lost)) * budget.block_bytes
+    assert fewer == 0 or 0 < fewer <= lost + budget.block_bytes
+
+
+@pytest.mark.parametrize(("model", "apart"), [("gpt-oss-20b", True), ("gemma-3-27b", True), ("llama-3.1-8b", False)])
+def test_a_starved_cache_is_told_in_the_blocks_of_the_waterfall(model: str, apart: bool) -> None:
+    serving = ServingConfig(model=model)
+    told, (_, blocks) = memory_timeline(memory_request(serving)), kv_equation(deploy(serving))
+    assert told.budget is not None
+    assert told.request.layers_apart == apart
+    assert f"of {told.budget.num_blocks:,} blocks" in phase(told, "kv_cache").verdict.text
+    assert blocks.startswith(f"{told.budget.num_blocks:,} blocks")
 
 
 @given(chosen=SERVING, options=OPTIONS)
