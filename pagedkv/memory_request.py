@@ -10,6 +10,7 @@ from pagedkv.kv_spec import KVCacheSpec, LayerGroup
 from pagedkv.layer_groups import LayerGroupPlan, plan_layer_groups
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.model_spec import ModelSpec
+from pagedkv.readable_formats import default_format
 from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, MIB, gib
 from pagedkv.weight_format import WeightFormat
@@ -33,9 +34,6 @@ class Ledger(Protocol):
     @property
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose, the widest first."""
-
-    def native_format(self, model: ModelSpec) -> WeightFormat:
-        """Return the weight format that a model has under this engine where nobody asks for one."""
 
     def check(self, request: "MemoryRequest") -> None:
         """Refuse settings that no machine could make work.
@@ -84,8 +82,10 @@ class MemoryRequest:
     """The model to serve."""
     hardware: HardwareSpec
     """The machine to serve it on."""
+    engine: str
+    """As after --engine: which weight formats it reads, and has where nobody asks for one."""
     ledger: Ledger
-    """The engine's rule and settings."""
+    """Its rule and settings."""
     weight_format: WeightFormat
     """How the weights are stored."""
     kv_cache_dtype: str = "auto"
@@ -139,6 +139,10 @@ class MemoryRequest:
     def attempt(self) -> MemoryBudget | Shortage:
         """Return the budget, or why there is none. The values have been checked."""
         return self.ledger.attempt(self)
+
+    def default_format(self, model: ModelSpec) -> WeightFormat:
+        """Return the weight format that a model has under this engine where nobody asks for one."""
+        return default_format(self.engine, model.native_format)
 
     @property
     def block_bytes(self) -> int:

@@ -103,12 +103,12 @@ def other_hardware(request: MemoryRequest) -> Iterator[MemoryRequest]:
 
 
 def smaller_model(request: MemoryRequest) -> Iterator[MemoryRequest]:
-    """Yield the smaller models that reach as far, the largest first, each in its native format if this one was."""
-    native = request.weight_format == request.ledger.native_format(request.model)
+    """Yield the smaller models that reach as far, the largest first, each in its default format if this one was."""
+    native = request.weight_format == request.default_format(request.model)
     now = request.model.weight_bytes(request.weight_format)
     changes = []
     for model in map(load_model, model_names()):
-        weight_format = request.ledger.native_format(model) if native else request.weight_format
+        weight_format = request.default_format(model) if native else request.weight_format
         if model.weight_bytes(weight_format) < now and model.max_context >= request.max_model_len:
             changes.append(replace(request, model=model, weight_format=weight_format))
     yield from sorted(changes, key=lambda c: -c.model.weight_bytes(c.weight_format))

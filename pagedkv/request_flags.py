@@ -24,7 +24,7 @@ def as_flags(request: MemoryRequest, change: MemoryRequest) -> str:
         changed = value != getattr(request, name)
         if name == "weight_format" and change.model != request.model:
             # Whether or not the user named a format, it must be clear which one the other model has.
-            formats = (value, request.weight_format, change.ledger.native_format(change.model))
+            formats = (value, request.weight_format, change.default_format(change.model))
             changed = len({change.model.weight_bytes(fmt) for fmt in formats}) > 1
         if changed:
             flags.append(f"{flag} {getattr(value, 'name', value)}")

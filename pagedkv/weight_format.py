@@ -1,27 +1,15 @@
 """How many bits a weight takes, and what stays wide."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from pagedkv.errors import ConfigError, unknown_name
+from pagedkv.errors import unknown_name
 
 ComputeDtype = Literal["fp32", "bf16", "fp8", "fp4"]
 Container = Literal["any", "safetensors", "gguf"]
 """Whose files have a format: a quantizer's for PyTorch, llama.cpp's, or both."""
-
-ENGINE_CONTAINERS: Mapping[str, tuple[Container, ...]] = MappingProxyType(
-    {
-        "llama-cpp": ("any", "gguf"),
-        "ollama": ("any", "gguf"),
-        "sglang": ("any", "safetensors", "gguf"),
-        "vllm@0.19": ("any", "safetensors", "gguf"),
-    }
-)
-"""Which files an engine reads, where that is not what PyTorch has. llama.cpp and Ollama know GGUF alone; SGLang reads it, too
-(`--quantization gguf`); vLLM did so until 0.23, and has a plugin since, which is not modelled (vllm-project/vllm PR 39612);
-transformers widens it while it loads. Source: the engines' documentation, August 2026."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +31,7 @@ class WeightFormat:
     compute_dtype: ComputeDtype
     """What the matrix units multiply in; weight-only formats are widened to bf16 first."""
     container: Container = "safetensors"
-    """Which files have it, and so which engines read it (`ENGINE_CONTAINERS`)."""
+    """Which files have it, and so which engines read it (`pagedkv.readable_formats`)."""
     source: str
     """Where the bits come from."""
 
@@ -116,6 +104,19 @@ _FORMATS = (
         source="routed experts as 4-bit integers in groups of 32 with a 16-bit scale, 4 + 16/32, the rest bf16: Kimi-K2.5",
     ),
     _gguf("q4_0", 4.5, "4 bits and a 16-bit scale per 32 weights"),
+    replace(
+        _gguf("q4_0+q8_0", 4.5, "4-bit integers of routed experts as they are in q4_0 (PR 17083), all else as q8_0: Kimi-K2.5"),
+        dense_bits=8.5,
+        head_bits=8.5,
+        embedding_bits=8.5,
+    ),
+    replace(
+        _gguf("nvfp4+q8_0", 4.5, "nvfp4 as it is, FP8 as q8_0 (convert_hf_to_gguf.py --fp8-as-q8)"),
+        wide_bits=16,
+        dense_bits=8.5,
+        head_bits=None,
+        embedding_bits=None,
+    ),
     WeightFormat(
         name="mxfp4",
         bits_per_weight=4.25,
@@ -182,24 +183,3 @@ def load_weight_format(name: str) -> WeightFormat:
         return WEIGHT_FORMATS[_ALIASES.get(key, key)]
     except KeyError:
         raise unknown_name("--quantization", name, (*WEIGHT_FORMATS, *_ALIASES)) from None
-
-
-def check_readable(weight_format: WeightFormat, engine: str, *, proposed: Iterable[str]) -> None:
-    """Refuse a format of whose files `engine` reads none; `proposed` are formats that it does.
-
-    Raises:
-        ConfigError: With formats that it reads, and engines that read this one.
-    """
-    containers = ENGINE_CONTAINERS.get(engine, ("any", "safetensors"))
-    if weight_format.container in containers:
-        return
-    wide = [name for name, fmt in WEIGHT_FORMATS.items() if fmt.container == "any"]
-    ours = ", ".join(dict.fromkeys((*wide, *proposed)))
-    if weight_format.container == "gguf":
-        whose, readers = "a format of GGUF files", "llama-cpp, ollama or sglang"
-    else:
-        whose, readers = "a format of PyTorch's files, and it reads GGUF", "vllm, sglang or tensorrt-llm"
-    raise ConfigError(
-        f"--quantization {weight_format.name}: {engine} does not read it, {whose}. It reads {ours}; {weight_format.name} is for "
-        f"--engine {readers}"
-    )

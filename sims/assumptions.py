@@ -9,6 +9,7 @@ from typing import TypeAlias
 from pagedkv.activation_peak import DENSE_PEAK_WIDTH, EXPERT_PEAK_WIDTH, SAMPLER_BYTES_PER_LOGIT
 from pagedkv.catalogue import hardware_names, load_hardware, load_model, model_names
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.readable_formats import OLLAMA_FORMAT, as_gguf
 from pagedkv.sims.calibration import fitted_groups
 from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.deployment import PAGE_BYTES
@@ -23,6 +24,8 @@ from pagedkv.weight_format import WEIGHT_FORMATS
 Row: TypeAlias = tuple[str, str, str, str]
 """What, value with unit, tag, source."""
 
+_IN_GGUF = ("fp8", "mxfp4", "mxfp4+fp8", "int4+bf16")
+"""Formats that models have and no GGUF has."""
 _UNITS = (("bytes/s)", 1e9, "GB/s"), ("(bytes)", 2**30, "GiB"), ("flop/s)", 1e12, "TFLOPS"), ("(s)", 1e-3, "ms"))
 
 
@@ -121,6 +124,19 @@ def code_rows() -> tuple[Row, ...]:
             "2,048 tokens and 256 sequences; 8,192 and 1,024 from 70 GiB on, but for A100 and GB10",
             "spec",
             "vLLM 0.33 EngineArgs",
+        ),
+        (
+            "weights of `ollama` without --quantization",
+            f"{OLLAMA_FORMAT}, whatever the model's own; of gpt-oss its own, all beside the experts 16 bits wide",
+            "estimated",
+            "its library's default (ollama/ollama issues 1543 and 8989); older names may be q4_0, the smallest models q8_0",
+        ),
+        (
+            "weights of `llama-cpp` without --quantization",
+            "the model's own as a GGUF has it: "
+            + ", ".join(f"{as_gguf(WEIGHT_FORMATS[name]).name} for {name}" for name in _IN_GGUF),
+            "spec",
+            "llama.cpp's convert_hf_to_gguf.py (--fp8-as-q8; without it bf16) and PR 17083; ggml-org's GGUFs of gpt-oss",
         ),
         (
             "router and network",

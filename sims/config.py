@@ -124,7 +124,7 @@ class ServingConfig:
     """Engine whose defaults and rules apply: vllm (0.33; vllm@0.19 is an earlier version), sglang, tensorrt-llm, llama-cpp, ollama,
     naive, orca or vattention; a comma list compares them."""
     quantization: str | None = None
-    """Weight format: bf16, fp8, nvfp4, mxfp4, int4, ... [default: the model's own]."""
+    """Weight format: bf16, fp8, nvfp4, mxfp4, int4, ... [default: the model's own; llama-cpp: as a GGUF has it; ollama: q4_k_m]."""
     kv_cache_dtype: str = "auto"
     """KV cache element type: auto (the model's 16 bits), fp8, ..."""
     tensor_parallel_size: int = 1

@@ -18,6 +18,7 @@ from pagedkv.memory_request import MemoryRequest
 from pagedkv.model_spec import ModelSpec
 from pagedkv.offload_steps import OffloadStepAllocator
 from pagedkv.quantity import parse_quantity
+from pagedkv.readable_formats import check_readable, default_format
 from pagedkv.scheduling.llama_cpp_scheduler import LlamaCppSettings
 from pagedkv.scheduling.scheduler_settings import SchedulerSettings
 from pagedkv.scheduling.step import StepScheduler
@@ -30,7 +31,7 @@ from pagedkv.sims.second_tier import SecondTier, second_tier
 from pagedkv.sims.step_formula import NO_COPIES
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.units import parse_bytes, size_bytes
-from pagedkv.weight_format import WeightFormat, check_readable, load_weight_format
+from pagedkv.weight_format import WeightFormat, load_weight_format
 
 PAGE_BYTES = 2 << 20
 """A page of virtual memory that stock CUDA maps. Source: Prabhu et al., vAttention, ASPLOS 2025."""
@@ -168,13 +169,15 @@ def memory_request(serving: ServingConfig) -> MemoryRequest:
     _check_shares(serving)
     limits = engine.scheduler_settings(serving, model, hardware)
     ledger = engine.ledger(serving, hardware, limits)
-    weight_format = load_weight_format(serving.quantization) if serving.quantization else ledger.native_format(model)
-    if weight_format != ledger.native_format(model):
+    usual = default_format(engine.name, model.native_format)
+    weight_format = load_weight_format(serving.quantization) if serving.quantization else usual
+    if weight_format != usual:
         check_readable(weight_format, engine.name, proposed=ledger.weight_formats)
     drafting = drafting_of(serving, model, weight_format)
     return MemoryRequest(
         model=model,
         hardware=hardware,
+        engine=engine.name,
         ledger=ledger,
         weight_format=weight_format,
         kv_cache_dtype=serving.kv_cache_dtype,

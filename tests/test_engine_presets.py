@@ -221,7 +221,7 @@ def test_llama_cpp_loads_gpt_oss_as_its_gguf(model: str, published_tokens_per_s:
     """Beside the experts a GGUF is q8_0: decoding is as fast as published, where 16 bits would be a third slower."""
     for engine in ENGINES.names():
         served = deploy(ServingConfig(engine=engine, model=model, max_num_seqs=4, max_model_len=8192))
-        assert served.weight_format.name == ("mxfp4+q8_0" if engine in ("llama-cpp", "ollama") else "mxfp4"), engine
+        assert served.weight_format.name == ("mxfp4+q8_0" if engine == "llama-cpp" else "mxfp4"), engine
     served = deploy(ServingConfig(engine="llama-cpp", model=model))
     assert (served.calibration.status, served.config.quantization) == ("validated", None)
     step = empty_batch(1)

@@ -41,7 +41,7 @@ def ask(engine: str, model: str = "llama-3.1-8b", hardware: str = "dgx-spark", *
         "max_num_batched_tokens": machine.default_max_num_batched_tokens,
         "weight_format": load_weight_format(quantization) if quantization else spec.native_format,
     }
-    return MemoryRequest(model=spec, hardware=machine, ledger=ledger_type(**own), **{**defaults, **settings})
+    return MemoryRequest(model=spec, hardware=machine, engine=engine, ledger=ledger_type(**own), **{**defaults, **settings})
 
 
 def budget(engine: str, *names: str, **settings: Any) -> MemoryBudget:

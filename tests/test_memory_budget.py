@@ -32,7 +32,7 @@ def plan_memory(model: ModelSpec, hardware: HardwareSpec, **settings: Any) -> Me
     """Plan under vLLM's ledger: `settings` are its fields and those of a request."""
     ledger = VLLMLedger(**{name: value for name, value in settings.items() if name in OF_THE_LEDGER})
     others = {name: value for name, value in settings.items() if name not in OF_THE_LEDGER}
-    return plan_request(MemoryRequest(model=model, hardware=hardware, ledger=ledger, **others))
+    return plan_request(MemoryRequest(model=model, hardware=hardware, engine="vllm", ledger=ledger, **others))
 
 
 def plan(model: str = "llama-3.1-8b", hardware: str = "dgx-spark", **settings: Any) -> MemoryBudget:

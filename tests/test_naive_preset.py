@@ -140,6 +140,7 @@ def test_the_rule_needs_room_for_one_request_and_its_copies() -> None:
         return MemoryRequest(
             model=model,
             hardware=hardware,
+            engine="naive",
             ledger=TransformersLedger(),
             weight_format=model.native_format,
             max_model_len=1000,

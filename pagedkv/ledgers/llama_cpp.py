@@ -20,11 +20,9 @@ from pagedkv.ledgers import LEDGERS
 from pagedkv.ledgers._shared import EngineParts, check_kv_cache_dtype, free_in_words, room_reason, settle, shortfall_of_floor
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
-from pagedkv.model_spec import ModelSpec
 from pagedkv.remedies import narrower_weights
 from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
-from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat
 
 CELL_PADDING = 256
 """Cells are rounded up to a multiple of this."""
@@ -37,9 +35,6 @@ PROCESS_OVERHEAD_BYTES = GIB // 2
 LOGIT_BYTES = 4
 """Logits and hidden states of a micro-batch are 32 bits wide. With it the logged compute buffers are met exactly: 258.50 MiB for
 Llama-3-8B, 70.50 for Llama-2-7B, 398.38 for gpt-oss-20b, each at --ubatch-size 512."""
-
-_GGUF_OF = {"mxfp4": "mxfp4+q8_0"}
-"""Formats that no GGUF has, and what stands there for them. Source: ggml-org's gpt-oss-20b-GGUF, "MXFP4 MoE" in llama-bench."""
 
 
 def padded(cells: int) -> int:
@@ -84,11 +79,6 @@ class LlamaCppLedger:
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose."""
         return ("q8_0", "q6_k", "q5_k_m", "q4_k_m")
-
-    def native_format(self, model: ModelSpec) -> WeightFormat:
-        """Return the model's own format as its GGUF has it: beside experts in mxfp4, all else is q8_0 (gpt-oss)."""
-        name = _GGUF_OF.get(model.native_format.name)
-        return model.native_format if name is None else WEIGHT_FORMATS[name]
 
     @property
     def num_slots(self) -> int:

@@ -25,11 +25,9 @@ from pagedkv.ledgers._shared import (
 )
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
-from pagedkv.model_spec import ModelSpec
 from pagedkv.remedies import eager, fewer_batched_tokens, fewer_sequences, narrower_kv, narrower_weights, shorter_context
 from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, MIB, gib
-from pagedkv.weight_format import WeightFormat
 
 _TIERS = ((20, 2048, 8), (35, 4096, 48), (60, 4096, 32), (160, 8192, 256), (math.inf, 16384, 512))
 _PREFILL_GRAPHS = (*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64), *range(1280, 4097, 256))
@@ -93,10 +91,6 @@ class SGLangLedger:
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose."""
         return ("fp8", "nvfp4", "int4")
-
-    def native_format(self, model: ModelSpec) -> WeightFormat:
-        """Return the model's own format."""
-        return model.native_format
 
     def check(self, request: MemoryRequest) -> None:
         """Refuse settings that no machine could make work.

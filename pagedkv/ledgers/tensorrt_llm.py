@@ -25,11 +25,9 @@ from pagedkv.ledgers._shared import (
 )
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
-from pagedkv.model_spec import ModelSpec
 from pagedkv.remedies import eager, fewer_batched_tokens, fewer_sequences, narrower_kv, narrower_weights, shorter_context
 from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
-from pagedkv.weight_format import WeightFormat
 
 
 @LEDGERS.register("tensorrt-llm")
@@ -63,10 +61,6 @@ class TensorRTLLMLedger:
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose."""
         return ("fp8", "nvfp4", "int4")
-
-    def native_format(self, model: ModelSpec) -> WeightFormat:
-        """Return the model's own format."""
-        return model.native_format
 
     def check(self, request: MemoryRequest) -> None:
         """Refuse settings that no machine could make work.

@@ -22,11 +22,9 @@ from pagedkv.ledgers import LEDGERS
 from pagedkv.ledgers._shared import EngineParts, free_in_words, room_reason, settle
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy
-from pagedkv.model_spec import ModelSpec
 from pagedkv.remedies import fewer_batched_tokens, fewer_sequences, narrower_weights, shorter_context
 from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
-from pagedkv.weight_format import WeightFormat
 
 
 def widest_tensor_bytes(spec: KVCacheSpec) -> int:
@@ -62,10 +60,6 @@ class TransformersLedger:
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose."""
         return ("fp8", "int4")
-
-    def native_format(self, model: ModelSpec) -> WeightFormat:
-        """Return the model's own format."""
-        return model.native_format
 
     def check(self, request: MemoryRequest) -> None:
         """Refuse element types that the cache does not have: it stores what the model computes.

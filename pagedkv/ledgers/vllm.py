@@ -15,7 +15,6 @@ from pagedkv.ledgers import LEDGERS
 from pagedkv.ledgers._shared import EngineParts, check_kv_cache_dtype, check_share, free_in_words, room_reason, settle
 from pagedkv.memory_budget import MemoryBudget, Shortage
 from pagedkv.memory_request import MemoryRequest, Remedy, check_size
-from pagedkv.model_spec import ModelSpec
 from pagedkv.remedies import (
     eager,
     fewer_batched_tokens,
@@ -27,7 +26,6 @@ from pagedkv.remedies import (
 )
 from pagedkv.start_up import StartUp
 from pagedkv.units import GIB, gib
-from pagedkv.weight_format import WeightFormat
 
 
 def start_gate(*, visible: int, free: int, utilization: float) -> bool:
@@ -71,10 +69,6 @@ class VLLMLedger:
     def weight_formats(self) -> tuple[str, ...]:
         """Narrower weight formats to propose."""
         return ("fp8", "nvfp4", "int4")
-
-    def native_format(self, model: ModelSpec) -> WeightFormat:
-        """Return the model's own format."""
-        return model.native_format
 
     @property
     def sized_by_user(self) -> bool:

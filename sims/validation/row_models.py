@@ -19,7 +19,6 @@ _FILE = Path(__file__).with_name("row_models.toml")
 _SIZED = "UD-Q4_K_XL (16.68 GiB)"
 _FORMAT_NAMES: Mapping[tuple[str, str], str] = {
     ("llama-cpp", "mxfp4"): "mxfp4+q8_0",
-    ("ollama", "mxfp4"): "mxfp4+q8_0",
     ("llama-cpp", "q4_k_xl"): "q4_k_m",
 }
 """Weight formats under the names that an engine's users write, where those mean something else elsewhere."""
