@@ -1,10 +1,14 @@
-"""What `simulate` does with several engines: runs each, and shows them side by side."""
+"""What `simulate`, `max-users` and `max-context` do with several engines: ask each, and show them side by side."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.cli_output import output_path, print_view
+from pagedkv.sims.cli_output import check_json, output_path, print_view, write_json
 from pagedkv.sims.config import SimulationConfig
+
+if TYPE_CHECKING:
+    from pagedkv.sims.engine_capacity import Search
 
 
 def compare_engines(config: SimulationConfig, *, json: str | None, out: str | None, report: str | None, overwrite: bool) -> None:
@@ -60,3 +64,46 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
     for path in (folder, file):
         if path is not None:
             print(f"Written: {path}", file=sys.stderr)  # noqa: T201
+
+
+def ask_engines(
+    question: str,
+    search: "Search",
+    config: SimulationConfig,
+    *,
+    unit: str,
+    attain: float,
+    json: str | None,
+    report: str | None,
+) -> None:
+    """Ask `search`, the question of this name, for every engine that `config` names.
+
+    Args:
+        question: The command, e.g. max-users.
+        search: What answers it for one engine.
+        config: What is asked for.
+        unit: What the answer counts, e.g. users.
+        attain: Share of the requests that must meet the goals.
+        json: Write all answers to this file; - prints them, and nothing else, to stdout.
+        report: Not for several engines.
+
+    Raises:
+        ConfigError: If no engine has an answer, or a report is wanted.
+    """
+    from pagedkv.sims.capacity_answer import SCHEMA_VERSION
+    from pagedkv.sims.console_capacity import show_engine_answers
+    from pagedkv.sims.engine_capacity import ask_engines as ask_all
+    from pagedkv.sims.engine_capacity import columns, engine_configs
+    from pagedkv.sims.progress import ProgressOnStderr
+
+    if report is not None:
+        raise ConfigError("--report shows the search of one engine: name one with --engine")
+    check_json(json)
+    configs = engine_configs(config)
+    with ProgressOnStderr(columns(configs), repeats=1) as progress:
+        answers = ask_all(search, config, configs, attain=attain, progress=progress)
+    if json is None:
+        print_view(lambda console: show_engine_answers(answers, console, unit=unit, attain=attain))
+        return
+    head = {"schema_version": SCHEMA_VERSION, "question": question, "unit": unit, "attain": attain}
+    write_json(head | answers.document(), json)

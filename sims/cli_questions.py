@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import Parameter
 
 from pagedkv.errors import ConfigError
+from pagedkv.sims.cli_engines import ask_engines
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
 from pagedkv.sims.cli_report import question_command, report_file, write_capacity_report
 from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -39,6 +40,8 @@ def max_users(
 ) -> None:
     """Find the largest number of users within the goals; without goals, the largest that is stable. Allocator: the engine's own.
 
+    Several engines, --engine vllm,sglang, are asked one after the other and stand in one table.
+
     Args:
         attain: Share of the requests that must meet the goals.
         config: Take settings from a config.toml, as --out of simulate writes it; flags override it.
@@ -51,10 +54,14 @@ def max_users(
     from pagedkv.sims.max_users import max_users as search
 
     del config  # main has put its settings among the flags
+    wanted = SimulationConfig(load=load, serving=serving, measurement=measurement)
+    if "," in serving.engine:
+        ask_engines("max-users", search, wanted, unit="users", attain=attain, json=json, report=report)
+        return
     page = report_file(report)
-    asked, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
+    asked, answers = _answers(search, wanted, attain=attain, json=json)
     if page is not None:
-        words = question_command("max-users", SimulationConfig(load=load, serving=serving, measurement=measurement), attain=attain)
+        words = question_command("max-users", wanted, attain=attain)
         run = changed(asked, users=shown_value(answers[0]))
         write_capacity_report(page, run, answers, unit="users", attain=attain, command=words)
     if json is None:
@@ -77,7 +84,7 @@ def max_context(
     """Find the longest context at which --users N fit: within the goals; without goals, stable and without preemptions.
 
     Every request has the context; --random-output-len tokens of it are its output (256 unless given). max-model-len is the context
-    itself unless given. Allocator: the engine's, unless given.
+    itself unless given. Allocator: the engine's, unless given. Several engines, --engine vllm,sglang, stand in one table.
 
     Args:
         attain: Share of the requests that must meet the goals.
@@ -92,12 +99,14 @@ def max_context(
     from pagedkv.sims.max_context import with_context
 
     del config  # main has put its settings among the flags
+    wanted = SimulationConfig(load=load, serving=serving, measurement=measurement)
+    if "," in serving.engine:
+        ask_engines("max-context", search, wanted, unit="tokens", attain=attain, json=json, report=report)
+        return
     page = report_file(report)
-    asked, answers = _answers(search, load, serving, measurement, attain=attain, json=json)
+    asked, answers = _answers(search, wanted, attain=attain, json=json)
     if page is not None:
-        words = question_command(
-            "max-context", SimulationConfig(load=load, serving=serving, measurement=measurement), attain=attain
-        )
+        words = question_command("max-context", wanted, attain=attain)
         found = [answer.found for answer in answers]
         run = with_context(asked, shown_value(found[0]), output_len=answers[0].output_len)
         write_capacity_report(page, run, found, unit="tokens of context", attain=attain, command=words)
@@ -105,8 +114,7 @@ def max_context(
         print_view(lambda console: show_max_context(answers, console, attain=attain))
         return
     head = {"schema_version": SCHEMA_VERSION, "question": "max-context", "unit": "tokens", "attain": attain, "config": flat(asked)}
-    each = [{"users": a.users, "prompt_len": a.prompt_len, "output_len": a.output_len, **a.found.document()} for a in answers]
-    write_json(head | {"answers": each}, json)
+    write_json(head | {"answers": [answer.document() for answer in answers]}, json)
 
 
 def sweep(
@@ -232,24 +240,17 @@ def advise(
 
 
 def _answers(
-    search: Callable[..., T],
-    load: LoadConfig,
-    serving: ServingConfig,
-    measurement: MeasurementConfig,
-    *,
-    attain: float,
-    json: str | None,
+    search: Callable[..., T], wanted: SimulationConfig, *, attain: float, json: str | None
 ) -> tuple[SimulationConfig, list[T]]:
-    """Ask `search` once per allocator, with progress on stderr."""
+    """Ask `search` about one engine, once per allocator, with progress on stderr."""
     from pagedkv.sims.engines import load_engine
     from pagedkv.sims.progress import ProgressOnStderr
     from pagedkv.sims.scenario import asked_allocators
 
     check_json(json)
-    if "," in serving.engine:
-        raise ConfigError(f"--engine {serving.engine}: this question is about one engine at a time")
+    serving, measurement = wanted.serving, wanted.measurement
     names = asked_allocators(measurement, usual=load_engine(serving.engine).columns(serving)[:1])
-    config = SimulationConfig(load=load, serving=serving, measurement=replace(measurement, allocator=names))
+    config = replace(wanted, measurement=replace(measurement, allocator=names))
     with ProgressOnStderr(names, repeats=1) as progress:
         return config, [search(config, name, attain=attain, progress=_telling(progress, name)) for name in names]
 

@@ -1,12 +1,15 @@
 """The answers of max-users and max-context in the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 from pagedkv.sims.capacity_answer import CapacityAnswer
+from pagedkv.sims.comparison import Row
+from pagedkv.sims.console import side_by_side
 from pagedkv.sims.console_table import plain_table
+from pagedkv.sims.engine_capacity import EngineAnswer, EngineAnswers
 from pagedkv.sims.limits import LIMIT_NAMES
 from pagedkv.sims.max_context import ContextAnswer
 
@@ -29,6 +32,44 @@ def show_max_context(answers: Sequence[ContextAnswer], console: Console, *, atta
         _show(found, console, unit="tokens", attain=attain)
 
 
+def show_engine_answers(answers: EngineAnswers, console: Console, *, unit: str, attain: float) -> None:
+    """Print a column per engine (and allocator, if it is asked about several), then what stops each, and who has no answer."""
+    found = [each.found for each in answers.answers]
+    console.print(f"to fit means: {found[0].criterion}\n", markup=False)
+    rows = [
+        Row(label="weights", values=tuple(each.weights for each in answers.answers)),
+        Row(label="tokens of context" if unit == "tokens" else unit, values=tuple(f"{each.value:,}" for each in found)),
+        Row(label="interval", values=tuple(f"{each.interval[0]:,} to {_or_none(each.interval[1])}" for each in found)),
+        Row(label="within goals", values=tuple("–" if each.attained is None else f"{each.attained:.1%}" for each in found)),
+        Row(label="output tokens/s", values=tuple(map(_tokens_per_s, found))),
+        Row(label="preemptions from", values=tuple(_or_none(each.preemption_from) for each in found)),
+    ]
+    console.print(side_by_side(rows, [_name(each, answers) for each in answers.answers], console.width))
+    console.print()
+    for each in answers.answers:
+        lines = [*_misses(each.found, attain=attain), _stop(each.found, unit=unit)]
+        console.print(Text.assemble((f"{_name(each, answers)}: ", "bold"), "; ".join(filter(None, lines))))
+    for engine, why in answers.refused.items():
+        console.print(Text.assemble((f"{engine} has no answer: ", "bold"), (why, "red")))
+    intervals = dict.fromkeys(each.found.interval_means for each in answers.answers)
+    console.print("\ninterval: " + "; or ".join(intervals), markup=False)
+
+
+def _or_none(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _tokens_per_s(found: CapacityAnswer) -> str:
+    """Return those of the run at the answer."""
+    speed = next((row.output_tokens_per_s for row in found.tried if row.value == found.value), None)
+    return "–" if speed is None else f"{speed:,.0f}"
+
+
+def _name(each: EngineAnswer, answers: EngineAnswers) -> str:
+    alone = sum(other.engine == each.engine for other in answers.answers) == 1
+    return each.engine if alone else f"{each.engine} {each.found.allocator}"
+
+
 def _one(unit: str, number: int) -> str:
     return unit.removesuffix("s") if number == 1 else unit
 
@@ -39,18 +80,8 @@ def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) 
     lines += [f"interval {low:,} to {'–' if high is None else f'{high:,}'}: {found.interval_means}"]
     if found.attained is not None:
         lines.append(f"{found.attained:.1%} of the requests meet the goals ({100 * attain:g} % wanted)")
-    for term in found.failing:
-        needed = (
-            "no request finished" if term.reached_s is None else f"{100 * attain:g} % stay within {1e3 * term.reached_s:,.0f} ms"
-        )
-        share = "–" if term.attained is None else f"{term.attained:.1%}"
-        lines.append(f"{term.metric} fails: {share} within {1e3 * term.limit_s:,.0f} ms; {needed}")
-    limit = "" if found.binding is None else f"; limit: {LIMIT_NAMES[found.binding]}"
-    smallest = min((each.value for each in found.tried if not each.fits and each.value > found.value), default=None)
-    if smallest is not None:
-        lines.append(f"at {smallest:,} {_one(unit, smallest)}: {found.stops.rstrip('.')}{limit}")
-    elif found.binding is not None:
-        lines.append(f"as many as are tried fit; next limit: {LIMIT_NAMES[found.binding]}")
+    lines += _misses(found, attain=attain)
+    lines += filter(None, [_stop(found, unit=unit)])
     if found.preemption_from is None:
         lines.append(f"no preemptions up to {found.preemption_tried:,} {unit}")
     else:
@@ -71,3 +102,22 @@ def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) 
             "–" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s:,.0f}",
         )
     console.print(table, "\n")
+
+
+def _misses(found: CapacityAnswer, *, attain: float) -> Iterator[str]:
+    """Say which goals the smallest value misses, if nothing fits."""
+    for term in found.failing:
+        needed = (
+            "no request finished" if term.reached_s is None else f"{100 * attain:g} % stay within {1e3 * term.reached_s:,.0f} ms"
+        )
+        share = "–" if term.attained is None else f"{term.attained:.1%}"
+        yield f"{term.metric} fails: {share} within {1e3 * term.limit_s:,.0f} ms; {needed}"
+
+
+def _stop(found: CapacityAnswer, *, unit: str) -> str:
+    """Say what stops the next value; empty if every value fits and no limit is known."""
+    limit = "" if found.binding is None else f"; limit: {LIMIT_NAMES[found.binding]}"
+    smallest = min((each.value for each in found.tried if not each.fits and each.value > found.value), default=None)
+    if smallest is not None:
+        return f"at {smallest:,} {_one(unit, smallest)}: {found.stops.rstrip('.')}{limit}"
+    return "" if found.binding is None else f"as many as are tried fit; next limit: {LIMIT_NAMES[found.binding]}"

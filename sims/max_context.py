@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pagedkv.catalogue import load_model
 from pagedkv.errors import ConfigError
@@ -29,6 +30,10 @@ class ContextAnswer:
     def prompt_len(self) -> int:
         """Tokens of the longest prompt; 0 if none fits."""
         return max(self.found.value - self.output_len, 0)
+
+    def document(self) -> dict[str, Any]:
+        """Return the answer in JSON types."""
+        return {"users": self.users, "prompt_len": self.prompt_len, "output_len": self.output_len, **self.found.document()}
 
 
 def with_context(config: SimulationConfig, context: int, *, output_len: int) -> SimulationConfig:
