@@ -19,7 +19,18 @@ from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.sims.cli_calibrate import calibrate
 from pagedkv.sims.cli_engines import compare_engines
 from pagedkv.sims.cli_generate import generate
-from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
+from pagedkv.sims.cli_output import (
+    INTERRUPTED,
+    LOAD,
+    MEASUREMENT,
+    OUTPUT,
+    SERVING,
+    check_json,
+    output_path,
+    print_view,
+    say_size,
+    write_json,
+)
 from pagedkv.sims.cli_reality import reality
 from pagedkv.sims.cli_report import made_report
 from pagedkv.sims.cli_serve import serve
@@ -85,6 +96,7 @@ def simulate(
         compare_engines(asked, json=json, out=out, report=report or images, overwrite=overwrite)
         return
     scenario = resolve(asked)
+    say_size([scenario])
     folder, _ = output_path(out, "--out"), output_path(images, "--images")
     files = {"--json": output_path(None if json == "-" else json, "--json"), "--report": output_path(report, "--report")}
     if folder is not None and not overwrite:

@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.cli_output import check_json, output_path, print_view, write_json
+from pagedkv.sims.cli_output import check_json, output_path, print_view, say_size, write_json
 from pagedkv.sims.config import SimulationConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def compare_engines(config: SimulationConfig, *, json: str | None, out: str | No
         raise ConfigError("--report and --images show one engine: with several, give --out FOLDER, which gets a report for each")
     folder, file = output_path(out, "--out"), output_path(None if json == "-" else json, "--json")
     ready, refused = scenarios(config)
+    say_size(ready.values())
     if folder is not None:
         for engine, scenario in ready.items():
             if not overwrite:

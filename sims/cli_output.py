@@ -1,7 +1,7 @@
 """What the commands of the terminal share: groups of flags, and where answers go."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from pagedkv.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from pagedkv.sims.scenario import Scenario
 
 LOAD = Group("Load: give one of users, request-rate, trace", sort_key=0)
 SERVING = Group("Machine, model and engine", sort_key=1)
@@ -71,3 +73,15 @@ def output_path(text: str | None, flag: str) -> Path | None:
     if text == "":
         raise ConfigError(f"{flag} is '': give it the name of a {'folder' if flag in ('--out', '--images') else 'file'}")
     return None if text is None else Path(text)
+
+
+def say_size(scenarios: "Iterable[Scenario]") -> None:
+    """Say on stderr what these runs take of this computer, if that is much.
+
+    Raises:
+        ConfigError: If it is more memory than there is.
+    """
+    from pagedkv.sims.run_size import check_size
+
+    if (note := check_size(scenarios)) is not None:
+        print(note, file=sys.stderr)  # noqa: T201

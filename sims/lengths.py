@@ -210,10 +210,13 @@ class FileLengths:
 
 
 def draws(lengths: LengthDistribution, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Yield prompt and output lengths without end: from a file in order its rows, again from the top after the last; else draws."""
+    """Yield prompt and output lengths without end: from a file in order its rows, again from the top after the last; else draws.
+
+    Each of many users has one of these, so that what is drawn ahead stays in arrays: lists of it would take four fifths of a user.
+    """
     while True:
         if isinstance(lengths, FileLengths) and lengths.in_order:
             chunk = lengths.prompt_tokens, lengths.output_tokens
         else:
             chunk = lengths.sample(rng, _DRAWS_AT_ONCE)
-        yield from zip(chunk[0].tolist(), chunk[1].tolist(), strict=True)
+        yield from zip(map(int, chunk[0]), map(int, chunk[1]), strict=True)
