@@ -68,7 +68,7 @@ def show_engines(trace: str) -> None:
         case = resolve(
             SimulationConfig(
                 load=LoadConfig(trace=trace, trace_rate=0.5, num_prompts=1000),
-                serving=ServingConfig(hardware="h100-80gb", model="llama-3.1-8b", engine=engine),
+                serving=ServingConfig(hardware="h100-80gb", model="llama-3.1-8b", engine=engine, quantization="bf16"),
             )
         )
         timed(case, repeats=1)  # it compiles
