@@ -229,10 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = study_parser("users_held", __doc__, budget="memory for keys and values")
     parser.add_argument("--num-users", type=int, default=96, help="as many as may ask: more than any way holds")
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument(
+        "--model", choices=("llama", "gemma3"), default="llama", help="gemma3 has windows"
+    )
 
     def study(given: Namespace) -> UsersHeld:
         return study_users(
-            study_models()["llama"],
+            study_models()[given.model],
             ragged_lengths(given.num_users, seed=given.seed),
             new_tokens=given.new_tokens,
             budget_bytes=parse_bytes(given.budget, name="--budget"),
