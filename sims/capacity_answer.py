@@ -7,6 +7,7 @@ from typing import Any
 from pagedkv.errors import ConfigError
 from pagedkv.sims.attainment import Term
 from pagedkv.sims.bisection import Bisected, largest
+from pagedkv.sims.command import changed
 from pagedkv.sims.config import ATTAIN, SimulationConfig
 from pagedkv.sims.limits import Binding
 from pagedkv.sims.probe import Probe, Probes
@@ -27,6 +28,10 @@ class Tried:
     """Share of the requests that meet the goals."""
     num_preemptions: int | None
     output_tokens_per_s: float | None
+    ttft_s: float | None
+    """Mean time to the first token."""
+    tpot_s: float | None
+    """Mean time per further token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,8 @@ class CapacityAnswer:
     """See `interval_means`; None: the largest that is tried fits."""
     interval_means: str
     """What the two ends are."""
+    calibration_interval: tuple[int, int | None]
+    """The largest values that fit if all steps take as long, and as short, as their constants may be off; None: all tried fit."""
     attained: float | None
     """Share of the requests that meet the goals at `value`."""
     binding: Binding | None
@@ -61,7 +68,18 @@ class CapacityAnswer:
 
     def document(self) -> dict[str, Any]:
         """Return the answer in JSON types."""
-        return asdict(self) | {"interval": list(self.interval)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("interval", "calibration_interval")}
+
+
+def run_at(found: CapacityAnswer) -> Tried | None:
+    """Return the simulation at the answer; None if nothing fits."""
+    return next((each for each in found.tried if each.value == found.value), None)
+
+
+def calibrated(found: CapacityAnswer) -> str:
+    """Return the interval that the constants leave, in words."""
+    low, high = found.calibration_interval
+    return f"{low:,} to more than was tried" if high is None else f"{low:,} to {high:,}"
 
 
 def shown_value(found: CapacityAnswer) -> int:
@@ -109,15 +127,28 @@ def answer(
     Raises:
         ConfigError: If nothing can be run, or the runs are too short to say anything.
     """
-    expected = 2 * most.bit_length() + 6
-    tell = None if progress is None else lambda before, share: progress(min((before + share) / expected, 1.0))
+    expected, begun = 2 * (2 * most.bit_length() + 6), 0
+
+    def tell(before: int, share: float) -> None:
+        if progress is not None:
+            progress(min((begun + before + share) / expected, 1.0))
+
     probes = Probes(lambda value: config_of(value * scale), allocator, attain=attain, progress=tell)
 
     def calm(found: Probe) -> bool:
         return not without_preemption or bool(found.terms) or found.figures["num_preemptions"] == 0
 
-    def passing(test: Callable[[Probe], bool]) -> Callable[[int], bool]:
+    def passing(test: Callable[[Probe], bool], probes: Probes = probes) -> Callable[[int], bool]:
         return lambda value: (found := probes.at(value)) is not None and test(found) and calm(found)
+
+    def if_off_by(spreads: float) -> int | None:
+        nonlocal begun
+        begun += len(probes.done())
+        once = Probes(
+            lambda value: changed(config_of(value * scale), repeats=1), allocator, attain=attain, off_by=spreads, progress=tell
+        )
+        found = largest(passing(lambda each: each.fits, once), first=first, most=most, resolution=resolution)
+        return None if found.bad is None else _scaled(found.good, first, scale)
 
     def search(test: Callable[[Probe], bool], *, guard: bool = False) -> Bisected:
         return largest(passing(test), first=first, most=most, resolution=resolution, guard=guard)
@@ -145,6 +176,7 @@ def answer(
         criterion=_criterion(smallest, attain=attain, without_preemption=without_preemption),
         interval=(_scaled(interval[0], first, scale), None if interval[1] is None else _scaled(interval[1], first, scale)),
         interval_means=means,
+        calibration_interval=_around(found, if_off_by(1.0), if_off_by(-1.0), first=first, scale=scale),
         attained=None if at is None else at.attained,
         binding=None if stopped is None else "kv_memory" if not calm(stopped) else stopped.verdict.binding,
         stops=(probes.why_not(stopping) or "") if stopped is None else _said(stopped, calm=calm(stopped)),
@@ -182,6 +214,12 @@ def _interval(
     return (found.good, found.bad), f"{means}; one run each, --repeats 5 gives a 95 % interval"
 
 
+def _around(found: Bisected, slow: int | None, fast: int | None, *, first: int, scale: int) -> tuple[int, int | None]:
+    """Return an interval that holds what was found: near its limit a figure is noisy."""
+    value = _scaled(found.good, first, scale)
+    return (value if slow is None else min(slow, value), None if fast is None or found.bad is None else max(fast, value))
+
+
 def _criterion(smallest: Probe, *, attain: float, without_preemption: bool) -> str:
     if not smallest.terms:
         return "stable (simulate explain stable)" + (" and without preemptions" if without_preemption else "")
@@ -204,6 +242,11 @@ def _scaled(value: int, first: int, scale: int) -> int:
     return value * scale if value >= first else 0
 
 
+def _mean(found: Probe, latency: str) -> float | None:
+    figure = found.figures[latency]
+    return None if figure is None else float(figure["mean"])
+
+
 def _tried(value: int, found: Probe | None, *, fits: bool) -> Tried:
     return Tried(
         value=value,
@@ -212,4 +255,6 @@ def _tried(value: int, found: Probe | None, *, fits: bool) -> Tried:
         attained=None if found is None else found.attained,
         num_preemptions=None if found is None else found.figures["num_preemptions"],
         output_tokens_per_s=None if found is None else found.figures["output_tokens_per_s"],
+        ttft_s=None if found is None else _mean(found, "ttft_s"),
+        tpot_s=None if found is None else _mean(found, "tpot_s"),
     )

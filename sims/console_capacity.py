@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from pagedkv.sims.capacity_answer import CapacityAnswer
+from pagedkv.sims.capacity_answer import CapacityAnswer, calibrated, run_at
 from pagedkv.sims.comparison import Row
 from pagedkv.sims.console import side_by_side
 from pagedkv.sims.console_table import plain_table
@@ -40,6 +40,7 @@ def show_engine_answers(answers: EngineAnswers, console: Console, *, unit: str, 
         Row(label="weights", values=tuple(each.weights for each in answers.answers)),
         Row(label="tokens of context" if unit == "tokens" else unit, values=tuple(f"{each.value:,}" for each in found)),
         Row(label="interval", values=tuple(f"{each.interval[0]:,} to {_or_none(each.interval[1])}" for each in found)),
+        Row(label="if steps are off", values=tuple(map(calibrated, found))),
         Row(label="within goals", values=tuple("–" if each.attained is None else f"{each.attained:.1%}" for each in found)),
         Row(label="output tokens/s", values=tuple(map(_tokens_per_s, found))),
         Row(label="preemptions from", values=tuple(_or_none(each.preemption_from) for each in found)),
@@ -53,6 +54,7 @@ def show_engine_answers(answers: EngineAnswers, console: Console, *, unit: str, 
         console.print(Text.assemble((f"{engine} has no answer: ", "bold"), (why, "red")))
     intervals = dict.fromkeys(each.found.interval_means for each in answers.answers)
     console.print("\ninterval: " + "; or ".join(intervals), markup=False)
+    console.print("if steps are off: all take as long, or as short, as their constants may be off", markup=False)
 
 
 def _or_none(value: int | None) -> str:
@@ -61,8 +63,8 @@ def _or_none(value: int | None) -> str:
 
 def _tokens_per_s(found: CapacityAnswer) -> str:
     """Return those of the run at the answer."""
-    speed = next((row.output_tokens_per_s for row in found.tried if row.value == found.value), None)
-    return "–" if speed is None else f"{speed:,.0f}"
+    at = run_at(found)
+    return "–" if at is None or at.output_tokens_per_s is None else f"{at.output_tokens_per_s:,.0f}"
 
 
 def _name(each: EngineAnswer, answers: EngineAnswers) -> str:
@@ -76,8 +78,13 @@ def _one(unit: str, number: int) -> str:
 
 def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) -> None:
     low, high = found.interval
-    lines = [f"to fit means: {found.criterion}"]
+    lines = [f"{calibrated(found)} {unit} if all steps take as long, or as short, as their constants may be off"]
+    lines += [f"to fit means: {found.criterion}"]
     lines += [f"interval {low:,} to {'–' if high is None else f'{high:,}'}: {found.interval_means}"]
+    at = run_at(found)
+    if at is not None and at.ttft_s is not None and at.tpot_s is not None:
+        name = f"{found.value:,} {_one(unit, found.value)}"
+        lines.append(f"at {name}: TTFT mean {1e3 * at.ttft_s:,.0f} ms, TPOT mean {1e3 * at.tpot_s:,.0f} ms")
     if found.attained is not None:
         lines.append(f"{found.attained:.1%} of the requests meet the goals ({100 * attain:g} % wanted)")
     lines += _misses(found, attain=attain)

@@ -1,5 +1,6 @@
 """A model on a machine under an engine: everything about a simulation but its load. Built once."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +65,11 @@ class Deployment:
     def own_allocator(self) -> str:
         """What the engine itself runs on."""
         return self.engine.columns(self.config)[0]
+
+    def off_by(self, spreads: float) -> "Deployment":
+        """Return the same with steps that take as long as may be (1), or as short (-1), as surely as their constants are known."""
+        decode, prefill = (math.exp(spreads * each) for each in (self.calibration.decode_spread, self.calibration.prefill_spread))
+        return replace(self, step_time=self.step_time.slower(decode_factor=decode, prefill_factor=prefill))
 
     def scheduler_over(self, allocator: str) -> StepScheduler:
         """Return a scheduler with nobody in it, over `allocator`."""

@@ -1,7 +1,7 @@
 """One simulation of a search, reduced to what the search asks: does it fit, how surely, and what binds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pagedkv.errors import ConfigError
@@ -64,13 +64,17 @@ class Probe:
         return self.refused == 0 and (self.attained_ci95 is None or self.attained_ci95[1] >= share)
 
 
-def probe(config: SimulationConfig, allocator: str, *, attain: float, progress: Progress | None = None) -> Probe:
-    """Simulate `config` with `allocator` and return what a search asks of it.
+def probe(
+    config: SimulationConfig, allocator: str, *, attain: float, off_by: float = 0.0, progress: Progress | None = None
+) -> Probe:
+    """Simulate `config` with `allocator` and return what a search asks of it; step times may be off: `Deployment.off_by`.
 
     Raises:
         ConfigError: If `config` cannot work.
     """
     scenario = resolve(changed(config, allocator=(allocator,)))
+    if off_by:
+        scenario = replace(scenario, deployment=scenario.deployment.off_by(off_by))
     result = simulate(scenario, attain=attain, progress=progress).by_allocator[allocator]
     figures = [measure(run, scenario.goals) for run in result.runs]
     alone = [judge(scenario, combine([each]), [run], attain=attain) for each, run in zip(figures, result.runs, strict=True)]
@@ -104,11 +108,12 @@ class Probes:
         allocator: str,
         *,
         attain: float,
+        off_by: float = 0.0,
         progress: Callable[[int, float], None] | None = None,
     ) -> None:
         self._config_of = config_of
         self._allocator = allocator
-        self._attain = attain
+        self._attain, self._off_by = attain, off_by
         self._progress = progress
         self._by_value: dict[int, Probe | ConfigError] = {}
 
@@ -121,7 +126,11 @@ class Probes:
         if value not in self._by_value:
             try:
                 self._by_value[value] = probe(
-                    self._config_of(value), self._allocator, attain=self._attain, progress=self._telling(len(self._by_value))
+                    self._config_of(value),
+                    self._allocator,
+                    attain=self._attain,
+                    off_by=self._off_by,
+                    progress=self._telling(len(self._by_value)),
                 )
             except ConfigError as error:
                 if not self._by_value:

@@ -1,6 +1,7 @@
 """How long a step takes: a roofline over weights, KV cache and arithmetic, plus fixed costs."""
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -143,6 +144,20 @@ def _of_datasheet(
     )
 
 
+_READ = ("dense_weight_s", "expert_weight_s", "kv_s_per_token", "state_s", "further_state_s")
+_HOST = ("step_overhead_s", "batched_overhead_s", "sequence_overhead_s", "token_overhead_s")
+_ARITHMETIC = ("linear_s_per_token", "head_s_per_sequence", "attention_s_per_pair", "state_s_per_token")
+
+
+def _slower(c: RooflineCoefficients, decode_factor: float, prefill_factor: float) -> RooflineCoefficients:
+    """Return `c` with reading and overheads that take `decode_factor` times as long, and arithmetic `prefill_factor`."""
+    times = {name: getattr(c, name) * decode_factor for name in (*_READ, *_HOST)}
+    times |= {name: getattr(c, name) * prefill_factor for name in _ARITHMETIC}
+    reaches = {name: getattr(c, name) / decode_factor for name in ("weights_reach", "kv_reach")}
+    reaches |= {name: getattr(c, name) / prefill_factor for name in ("linear_reach", "attention_reach")}
+    return c._replace(**times, **reaches)
+
+
 class RooflineStepTime:
     """Each half of the network, matrix products and attention, is bound by memory or by arithmetic; the halves follow each other.
 
@@ -187,6 +202,13 @@ class RooflineStepTime:
             )
             passes = drafting.num_passes
         self.coefficients = StepCoefficients(whole, draft, passes, copies)
+
+    def slower(self, *, decode_factor: float, prefill_factor: float) -> "RooflineStepTime":
+        """Return the same where reading and overheads take `decode_factor` times as long, and arithmetic `prefill_factor`."""
+        slow, c = copy(self), self.coefficients
+        model, draft = (_slower(each, decode_factor, prefill_factor) for each in (c.model, c.draft))
+        slow.coefficients = c._replace(model=model, draft=draft)
+        return slow
 
     def cost(self, batch: StepBatch, num_entries: int) -> StepCost:
         """Return what a step over the first `num_entries` of `batch` costs. O(entries × layer groups)."""

@@ -94,13 +94,16 @@ def test_nothing_fits(tmp_path: Path) -> None:
 
 
 def test_one_user_fits_and_nothing_was_tried_that_does_not() -> None:
-    tried = Tried(value=1, fits=True, status="stable", attained=None, num_preemptions=0, output_tokens_per_s=5.0)
+    tried = Tried(
+        value=1, fits=True, status="stable", attained=None, num_preemptions=0, output_tokens_per_s=5.0, ttft_s=1.0, tpot_s=0.1
+    )
     answer = CapacityAnswer(
         allocator="paged",
         value=1,
         criterion="stable",
         interval=(1, None),
         interval_means="the largest that was tried fits",
+        calibration_interval=(0, None),
         attained=None,
         binding="bandwidth",
         stops="",
@@ -115,6 +118,7 @@ def test_one_user_fits_and_nothing_was_tried_that_does_not() -> None:
     assert "1 users" not in head
     assert "the 1 user that fits" in head
     assert "next limit: memory bandwidth" in head
+    assert "0 to more than was tried if all steps" in head
 
 
 # --- a sweep --------------------------------------------------------------------------------------------------------

@@ -76,6 +76,12 @@ def test_it_fits_by_the_verdict_and_one_more_does_not(allocator: str, goals: tup
     assert found.value > 1
     assert found.interval == (found.value, found.value + 1)
     assert not found.anomalies
+    low, high = found.calibration_interval
+    assert high is not None
+    assert low <= found.value <= high
+    for off_by, most in ((1.0, low), (-1.0, high)):
+        once = [probe(changed(config, users=users), allocator, attain=ATTAIN, off_by=off_by).fits for users in (most, most + 1)]
+        assert once == [True, False]
     by_value = {row.value: row for row in found.tried}
     assert by_value[found.value].fits
     assert not by_value[found.value + 1].fits

@@ -62,6 +62,20 @@ def test_more_work_never_takes_less_time(entries: list[Entry], name: str, more: 
     assert cost(step_time, entries[::-1]).total_s == pytest.approx(before)
 
 
+@given(entries=ENTRIES, name=st.sampled_from(sorted(STEP_TIMES)), factor=st.floats(0.2, 5.0), more=st.floats(1.0, 3.0))
+def test_all_of_a_step_is_slower_by_a_factor_and_one_half_by_no_more(
+    entries: list[Entry], name: str, factor: float, more: float
+) -> None:
+    step_time = STEP_TIMES[name]
+    took = cost(step_time, entries)
+    slow = cost(step_time.slower(decode_factor=factor, prefill_factor=factor), entries)
+    assert slow.total_s == pytest.approx(factor * took.total_s)
+    assert slow[:3] == pytest.approx([factor * each for each in took[:3]])
+    for decode, prefill in ((factor, factor * more), (factor * more, factor)):
+        between = cost(step_time.slower(decode_factor=decode, prefill_factor=prefill), entries).total_s
+        assert slow.total_s * (1 - 1e-9) <= between <= more * slow.total_s * (1 + 1e-9)
+
+
 @given(entries=ENTRIES)
 def test_a_window_never_costs_more_than_full_attention(entries: list[Entry]) -> None:
     windowed, full = (cost(roofline(model), entries).total_s for model in (MOE, UNWINDOWED))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pagedkv.sims.capacity_answer import CapacityAnswer, shown_value
+from pagedkv.sims.capacity_answer import CapacityAnswer, calibrated, shown_value
 from pagedkv.sims.limits import LIMIT_NAMES
 from pagedkv.sims.reporting.capacity_curve import CURVE_CAPTION, Curve, CurvePoint, amount, capacity_curve, curve_words
 from pagedkv.sims.reporting.page import Drawing, command, picture, rows, table
@@ -55,6 +55,7 @@ def _said(found: CapacityAnswer, unit: str) -> str:
     low, high = found.interval
     until = "more than was tried" if high is None else f"{high:,}"
     parts = [f"{amount(found.value, unit)}, interval {low:,} to {until} ({found.interval_means})"]
+    parts.append(f"{calibrated(found)} if all steps take as long, or as short, as their constants may be off")
     if found.attained is not None:
         parts.append(f"{found.attained:.1%} of the requests meet the goals there")
     limit = "" if found.binding is None else f", limit: {LIMIT_NAMES[found.binding]}"
