@@ -1,6 +1,5 @@
 """What holds of every run, whatever the load and the allocator: docs/invariants.md gives each law its number."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,65 +7,27 @@ from typing import Any
 import numpy as np
 import pytest
 import simpy
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tight_scenarios import GROWS, LENGTHS, LESS_THAN_THE_POOL, scenario, with_room
 
-from pagedkv.allocation import KVPoolSettings
 from pagedkv.allocators import ALLOCATORS
-from pagedkv.errors import ConfigError
-from pagedkv.fuzzing import hybrid_layers
-from pagedkv.heaps import HEAPS
-from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.scheduling.scheduler import Scheduler
-from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
-from pagedkv.sims.engine import Engine
+from pagedkv.sims.config import LoadConfig
 from pagedkv.sims.load import Load
 from pagedkv.sims.metrics import measure
-from pagedkv.sims.recorder import Recorder
-from pagedkv.sims.recording import INTERNAL, KV_KINDS, RUNNING
+from pagedkv.sims.recording import KV_KINDS
 from pagedkv.sims.records import Outcome
-from pagedkv.sims.results import simulate
-from pagedkv.sims.scenario import Scenario, resolve
+from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.simulation import Run, run
-from pagedkv.step_allocation import StepAllocator, step_allocator
-from pagedkv.step_batch import StepBatch, empty_batch
 
-LENGTHS: dict[str, Any] = {"random_input_len": 300, "random_output_len": 60, "random_range_ratio": 0.9}
 TRACE = "arrival_s,input_tokens,output_tokens\n" + "".join(
     f"{i % 7 * 0.9},{1 + i * 37 % 700},{1 + i * 13 % 90}\n" for i in range(60)
 )
 
-
-def scenario(load: LoadConfig, *, num_blocks: int = 100, duration: str | None = None, **serving: Any) -> Scenario:
-    """A Spark with few blocks and small pages: requests queue, are preempted and, if longer than 900 tokens, rejected."""
-    limits = {"max_model_len": 900, "max_num_batched_tokens": 512, "num_gpu_blocks_override": num_blocks, **serving}
-    if "model" not in serving:  # the other has state, which is not cached
-        limits["offload_size"] = "1GiB"
-    resolved = resolve(
-        SimulationConfig(
-            load=load,
-            serving=ServingConfig(**limits),
-            measurement=MeasurementConfig(allocator=ALLOCATORS.names(), duration=duration),
-        )
-    )
-    deployment = resolved.deployment
-    return replace(resolved, deployment=replace(deployment, pool=replace(deployment.pool, page_tokens=64)))
-
-
 LOADS = ("closed loop", "open loop", "open loop that ends", "idle at the end", "state of Mamba layers", "trace")
+
 EVERY_LOAD = {"paged", "contiguous-max", "contiguous-oracle", "contiguous-pow2"}
+
 REPRESENTATIVE = {"closed loop", "state of Mamba layers", "trace"}
 """For the other allocators: a load that is cut off at work, one with state, and one that ends and has too long a request."""
-
-GROWS = {"contiguous-growing", "hybrid", "llama-cpp-unified", "paged", "paged-offload", "radix", "tensorrt-llm", "vattention"}
-"""Here requests take slots as their tokens come. The others reserve what a request may ever hold."""
-IN_A_HEAP = {"contiguous-max", "contiguous-oracle", "contiguous-pow2"}
-ONE_PIECE = IN_A_HEAP | {"contiguous-growing"}
-"""Here a request's slots lie side by side: free ones may not do."""
-LESS_THAN_THE_POOL = {"llama-cpp-split"}
-"""Here one request cannot have the whole pool: it has a server slot's part, and whoever is accepted finds a slot."""
-PAGE_GRANULAR = {"vattention"}
-"""These round up to pages of the machine, whatever the block size."""
 
 
 def busy(load: str, folder: Path) -> Scenario:
@@ -86,19 +47,6 @@ def busy(load: str, folder: Path) -> Scenario:
     file = folder / "trace.csv"
     file.write_text(TRACE + "0.5,500,600\n")
     return scenario(LoadConfig(trace=str(file)))
-
-
-def with_room(one: Scenario, name: str) -> Scenario:
-    """Return `one` with as few places as it takes for a request of mean length: some designs divide the pool among the places."""
-    deployment = one.deployment
-    while step_allocator(name, deployment.pool_of(name)).admission_slots(300, 60) is None:
-        places = deployment.scheduler.max_num_seqs // 2
-        deployment = replace(
-            deployment,
-            pool=replace(deployment.pool, max_num_seqs=places),
-            scheduler=replace(deployment.scheduler, max_num_seqs=places),
-        )
-    return replace(one, deployment=deployment)
 
 
 @dataclass(frozen=True)
@@ -219,15 +167,6 @@ def test_kinds_of_memory_sum_to_the_pool(ran: Served) -> None:
     np.testing.assert_allclose(recorder.integrals.blocked_s.sum(), one.end_s - one.warmup_s)
 
 
-@pytest.mark.parametrize("name", ALLOCATORS.names())
-def test_those_who_grow_reserve_nothing(name: str) -> None:
-    allocator = step_allocator(
-        name, KVPoolSettings(num_blocks=100, max_num_seqs=2, max_model_len=400, layer_groups=hybrid_layers(16))
-    )
-    assert allocator.admission_slots(300, 60) is not None
-    assert (allocator.admission_slots(300, 60) == 0) == (name in GROWS)
-
-
 def test_preemption_is_for_those_who_grow(ran: Served) -> None:
     one = ran.run
     preempted = int(one.log.num_preemptions.sum())
@@ -236,166 +175,3 @@ def test_preemption_is_for_those_who_grow(ran: Served) -> None:
         assert preempted == 0  # a block is as long as a state is large: nobody here needs a second one
     else:
         assert (preempted > 0) == ran.grows
-
-
-@pytest.fixture(scope="module")
-def small() -> Scenario:
-    """The fewest blocks with which the engine starts."""
-    return scenario(LoadConfig(request_rate=1.0, num_prompts=12, **LENGTHS), num_blocks=58)
-
-
-@pytest.mark.parametrize("name", ALLOCATORS.names())
-@given(
-    num_blocks=st.integers(2, 57),
-    rate_per_s=st.sampled_from([0.1, 5.0, 100.0]),
-    watermark=st.sampled_from([0.0, 0.5]),
-    reserve_full_isl=st.booleans(),
-    heap=st.sampled_from(HEAPS.names()),
-    max_num_seqs=st.sampled_from([2, 256]),
-)
-@settings(max_examples=20)
-def test_law_11_an_undersized_pool_ends_with_a_verdict(
-    name: str,
-    small: Scenario,
-    num_blocks: int,
-    rate_per_s: float,
-    watermark: float,
-    reserve_full_isl: bool,
-    heap: str,
-    max_num_seqs: int,
-) -> None:
-    pool = replace(
-        small.deployment.pool,
-        num_blocks=num_blocks,
-        watermark=watermark,
-        reserve_full_isl=reserve_full_isl,
-        contiguous_heap=heap,
-        max_num_seqs=max_num_seqs,
-        page_tokens=16,
-    )
-    deployment = replace(small.deployment, pool=pool, scheduler=replace(small.deployment.scheduler, max_num_seqs=max_num_seqs))
-    load: Any = replace(small.load, request_rate_per_s=rate_per_s)  # type: ignore[type-var]
-    result = simulate(replace(small, deployment=deployment, load=load, allocators=(name,))).by_allocator[name]
-    assert result.figures["num_finished"] + result.figures["num_rejected"] == 12
-    assert (result.verdict.status == "rejecting") == (result.figures["num_rejected"] > 0)
-    assert result.verdict.status != "failed"
-
-
-class Overpromising(PagedStepAllocator):
-    """Says of every request that it will fit."""
-
-    def admission_slots(self, prompt_tokens: int, output_tokens: int) -> int | None:
-        return 0
-
-
-@pytest.mark.parametrize("reserve_full_isl", [True, False])
-def test_law_11_who_cannot_go_on_though_alone_is_given_up(small: Scenario, reserve_full_isl: bool) -> None:
-    pool = replace(small.deployment.pool, num_blocks=20, reserve_full_isl=reserve_full_isl)
-    env = simpy.Environment(initial_time=0.0)
-    scheduler = Scheduler(small.deployment.scheduler, Overpromising(pool))
-    recorder = Recorder(scheduler, warmup_s=0.0, end_s=float("inf"))
-    engine = Engine(env, scheduler, small.deployment.step_time, recorder)
-    ended = [engine.submit(prompt, output) for prompt, output in ((100, 10), (400, 10), (290, 100), (100, 10))]
-    env.run()
-    assert all(event is not None and event.processed for event in ended)
-    fates = [Outcome.FINISHED, Outcome.FAILED, Outcome.FAILED, Outcome.FINISHED]
-    assert recorder.log().outcome.tolist() == fates
-    assert scheduler.allocator.free_slots == scheduler.allocator.usable_slots
-    scheduler.check_integrity()
-
-
-def step_of(allocator: StepAllocator, asked: list[tuple[int, int]]) -> StepBatch:
-    """A step for (tokens, known tokens) of each, in rows 0, 1, ..."""
-    step = empty_batch(len(asked))
-    step["row"] = np.arange(len(asked))
-    for entry, (tokens, known) in enumerate(asked):
-        step["num_slots_needed"][entry] = step["num_scheduled_tokens"][entry] = tokens
-        step["num_known_tokens"][entry] = known
-        step["admission_slots"][entry] = allocator.admission_slots(known, known + 1)
-    return step
-
-
-def served(allocator: StepAllocator, live: list[tuple[int, int]], batch: list[tuple[int, int]]) -> tuple[int, int]:
-    """Admit `live`; let those who are served grow by half and then admit `batch`. Return how many each of the two steps served."""
-    num_running = allocator.allocate_slots(step_of(allocator, live), 0, len(live), 0)
-    step = step_of(allocator, live[:num_running] + batch)
-    running = step[:num_running]
-    running["num_scheduled_tokens"] = running["num_slots_needed"] // 2 + 1
-    running["num_slots_needed"] += running["num_scheduled_tokens"]
-    running["num_known_tokens"] = running["num_slots_needed"]
-    return num_running, allocator.allocate_slots(step, 0, step.size, num_running)
-
-
-PLACED = [(name, heap) for name in ALLOCATORS.names() for heap in (HEAPS.names() if name in IN_A_HEAP else ["buddy"])]
-
-
-@pytest.mark.parametrize(("name", "heap"), PLACED)
-def test_law_13_what_fits_in_n_blocks_fits_in_one_more(name: str, heap: str) -> None:
-    """Requests are admitted, grow by half, and others are admitted, as far as there is room. Whoever can never fit stays out."""
-    seen: Counter[str] = Counter()
-
-    @given(
-        live=st.lists(st.integers(1, 40).map(lambda tokens: (tokens, tokens)), max_size=4),
-        batch=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda pair: (min(pair), max(pair))), max_size=5),
-        num_blocks=st.integers(2, 60),
-        watermark=st.sampled_from([0.0, 0.05, 0.3]),
-        reserve_full_isl=st.booleans(),
-    )
-    @settings(max_examples=100)
-    def law(
-        live: list[tuple[int, int]], batch: list[tuple[int, int]], num_blocks: int, watermark: float, reserve_full_isl: bool
-    ) -> None:
-        smaller, larger = (
-            step_allocator(
-                name,
-                KVPoolSettings(
-                    num_blocks=n,
-                    block_size=4,
-                    max_num_seqs=max(len(live) + len(batch), 1),
-                    max_model_len=80,
-                    contiguous_heap=heap,
-                    watermark=watermark,
-                    reserve_full_isl=reserve_full_isl,
-                    page_tokens=4,
-                    layer_groups=hybrid_layers(4),
-                ),
-            )
-            for n in (num_blocks, num_blocks + 1)
-        )
-        seen["at arrival"] += len(live) + len(batch)
-        live, batch = (
-            [each for each in asked if smaller.admission_slots(each[1], each[1] + 1) is not None] for asked in (live, batch)
-        )
-        seen["at arrival"] -= len(live) + len(batch)
-        assert all(larger.admission_slots(known, known + 1) is not None for _, known in live + batch)
-        num_running, num_served = served(smaller, live, batch)
-        num_running_in_more, num_served_in_more = served(larger, live[:num_running], batch)
-        assert num_running_in_more == num_running
-        assert num_served_in_more >= num_served
-        seen["while running"] += num_running > num_served
-        seen["at admission"] += max(num_running, num_served) < num_running + len(batch)
-        seen["served"] += num_running < num_served
-
-    law()
-    assert min(seen["served"], seen["at arrival"]) > 5
-    assert (seen["at admission"] > 5) == (name not in LESS_THAN_THE_POOL)
-    assert (seen["while running"] > 0) == (name in GROWS)
-
-
-@pytest.mark.parametrize("name", ALLOCATORS.names())
-def test_law_15_blocks_of_one_token_waste_nothing(name: str) -> None:
-    """But for reservations of a whole life, which have an end that nobody fills, and pages; and heaps need one piece."""
-    one = scenario(LoadConfig(request_rate=1.0, num_prompts=30, **LENGTHS), num_blocks=1600, block_size=1)
-    if name == "tensorrt-llm":
-        with pytest.raises(ConfigError, match="block size 1: tensorrt-llm needs a power of two, 2 or more"):
-            step_allocator(name, one.deployment.pool_of(name))
-        return
-    shares = measure(run(with_room(one, name), name, seed=0), ())["kv"]
-    assert (shares["internal"] == 0) == (name in GROWS - PAGE_GRANULAR)
-    assert (shares["external"] > 0) == (name in ONE_PIECE)
-
-
-def test_an_oracle_with_an_exact_heap_wastes_the_slot_of_the_last_token_alone() -> None:
-    one = scenario(LoadConfig(request_rate=1.0, num_prompts=30, **LENGTHS), contiguous_heap="first-fit")
-    gauges = run(one, "contiguous-oracle", seed=0).recorder.integrals.gauges
-    np.testing.assert_allclose(gauges[INTERNAL], gauges[RUNNING])

@@ -1,7 +1,6 @@
 """Paged and contiguous allocators a step at a time, on every heap: laws of memory after each step, and exact predictions."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from types import MethodType
@@ -12,20 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from step_allocators import MAX_MODEL_LEN, MAX_NUM_SEQS, POOL, RESERVATIONS, ContiguousOracle, PagedOracle
 
 from pagedkv.allocation import KVPoolSettings
-from pagedkv.allocators import ALLOCATORS
-from pagedkv.errors import IntegrityError
-from pagedkv.free_queue import FIRST, HEAD, NUM_FREE, SPAN
 from pagedkv.heaps import HEAPS
-from pagedkv.interval_steps import IntervalStepAllocator
 from pagedkv.kv_request import KVRequest
 from pagedkv.paged_steps import PagedStepAllocator
-from pagedkv.step_allocation import RequestByRequest, StepAllocator, step_allocator
-from pagedkv.step_batch import StepBatch, empty_batch
-
-MAX_NUM_SEQS = 5
-MAX_MODEL_LEN = 24
+from pagedkv.step_allocation import StepAllocator, step_allocator
+from pagedkv.step_batch import empty_batch
 
 
 def placements() -> list[tuple[str, str]]:
@@ -50,91 +43,6 @@ def state_of(thing: Any) -> Any:
     if isinstance(thing, MethodType):
         return thing.__name__
     return {name: state_of(part) for name, part in vars(thing).items()} if hasattr(thing, "__dict__") else thing
-
-
-class PagedOracle:
-    """vLLM's block pool without prefix caching: the free queue is a list, the next block to hand out first."""
-
-    def __init__(self, pool: KVPoolSettings) -> None:
-        self.pool = pool
-        self.queue = list(range(1, pool.num_blocks))
-        self.tables: dict[int, list[int]] = {}
-        self.states: dict[int, list[int]] = {}
-
-    def blocks(self, tokens: int) -> int:
-        return (tokens + self.pool.block_size - 1) // self.pool.block_size
-
-    def grant(self, batch: StepBatch, i: int, *, admission: bool) -> bool:
-        table = self.tables.get(int(batch["row"][i]), [])
-        state = self.blocks(self.pool.state_slots) if admission else 0
-        kept_free = state + (int(self.pool.watermark * self.pool.num_blocks) if admission and i > 0 else 0)
-        if admission and self.pool.reserve_full_isl and self.blocks(batch["num_known_tokens"][i]) + kept_free > len(self.queue):
-            return False
-        need = self.blocks(batch["num_slots_needed"][i]) - len(table)
-        if need + kept_free > len(self.queue):
-            return False
-        self.tables[int(batch["row"][i])] = table + self.taken(need)
-        if admission:
-            self.states[int(batch["row"][i])] = self.taken(state)
-        return True
-
-    def taken(self, count: int) -> list[int]:
-        blocks, self.queue = self.queue[:count], self.queue[count:]
-        return blocks
-
-    def free(self, row: int) -> None:
-        self.queue = self.states.pop(row)[::-1] + self.tables.pop(row)[::-1] + self.queue
-
-    def agrees_with(self, allocator: PagedStepAllocator) -> None:
-        assert allocator.pool.free_queue().tolist() == self.queue
-        held = [block for table in (*self.tables.values(), *self.states.values()) for block in table]
-        assert sorted(held + self.queue) == list(range(1, self.pool.num_blocks))
-        assert allocator.pool.ref_cnt.tolist() == [held.count(block) for block in range(self.pool.num_blocks)]
-        for row in range(self.pool.max_num_seqs):
-            assert allocator.tables.of(row).tolist() == self.tables.get(row, [])
-        for row, state in self.states.items():
-            assert allocator.state_tables[row].tolist() == state
-        assert allocator.rounding_slots == 0
-
-
-RESERVATIONS: dict[str, Callable[[int, int], int]] = {
-    "contiguous-max": lambda prompt, output: MAX_MODEL_LEN,
-    "contiguous-oracle": lambda prompt, output: prompt + output,
-    "contiguous-pow2": lambda prompt, output: min(prompt + next(2**k for k in range(9) if 2**k >= output), MAX_MODEL_LEN),
-}
-
-
-class ContiguousOracle:
-    """One interval per row, placed by a second heap of the same kind."""
-
-    def __init__(self, pool: KVPoolSettings) -> None:
-        self.heap = HEAPS.load(pool.contiguous_heap)(pool.num_slots)
-        self.state = pool.state_slots
-        self.intervals: dict[int, tuple[int, int]] = {}
-
-    def grant(self, batch: StepBatch, i: int, *, admission: bool) -> bool:
-        if admission:
-            size = int(batch["admission_slots"][i])
-            address = self.heap.reserve(size + self.state)
-            if address is None:
-                return False
-            self.intervals[int(batch["row"][i])] = (address, size)
-        return True
-
-    def free(self, row: int) -> None:
-        self.heap.release(self.intervals.pop(row)[0])
-
-    def agrees_with(self, allocator: IntervalStepAllocator) -> None:
-        sizes = [self.intervals.get(row, (0, 0))[1] for row in range(MAX_NUM_SEQS)]
-        assert allocator.units_held.tolist() == sizes
-        for row, (address, size) in self.intervals.items():
-            assert allocator.slots_of_row(row).tolist() == list(range(address, address + size))
-        asked = {address: size + self.state for address, size in self.intervals.values()}
-        slots = [slot for address, size in asked.items() for slot in range(address, address + self.heap.rounded(size))]
-        assert sorted(slots) == allocator.taken_slots().tolist()
-        assert len(set(slots)) == len(slots)
-        assert allocator.free_slots == allocator.usable_slots - len(slots)
-        assert allocator.rounding_slots == len(slots) - sum(asked.values())
 
 
 class AllocatorMachine(RuleBasedStateMachine):
@@ -257,134 +165,6 @@ def test_allocator_keeps_the_laws(name: str, heap: str) -> None:
 def test_both_kinds_of_placement_are_covered() -> None:
     assert ("paged", "block") in {(name, step_allocator(name, POOL).placement) for name, _ in placements()}
     assert {heap for name, heap in placements() if name == "contiguous-oracle"} == set(HEAPS.names())
-
-
-POOL = KVPoolSettings(num_blocks=8, block_size=4, max_num_seqs=3, max_model_len=16)
-
-
-def request_by_request(name: str, pool: KVPoolSettings) -> RequestByRequest:
-    return RequestByRequest(ALLOCATORS.load(name)(pool))
-
-
-def admitted(
-    name: str,
-    *slots: int,
-    pool: KVPoolSettings = POOL,
-    new: Callable[[str, KVPoolSettings], StepAllocator] = step_allocator,
-) -> Any:
-    """An allocator in which row i holds slots[i]."""
-    allocator = new(name, pool)
-    batch = empty_batch(POOL.max_num_seqs)
-    batch["row"][:] = range(POOL.max_num_seqs)
-    for i, n in enumerate(slots):
-        batch["num_slots_needed"][i] = batch["num_known_tokens"][i] = batch["admission_slots"][i] = batch["num_scheduled_tokens"][
-            i
-        ] = n
-    assert allocator.allocate_slots(batch, 0, len(slots), 0) == len(slots)
-    allocator.check_integrity()
-    return allocator
-
-
-def put(array: Any, at: Any, value: int) -> None:
-    array[at] = value
-
-
-@pytest.mark.parametrize(
-    "corrupt",
-    [
-        pytest.param(lambda a: put(a.pool.ref_cnt, 1, 2), id="one reference too many"),
-        pytest.param(lambda a: put(a.pool.ref_cnt, 1, 0), id="held block without a reference"),
-        pytest.param(lambda a: put(a.pool.ref_cnt, 7, 1), id="free block with a reference"),
-        pytest.param(lambda a: put(a.pool.ref_cnt, 7, -1), id="negative reference count"),
-        pytest.param(lambda a: put(a.pool.queue, FIRST + 5, 7), id="block twice in the queue"),
-        pytest.param(lambda a: put(a.pool.queue, FIRST + 5, 1), id="held block in the queue"),
-        pytest.param(lambda a: put(a.pool.blocks["place"], 7, 5), id="wrong place"),
-        pytest.param(lambda a: put(a.pool.queue, NUM_FREE, 1), id="too few counted"),
-        pytest.param(lambda a: put(a.pool.queue, NUM_FREE, 3), id="too many counted"),
-        pytest.param(lambda a: put(a.tables.blocks, (0, 1), 3), id="another row's block in a table"),
-        pytest.param(lambda a: put(a.tables.blocks, (0, 1), 6), id="free block in a table"),
-        pytest.param(lambda a: put(a.tables.blocks, (0, 1), 99), id="unknown block in a table"),
-        pytest.param(lambda a: put(a.tables.num_blocks, 0, 1), id="table too short"),
-        pytest.param(lambda a: put(a.tables.num_blocks, 1, 4), id="table too long"),
-        pytest.param(lambda a: put(a.tables.num_blocks, 0, 5), id="table beyond its row"),
-        pytest.param(lambda a: put(a.tables.blocks, (0, 1), -1), id="negative block in a table"),
-        pytest.param(lambda a: put(a.pool.queue, HEAD, 99), id="head out of the ring"),
-        pytest.param(lambda a: put(a.pool.queue, SPAN, -1), id="negative count"),
-    ],
-)
-def test_paged_notices_corruption(corrupt: Callable[[Any], None]) -> None:
-    allocator = admitted("paged", 16, 4)  # tables [1, 2, 3, 4] and [5], queue [6, 7]
-    corrupt(allocator)
-    with pytest.raises(IntegrityError):
-        allocator.check_integrity()
-
-
-@pytest.mark.parametrize("block", [0, 2, 7, 99, -1])
-def test_paged_notices_a_state_block_that_is_not_its_own(block: int) -> None:
-    allocator = admitted("paged", 8, pool=replace(POOL, state_slots=4))  # table [1, 2], state [3]
-    put(allocator.state_tables, (0, 0), block)
-    with pytest.raises(IntegrityError):
-        allocator.check_integrity()
-
-
-@pytest.mark.parametrize(
-    "corrupt",
-    [
-        pytest.param(lambda a, r: put(a.allocator._addresses, r[1], 2), id="two requests overlap"),
-        pytest.param(lambda a, r: a.allocator._addresses.pop(r[1]), id="address lost"),
-        pytest.param(lambda a, r: put(a.allocator._addresses, KVRequest(request_id="x", num_tokens=1), 20), id="held by nobody"),
-        pytest.param(lambda a, r: setattr(r[1], "admission_slots", 2), id="wrong size, rounded otherwise"),
-        pytest.param(lambda a, r: setattr(r[1], "admission_slots", 4), id="wrong size, rounded alike"),
-        pytest.param(lambda a, r: put(a.units_held, 1, 2), id="row with a wrong size"),
-        pytest.param(lambda a, r: setattr(a.allocator, "rounding_slots", 0), id="wrong count of rounding"),
-        pytest.param(lambda a, r: a.allocator.heap.reserve(1), id="reservation that no request has"),
-        pytest.param(lambda a, r: put(a.allocator._addresses, r[1], 16), id="address in a free extent"),
-        pytest.param(lambda a, r: put(a.allocator._addresses, r[1], 999), id="address out of the heap"),
-    ],
-)
-def test_contiguous_request_by_request_notices_corruption(corrupt: Callable[[Any, Any], None]) -> None:
-    allocator = admitted("contiguous-oracle", 4, 3, new=request_by_request)  # 4 slots at 0, 3 (as 4) at 4
-    corrupt(allocator, allocator.allocator.live_requests())
-    with pytest.raises(IntegrityError):
-        allocator.check_integrity()
-
-
-@pytest.mark.parametrize(
-    "corrupt",
-    [
-        pytest.param(lambda a: put(a.arrays.addresses, 1, 2), id="two rows overlap"),
-        pytest.param(lambda a: put(a.arrays.held, 1, 0), id="interval of nobody"),
-        pytest.param(lambda a: put(a.arrays.held, 2, 1), id="row without an interval"),
-        pytest.param(lambda a: put(a.arrays.held, 1, 2), id="wrong size, rounded otherwise"),
-        pytest.param(lambda a: put(a.arrays.held, 1, 4), id="wrong size, rounded alike"),
-        pytest.param(lambda a: put(a.arrays.rounding, 0, 0), id="wrong count of rounding"),
-        pytest.param(lambda a: a.heap.reserve(1), id="reservation that no row has"),
-        pytest.param(lambda a: put(a.arrays.addresses, 1, 16), id="address in a free extent"),
-        pytest.param(lambda a: put(a.arrays.addresses, 1, 999), id="address out of the heap"),
-    ],
-)
-def test_contiguous_notices_corruption(corrupt: Callable[[Any], None]) -> None:
-    allocator = admitted("contiguous-oracle", 4, 3)  # 4 slots at 0, 3 (as 4) at 4
-    corrupt(allocator)
-    with pytest.raises(IntegrityError):
-        allocator.check_integrity()
-
-
-@pytest.mark.parametrize(
-    "corrupt",
-    [
-        pytest.param(lambda a: put(a.arrays.places, 1, 0), id="two rows in one place"),
-        pytest.param(lambda a: put(a.arrays.places, 1, 2), id="place that is idle"),
-        pytest.param(lambda a: put(a.arrays.held, 1, 0), id="pages of nobody"),
-        pytest.param(lambda a: put(a.arrays.held, 1, 2), id="more pages than it needs"),
-        pytest.param(lambda a: put(a.pages.arrays.table, (0, 1), 0), id="page twice"),
-    ],
-)
-def test_virtual_memory_notices_corruption(corrupt: Callable[[Any], None]) -> None:
-    allocator = admitted("vattention", 8, 3, pool=replace(POOL, page_tokens=4))
-    corrupt(allocator)
-    with pytest.raises(IntegrityError):
-        allocator.check_integrity()
 
 
 def test_freeing_a_row_that_holds_nothing_changes_nothing() -> None:
