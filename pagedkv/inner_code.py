@@ -16,6 +16,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
 
+from pagedkv.call_types import SameFlags, remembered_calls
 from pagedkv.tuple_reference import passed_as
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -80,7 +81,7 @@ class _InnerCompiler(Compiler):
     def __init__(self, typing: Any, target: Any, library: Any, args: Any, return_type: Any, flags: Any, local_types: Any) -> None:
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         library = _InnerLibrary(target.codegen(), "inner")
-        super().__init__(typing, target, library, args, return_type, flags, local_types)
+        super().__init__(typing, target, library, args, return_type, SameFlags(flags), local_types)
 
     def compile_extra(self, func: Any) -> Any:
         result = super().compile_extra(func)
@@ -127,7 +128,7 @@ class _OuterCompiler(Compiler):
     def compile_extra(self, func: Any) -> Any:
         context, args = self.state.targetctx, self.state.args
         handed_on = tuple(passed_as(_widened(kind)) for kind in args)
-        with _no_collection():
+        with _no_collection(), remembered_calls():
             self._inner.get_call_template(handed_on, {})
         result: Any = self._inner.overloads[handed_on]
         library = _OuterLibrary(context.codegen(), result.fndesc.qualname)

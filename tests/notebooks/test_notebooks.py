@@ -82,7 +82,7 @@ def test_a_notebook_uses_the_public_api_only(notebook: Path) -> None:
 
 
 def test_a_notebook_runs_its_checks_tell_wrong_from_right_and_its_figures_show_the_data(
-    notebook: Path, monkeypatch: pytest.MonkeyPatch
+    notebook: Path, kept: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[test-notebooks]'")
     nbformat = pytest.importorskip("nbformat")
@@ -101,3 +101,6 @@ def test_a_notebook_runs_its_checks_tell_wrong_from_right_and_its_figures_show_t
     shown = [output for each in outputs.values() for output in each if PLOTLY in output.get("data", {})]
     checked = document.cells[-1].outputs[-1]["data"]["text/plain"].count("'") // 2
     assert len(shown) == checked >= 2
+    if kept is not None:
+        del document.cells[-1]
+        (kept / notebook.name).write_text(nbformat.writes(document), "utf-8")
