@@ -14,7 +14,7 @@ from numba.core.targetconfig import ConfigStack
 from numba.core.types.functions import BaseFunction
 
 
-class SameFlags(Flags):  # type: ignore[misc]
+class SameFlags(Flags):
     """The options of a compiler, compared all at once."""
 
     __slots__ = ()
@@ -34,7 +34,8 @@ def remembered_calls() -> Iterator[None]:
 
     For whoever holds numba's lock of the compiler. What it looks up depends on the function, the types and the options alone.
     """
-    look_up = BaseFunction.get_call_type
+    functions: Any = BaseFunction
+    look_up = functions.get_call_type
     known: dict[Any, Any] = {}
 
     def get_call_type(function: Any, context: Any, args: Any, kws: Any) -> Any:
@@ -45,8 +46,8 @@ def remembered_calls() -> Iterator[None]:
                 known[key] = signature
         return signature
 
-    BaseFunction.get_call_type = get_call_type
+    functions.get_call_type = get_call_type
     try:
         yield
     finally:
-        BaseFunction.get_call_type = look_up
+        functions.get_call_type = look_up
