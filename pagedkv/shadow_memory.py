@@ -7,6 +7,7 @@ another namespace, a forgotten copy and an eviction of what somebody holds all l
 
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 from hashlib import blake2b
 
 import numpy as np
@@ -214,7 +215,10 @@ def state_of(root: object) -> list[object]:
             seen[id(thing)] = len(seen), thing
             parts = _parts(thing)
             flat += (type(thing), len(parts))
-            stack += reversed(parts)
+            if isinstance(thing, np.ndarray) and not thing.dtype.hasobject:
+                flat += parts  # numbers, or tuples of them: most of a state, and nothing to look into
+            else:
+                stack += reversed(parts)
     return flat
 
 
@@ -229,11 +233,15 @@ def _parts(thing: object) -> list[object]:
         return sorted(thing, key=lambda part: (type(part).__name__, part if isinstance(part, int | str) else id(part)))
     if callable(thing):
         return [id(thing)]
-    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()) if not name.startswith("__")]
-    names = [*slots, *getattr(thing, "__dict__", ())]
+    names = [*_slots_of(type(thing)), *getattr(thing, "__dict__", ())]
     if not names:
         return [repr(thing)]
     return [part for name in names if hasattr(thing, name) for part in (f".{name}", getattr(thing, name))]
+
+
+@cache
+def _slots_of(kind: type) -> list[str]:
+    return [name for each in kind.__mro__ for name in getattr(each, "__slots__", ()) if not name.startswith("__")]
 
 
 def check_unchanged(before: list[object], after: list[object]) -> None:
