@@ -73,7 +73,7 @@ _ENTRIES = (
         "output_tokens_per_s",
         "output tokens/s",
         "output tokens in the window / (E − W)",
-        "What the machine generates for all together.",
+        "What the machine generates for all together, without what requests got that failed: nobody has their answers.",
     ),
     _entry("request_throughput_per_s", "requests/s", "requests finished in the window / (E − W)", "How fast requests leave."),
     _entry("error_rate", "error rate", "(rejected + failed) / requests", "What a client sees as errors, not as slow answers."),

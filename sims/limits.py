@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pagedkv.scheduling.step import Blocker
+from pagedkv.sims.engine_flags import ENGINE_FLAGS
 from pagedkv.sims.model_record import any_waits_s
 from pagedkv.sims.recording import BLOCKERS
+from pagedkv.sims.scenario import Scenario
 from pagedkv.sims.simulation import Run
 
-Binding = Literal["kv_memory", "bandwidth", "prefill_compute", "max_num_seqs", "max_model_len", "model_loads"]
+Binding = Literal["kv_memory", "ctx_size", "bandwidth", "prefill_compute", "max_num_seqs", "max_model_len", "model_loads"]
 
 LIMIT_NAMES: dict[Binding, str] = {
     "kv_memory": "KV memory",
+    "ctx_size": "cells of the KV cache (--ctx-size)",
     "bandwidth": "memory bandwidth",
     "prefill_compute": "prefill compute",
     "max_num_seqs": "max-num-seqs",
@@ -41,3 +44,8 @@ def queue_blocker(runs: Sequence[Run]) -> Binding | None:
 def step_limit(memory_s: float, compute_s: float) -> Binding:
     """Return what binds steps that spend so many seconds on each."""
     return "bandwidth" if memory_s >= compute_s else "prefill_compute"
+
+
+def memory_limit(scenario: Scenario) -> Binding:
+    """Return what a full KV cache is limited by: the memory, or, where an engine is told its size, that setting."""
+    return "ctx_size" if scenario.deployment.engine.name in ENGINE_FLAGS["ctx_size"] else "kv_memory"

@@ -12,7 +12,7 @@ from pagedkv.sims.lower_bounds import raisable
 from pagedkv.sims.model_figures import model_rows
 from pagedkv.sims.model_record import any_waits_s
 from pagedkv.sims.recording import ITL_BIN_RATIO, ITL_SMALLEST_S, KV_KINDS, RUNNING, WAITING
-from pagedkv.sims.records import Outcome
+from pagedkv.sims.records import Outcome, RequestLog
 from pagedkv.sims.run_record import RunRecord
 from pagedkv.sims.simulation import Run
 from pagedkv.sims.statistics import summarize, summarize_bins
@@ -46,6 +46,12 @@ def _tier_figures(recorder: RunRecord) -> dict[str, Any]:
     return {"num_loaded_tokens": loaded, "num_offloaded_tokens": offloaded}
 
 
+def _tokens_received(record: RunRecord, log: RequestLog, warmup_s: float) -> int:
+    """Return the output tokens of the window, less those of requests that failed: nobody has their answers."""
+    failed = log.of(Outcome.FAILED)
+    return max(record.num_output_tokens - failed.output_tokens_since(warmup_s), 0) if len(failed) else record.num_output_tokens
+
+
 def _draft_figures(recorder: RunRecord) -> dict[str, Any]:
     """Return what became of the drafts; None where there were none."""
     drafted, accepted = recorder.draft_tokens
@@ -59,14 +65,14 @@ def _draft_figures(recorder: RunRecord) -> dict[str, Any]:
 def _replica_row(run: Run, index: int) -> dict[str, Any]:
     """Return what one replica did: measured requests that were sent there, and its processes while they were up."""
     replica = run.replicas[index]
-    log, record = replica.log(), fleet_record(replica.recorders, warmup_s=run.warmup_s, end_s=run.end_s)
-    log, window_s = log.where(log.arrival_s >= run.warmup_s), max(run.end_s - run.warmup_s, 0.0)
+    everyone, record = replica.log(), fleet_record(replica.recorders, warmup_s=run.warmup_s, end_s=run.end_s)
+    log, window_s = everyone.where(everyone.arrival_s >= run.warmup_s), max(run.end_s - run.warmup_s, 0.0)
     sums = record.integrals
     return {
         "replica": index,
         "num_finished": len(log.of(Outcome.FINISHED)),
         "num_failed": len(log.of(Outcome.FAILED)),
-        "output_tokens_per_s": record.num_output_tokens / window_s if window_s else None,
+        "output_tokens_per_s": _tokens_received(record, everyone, run.warmup_s) / window_s if window_s else None,
         "kv": kv_shares(sums.gauges, float(sums.observed_s[0]), run.allocator.usable_slots),
         "prefix_hit_rate": _prefix_figures(record)["prefix_hit_rate"],
         "up_s": float(sum(recorder.integrals.observed_s[0] for recorder in replica.recorders)),
@@ -133,7 +139,7 @@ def measure(run: Run, goals: tuple[Goal, ...]) -> dict[str, Any]:
             *(f"ttft_s.p{p}" for p in raisable(latencies.ttft_s, ~np.isnan(served.first_token_s))),
             *(f"e2e_s.p{p}" for p in raisable(latencies.e2e_s, finished)),
         ],
-        "output_tokens_per_s": recorder.num_output_tokens / window_s if window_s else None,
+        "output_tokens_per_s": _tokens_received(recorder, run.log, run.warmup_s) / window_s if window_s else None,
         "request_throughput_per_s": recorder.num_completed / window_s if window_s else None,
         "goodput_per_s": num_good / window_s if goals and window_s else None,
         "goodput_share": num_good / len(log) if goals and len(log) else None,

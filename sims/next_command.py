@@ -10,8 +10,10 @@ from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.limits import Binding
 from pagedkv.sims.load_flags import LARGEST
 from pagedkv.sims.missed_goal import MissedGoal
+from pagedkv.sims.records import Outcome
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import Run
+from pagedkv.sims.slot_remedies import enough_cells, longer_slots, more_at_once
 from pagedkv.sims.start_check import start_worsened
 from pagedkv.weight_format import load_weight_format
 
@@ -40,13 +42,15 @@ def next_command(
     if not fits:
         if binding == "max_model_len":
             needed = max(int((run.log.prompt_tokens + run.log.output_tokens).max(initial=1)) for run in runs)
-            remedies = [{"max_model_len": needed}, {"over_length": "drop"}]
+            remedies = [{"max_model_len": needed}, *longer_slots(scenario, needed), {"over_length": "drop"}]
         elif binding == "kv_memory":
             remedies = [_more_kv(scenario)]
+        elif binding == "ctx_size":
+            remedies = enough_cells(scenario, _longest_asked(runs))
         elif binding == "bandwidth" and (narrower := _narrower_format(scenario)):
             remedies = [{"quantization": narrower}]
         elif binding == "max_num_seqs":
-            remedies = _more_at_once(scenario)
+            remedies = more_at_once(scenario, _longest_asked(runs))
         elif binding == "model_loads" and scenario.model_serving is not None and (lower := scenario.model_serving.lower_context):
             remedies = [{"ctx_size": lower}]
     more = 2.0 if fits else 0.5
@@ -76,24 +80,10 @@ def _starts(config: SimulationConfig, remedy: dict[str, Any]) -> bool:
     return then != config and start_worsened(config.serving, then.serving) is None
 
 
-def _more_at_once(scenario: Scenario) -> list[dict[str, Any]]:
-    """Return twice the requests at once, with what keeps the longest as long: llama.cpp splits its cells among its slots."""
-    config, limits = scenario.config, scenario.deployment.scheduler
-    name = "max_num_seqs" if config.serving.parallel is None else "parallel"  # which wins, where it is given
-    twice: dict[str, Any] = {name: 2 * limits.max_num_seqs}
-    if config.serving.kv_unified is None and "kv_unified" not in scenario.deployment.engine.derived_settings(config.serving):
-        return [twice]
-    cells = config.serving.ctx_size or scenario.deployment.model.max_context
-    found = (twice, twice | {"ctx_size": 2 * cells}, twice | {"kv_unified": True})
-    return [each for each in found if _longest(config, each) >= limits.max_model_len]
-
-
-def _longest(config: SimulationConfig, remedy: dict[str, Any]) -> int:
-    """Return the longest request with `remedy`; 0 if it cannot be."""
-    try:
-        return resolve(changed(config, **remedy)).deployment.scheduler.max_model_len
-    except ConfigError:
-        return 0
+def _longest_asked(runs: list[Run]) -> int:
+    """Return the tokens of the longest request that was not refused."""
+    logs = [run.log.where(run.log.outcome != Outcome.REJECTED) for run in runs]
+    return max(int((log.prompt_tokens + log.output_tokens).max(initial=1)) for log in logs)
 
 
 def _more_kv(scenario: Scenario) -> dict[str, Any]:

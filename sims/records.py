@@ -69,6 +69,14 @@ class RequestLog:
         """Return the entries that `mask` selects: this log itself if all are."""
         return self if mask.all() else RequestLog(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
 
+    def output_tokens_since(self, from_s: float) -> int:
+        """Return the output tokens that came at `from_s` or later; those of a request count as if they had come evenly."""
+        got = self.num_output_tokens > 0
+        first_s, last_s, number = self.first_token_s[got], self.last_token_s[got], self.num_output_tokens[got]
+        gaps = (number - 1) * (last_s - from_s) / np.where(last_s > first_s, last_s - first_s, 1.0)
+        later = np.where(last_s >= from_s, np.floor(gaps) + 1, 0)
+        return int(np.where(first_s >= from_s, number, later).sum())
+
     @classmethod
     def joined(cls, logs: Sequence["RequestLog"]) -> "RequestLog":
         """Return the entries of `logs`, one or more, by arrival; those that arrive together in the order of `logs`."""

@@ -9,7 +9,7 @@ from pagedkv.sims.attainment import attained
 from pagedkv.sims.closed_loop import people
 from pagedkv.sims.command import command_line
 from pagedkv.sims.config import ATTAIN
-from pagedkv.sims.limits import LIMIT_NAMES, Binding, queue_blocker, step_limit
+from pagedkv.sims.limits import LIMIT_NAMES, Binding, memory_limit, queue_blocker, step_limit
 from pagedkv.sims.mean_waits import MeanWaits
 from pagedkv.sims.missed_goal import missed_goal
 from pagedkv.sims.next_command import next_command
@@ -64,7 +64,12 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
     share = attained(runs, scenario.goals) if scenario.goals else None
     missed = share is not None and share < attain
     why = missed_goal(scenario, runs) if missed and status != "rejecting" else None
-    binding = why.binding if why else _binding(scenario, figures, runs, waits, rejecting=status == "rejecting", queueing=queueing)
+    given_up = status == "failed" and not scenario.replication.faults and scenario.model_serving is None
+    if given_up:  # an engine gives up nobody for another reason, and whatever else is amiss comes after it
+        binding = memory_limit(scenario)
+    else:
+        rejecting = status == "rejecting"
+        binding = why.binding if why else _binding(scenario, figures, runs, waits, rejecting=rejecting, queueing=queueing)
     tolerated = status in ("stable", "saturated") or (status == "failed" and bool(scenario.replication.faults))  # those are misses
     served = status == "stable" if share is None else tolerated and not missed and not rising
     fits = served and figures["num_injected"] > 0
@@ -76,6 +81,7 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         reasons.append(f"{figures['num_rejected']:,} of {figures['num_injected']:,} requests {why_not}")
     if status == "failed":
         how = "failed when a replica was down" if scenario.replication.faults else "were given up"
+        how += " when the KV cache was full" if given_up else ""
         reasons.append(f"{figures['num_failed']:,} of {figures['num_injected']:,} requests {how}")
     if queueing:
         reasons.append(f"requests wait {waiting_share:.0%} of the time" if closed else "more and more requests are there")
@@ -134,7 +140,7 @@ def _binding(
         return blocker
     slots_only = queue_blocker(runs) == "max_num_seqs"  # memory that is reserved for every slot is always full
     if figures["kv"] and figures["kv"]["free"] + figures["kv"]["cached"] < NEARLY_FULL and not slots_only:
-        return "kv_memory"
+        return memory_limit(scenario)
     max_num_seqs = scenario.deployment.scheduler.max_num_seqs * scenario.replication.num_replicas
     if figures["running_max"] > (1 - NEARLY_FULL) * max_num_seqs:
         return "max_num_seqs"

@@ -374,3 +374,30 @@ def test_a_window_that_never_opens_measures_nothing(tmp_path: Path) -> None:
     assert figures["num_injected"] == 0
     assert figures["kv"] is figures["running_mean"] is figures["ttft_s"] is None
     assert figures["output_tokens_per_s"] is figures["request_throughput_per_s"] is figures["goodput_per_s"] is None
+
+
+def test_tokens_of_requests_that_failed_are_no_output() -> None:
+    """llama.cpp gives up everybody when its cells run out: what they have got by then, nobody has as an answer."""
+    config = SimulationConfig(
+        load=LoadConfig(users=8, think_time="1s", random_input_len=200, random_output_len=300, random_range_ratio=0.5),
+        serving=ServingConfig(engine="llama-cpp", quantization="q4_k_m", parallel=8, ctx_size=3072, kv_unified=True),
+        measurement=MeasurementConfig(duration="200s", warmup="0"),
+    )
+    run = simulation.run(resolve(config), "llama-cpp-unified", seed=0)
+    figures, log = measure(run, ()), run.log
+    failed = log.of(Outcome.FAILED)
+    assert failed.num_output_tokens.sum() > 0
+    assert figures["num_finished"] > 0
+    received = int(log.num_output_tokens.sum() - failed.num_output_tokens.sum())
+    assert figures["output_tokens_per_s"] * run.end_s == pytest.approx(received)
+    for from_s in (0.0, 20.0, 199.0):
+        assert 0 <= log.output_tokens_since(from_s) <= log.num_output_tokens.sum()
+    parts = [float(np.nanquantile(log.last_token_s, q)) for q in (0.0, 0.3, 0.8)]
+    assert [log.output_tokens_since(s) for s in parts] == sorted((log.output_tokens_since(s) for s in parts), reverse=True)
+
+
+def test_tokens_since_a_moment_by_hand() -> None:
+    log = RequestLog.refused(np.zeros(4), np.ones((4, 3), np.int64), Outcome.FAILED)
+    times = np.array([[1.0, 3.0], [1.0, 1.0], [5.0, 9.0], [np.nan, np.nan]])
+    log = replace(log, first_token_s=times[:, 0], last_token_s=times[:, 1], num_output_tokens=np.array([3, 1, 5, 0]))
+    assert [log.output_tokens_since(s) for s in (0.0, 1.0, 2.0, 3.0, 7.0, 9.5)] == [9, 9, 7, 6, 3, 0]

@@ -192,6 +192,49 @@ def test_nothing_can_be_given_up_by_a_pool_that_is_whole() -> None:
         assert figures["num_finished"] > 9
 
 
+OUT_OF_CELLS = "--users 16 --think-time 0s --random-input-len 200 --random-output-len 300 --engine llama-cpp --quantization q4_k_m"
+
+
+@pytest.mark.parametrize(
+    ("flags", "proposal"),
+    [
+        ("--parallel 16 --kv-unified --ctx-size 4096", "--ctx-size 8192"),  # 16 x 500 in multiples of 256
+        ("--ctx-size 1024", "--ctx-size 2048"),
+        ("--parallel 16 --kv-unified --ctx-size 4096 --hardware rtx-4090 --other-programs 17.9GiB", "--parallel 8"),
+    ],
+)
+def test_cells_that_run_out_are_named_and_the_proposal_has_enough(
+    flags: str, proposal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = f"{OUT_OF_CELLS} {flags} --duration 120s --warmup 5s"
+    failing = run(arguments, capsys)
+    verdict = failing["verdict"]
+    assert failing["num_failed"] > 0
+    assert (verdict["status"], verdict["binding"]) == ("failed", "ctx_size")
+    assert "cells of the KV cache (--ctx-size)" in verdict["text"]
+    assert proposal in verdict["next_command"]
+    served = run(verdict["next_command"].removeprefix("simulate "), capsys)
+    assert (served["num_failed"], served["num_finished"] > 0) == (0, True)
+    assert served["output_tokens_per_s"] > failing["output_tokens_per_s"]
+
+
+def test_twice_the_slots_come_with_cells_for_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Slots that share cells which suffice for no more of them would fail their requests."""
+    verdict = run(f"{OUT_OF_CELLS} --ctx-size 2048 --duration 30s --warmup 5s", capsys)["verdict"]
+    assert (verdict["status"], verdict["binding"]) == ("saturated", "max_num_seqs")
+    assert "--ctx-size 4096" in verdict["next_command"]
+    assert run(verdict["next_command"].removeprefix("simulate "), capsys)["num_failed"] == 0
+
+
+def test_prompts_longer_than_a_slot_get_a_longer_slot(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mixed.csv").write_text("arrival_s,input_tokens,output_tokens\n0,400,10\n1,3000,20\n")
+    load = "--trace mixed.csv --engine llama-cpp --quantization q4_k_m"
+    verdict = run(f"{load} --parallel 4 --ctx-size 8192", capsys)["verdict"]
+    assert (verdict["status"], verdict["binding"]) == ("rejecting", "max_model_len")
+    assert "--ctx-size 12288" in verdict["next_command"]
+    assert run(verdict["next_command"].removeprefix("simulate "), capsys)["num_rejected"] == 0
+
+
 def test_settings_carry_over(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = f"--users 5 --lengths sharegpt --over-length drop --enforce-eager --watermark 0.02 --goodput ttft:9 tpot:9 {WINDOW}"
     main([*shlex.split(arguments), "--json", "-"])
