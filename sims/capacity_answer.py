@@ -1,14 +1,14 @@
 """The search behind max-users and max-context: the largest value that fits, how sure that is, and what stops the next."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.attainment import Term
 from pagedkv.sims.bisection import Bisected, largest
 from pagedkv.sims.command import changed
-from pagedkv.sims.config import ATTAIN, SimulationConfig
+from pagedkv.sims.config import ATTAIN, ServingConfig, SimulationConfig
 from pagedkv.sims.limits import Binding
 from pagedkv.sims.probe import Probe, Probes
 
@@ -65,6 +65,8 @@ class CapacityAnswer:
     """If nothing fits: the goals that the smallest value misses."""
     tried: tuple[Tried, ...]
     """Every simulation of the search, ascending."""
+    remedy: Mapping[str, Any] | None = None
+    """Settings of the deployment, by field name, that may help the smallest value that does not fit; None: none is known."""
 
     def document(self) -> dict[str, Any]:
         """Return the answer in JSON types."""
@@ -185,7 +187,14 @@ def answer(
         anomalies=tuple(value * scale for value in found.above),
         failing=() if at is not None else tuple(term for term in smallest.terms if (term.attained or 0.0) < attain),
         tried=tuple(_tried(value * scale, each, fits=fits(value)) for value, each in probes.done().items()),
+        remedy=None if stopped is None or found.bad is None else _remedy(stopped),
     )
+
+
+def _remedy(stopped: Probe) -> Mapping[str, Any] | None:
+    """Return what the verdict would change of the deployment; None if it would change the load."""
+    settings = stopped.verdict.next_settings
+    return settings if not stopped.fits and settings.keys() <= {field.name for field in fields(ServingConfig)} else None
 
 
 def _interval(

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli_engines import ask_engines
 from pagedkv.sims.cli_output import INTERRUPTED, LOAD, MEASUREMENT, OUTPUT, SERVING, check_json, output_path, print_view, write_json
-from pagedkv.sims.cli_report import question_command, report_file, write_capacity_report
+from pagedkv.sims.cli_report import further_command, question_command, report_file, write_capacity_report
 from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 
 T = TypeVar("T")
@@ -63,7 +63,8 @@ def max_users(
     if page is not None:
         words = question_command("max-users", wanted, attain=attain)
         run = changed(asked, users=shown_value(answers[0]))
-        write_capacity_report(page, run, answers, unit="users", attain=attain, command=words)
+        further = further_command("max-users", wanted, answers[0], attain=attain)
+        write_capacity_report(page, run, answers, unit="users", attain=attain, command=words, further=further)
     if json is None:
         print_view(lambda console: show_max_users(answers, console, attain=attain))
         return
@@ -109,7 +110,8 @@ def max_context(
         words = question_command("max-context", wanted, attain=attain)
         found = [answer.found for answer in answers]
         run = with_context(asked, shown_value(found[0]), output_len=answers[0].output_len)
-        write_capacity_report(page, run, found, unit="tokens of context", attain=attain, command=words)
+        further = further_command("max-context", wanted, found[0], attain=attain)
+        write_capacity_report(page, run, found, unit="tokens of context", attain=attain, command=words, further=further)
     if json is None:
         print_view(lambda console: show_max_context(answers, console, attain=attain))
         return

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from pagedkv.sims.capacity_answer import CapacityAnswer
     from pagedkv.sims.results import Results
 
+_REPEATS = 5
+"""From which on the interval of an answer says something."""
+
 
 def report_file(report: str | None) -> Path | None:
     """Return the file that --report names, and make sure that it can be written, before anything is computed.
@@ -46,8 +49,26 @@ def question_command(question: str, asked: SimulationConfig, *, attain: float) -
     return words if attain == ATTAIN else f"{words} --attain {attain:g}"
 
 
+def further_command(question: str, asked: SimulationConfig, found: "CapacityAnswer", *, attain: float) -> str | None:
+    """Return the same question with what would help beyond the answer `found`, or with repeats; None if neither is to be had."""
+    from pagedkv.sims.command import changed
+
+    if found.remedy is not None:
+        return question_command(question, changed(asked, **found.remedy), attain=attain)
+    if asked.measurement.repeats > 1:
+        return None
+    return question_command(question, changed(asked, repeats=_REPEATS), attain=attain)
+
+
 def write_capacity_report(
-    path: Path, config: SimulationConfig, answers: "Sequence[CapacityAnswer]", *, unit: str, attain: float, command: str
+    path: Path,
+    config: SimulationConfig,
+    answers: "Sequence[CapacityAnswer]",
+    *,
+    unit: str,
+    attain: float,
+    command: str,
+    further: str | None,
 ) -> None:
     """Run `config`, the load that was found, and write its report with the search that found it."""
     from pagedkv.sims.export import write_atomically
@@ -60,5 +81,5 @@ def write_capacity_report(
     scenario = resolve(config)
     with ProgressOnStderr(scenario.allocators, repeats=config.measurement.repeats) as progress:
         results = simulate(scenario, attain=attain, progress=progress)
-    write_atomically(path, html(results, Capacity(unit=unit, answers=answers, attain=attain, command=command)))
+    write_atomically(path, html(results, Capacity(unit=unit, answers=answers, attain=attain, command=command, further=further)))
     print(f"Written: {path}", file=sys.stderr)  # noqa: T201

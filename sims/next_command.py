@@ -5,7 +5,7 @@ from typing import Any
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.attainment import terms
-from pagedkv.sims.command import changed, command_line
+from pagedkv.sims.command import changed
 from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.limits import Binding
 from pagedkv.sims.load_flags import LARGEST
@@ -21,13 +21,14 @@ CLEARLY_NARROWER = 0.8
 """Of the present bits per weight: a format above this share of them is hardly faster, and costs quality all the same."""
 
 
-def next_command(
+def next_settings(
     scenario: Scenario, binding: Binding, runs: list[Run], why: MissedGoal | None, *, attain: float, fits: bool
-) -> str:
-    """Return the command to try next: more load if this one fits, else the nearest remedy that would start, else less load.
+) -> dict[str, Any]:
+    """Return the settings to try next, by field name.
 
-    A remedy whose start would freeze the host, where the present one's does not, is none. Less load does not help prompts that
-    miss a goal all by themselves: a faster format does, or a goal that they can keep.
+    They are more load if this one fits, else the nearest remedy that would start, else less load. A remedy whose start would freeze
+    the host, where the present one's does not, is none. Less load does not help prompts that miss a goal all by themselves: a
+    faster format does, or a goal that they can keep.
 
     Args:
         scenario: What ran.
@@ -68,7 +69,7 @@ def next_command(
         remedies.append({"trace_rate": min((load.trace_rate or 1.0) * more, LARGEST["trace_rate"])})
     if fits:
         remedies.append({"repeats": config.measurement.repeats + 4})  # of the largest load that there is: how sure that is
-    return command_line(config, **next(remedy for remedy in remedies if _starts(config, remedy) or remedy is remedies[-1]))
+    return next(remedy for remedy in remedies if _starts(config, remedy) or remedy is remedies[-1])
 
 
 def _starts(config: SimulationConfig, remedy: dict[str, Any]) -> bool:

@@ -99,8 +99,10 @@ def html(results: Results, capacity: Capacity | None = None) -> str:
 
 def _head(shown: Shown) -> str:
     if shown.capacity is None:
-        return verdict_head(shown.results, shown.document, level=1)
-    return capacity_head(shown.capacity) + verdict_head(shown.results, shown.document, level=2)
+        proposal = shown.document["results"][0]["verdict"]["next_command"]
+        return verdict_head(shown.results, shown.document, level=1, proposal=proposal)
+    # The run knows nothing of the search: it would propose more load, which has been found not to fit.
+    return capacity_head(shown.capacity) + verdict_head(shown.results, shown.document, level=2, proposal=shown.capacity.further)
 
 
 def _capacity(shown: Shown) -> Section | None:

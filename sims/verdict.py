@@ -1,5 +1,6 @@
 """What the figures mean: does the load fit, what binds first, and what to try next."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.limits import LIMIT_NAMES, Binding, memory_limit, queue_blocker, step_limit
 from pagedkv.sims.mean_waits import MeanWaits
 from pagedkv.sims.missed_goal import missed_goal
-from pagedkv.sims.next_command import next_command
+from pagedkv.sims.next_command import next_settings
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.saturation import THROUGHPUT_SHARE_LIMIT, saturation
 from pagedkv.sims.scenario import Scenario
@@ -42,6 +43,8 @@ class Verdict:
     """Both, in words."""
     next_command: str
     """What to try next."""
+    next_settings: Mapping[str, Any]
+    """What that changes, by field name."""
 
 
 def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attain: float = ATTAIN) -> Verdict:
@@ -95,6 +98,7 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
     text = f"{scenario.load.title} {fit if fits else do_not_fit}: {status}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
     text += f". {'Next limit' if fits else 'Limit'}: {LIMIT_NAMES[binding]}."
+    settings = next_settings(scenario, binding, runs, why, attain=attain, fits=fits)
     return Verdict(
         status=status,
         fits=fits,
@@ -102,7 +106,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         attained=share,
         missed=None if why is None else why.text,
         text=text,
-        next_command=next_command(scenario, binding, runs, why, attain=attain, fits=fits),
+        next_command=command_line(scenario.config, **settings),
+        next_settings=settings,
     )
 
 
@@ -117,6 +122,7 @@ def _of_nothing(scenario: Scenario, runs: list[Run]) -> Verdict:
         missed=None,
         text=f"{scenario.load.title}: nothing was measured: {why.text}.",
         next_command=command_line(scenario.config, **why.remedy),
+        next_settings=why.remedy,
     )
 
 

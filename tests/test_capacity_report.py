@@ -1,8 +1,10 @@
 """The reports of searches and sweeps: their curves are their answers, their commands ask for the same again."""
 
 import json
+import math
 import re
 import shlex
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 
 from pagedkv.sims.capacity_answer import CapacityAnswer, Tried
 from pagedkv.sims.cli import main
-from pagedkv.sims.config import SimulationConfig
+from pagedkv.sims.cli_report import further_command, question_command
+from pagedkv.sims.config import MeasurementConfig, SimulationConfig
 from pagedkv.sims.reporting.capacity_curve import Curve, CurvePoint, capacity_curve, curve_words
 from pagedkv.sims.reporting.capacity_section import Capacity, capacity_head
 from pagedkv.sims.sweep import run_sweep
@@ -75,6 +78,34 @@ def test_the_rest_is_the_run_at_what_was_found_and_commands_ask_for_both_again(f
     assert f"{at['output_tokens_per_s']:,.0f}" in text.partition('id="comparison"')[2]
 
 
+def test_a_search_does_not_propose_what_it_found_not_to_fit(found: tuple[dict[str, Any], str]) -> None:
+    """The run at the answer fits, and by itself would propose twice the users, which are known not to fit."""
+    answer, text = found
+    words = copied(text, "next-run")
+    assert answer["remedy"] is None
+    assert words == copied(text, "this-search").replace("--goodput", "--repeats 5 --goodput")
+    assert "--users" not in words
+
+
+def test_what_stops_the_next_user_is_proposed_against(tmp_path: Path) -> None:
+    few = f"max-users {FLAGS} --max-num-seqs 2 --goodput ttft:1000"
+    main(shlex.split(f"{few} --report {tmp_path / 'r.html'} --json {tmp_path / 'a.json'}"))
+    answer, text = json.loads((tmp_path / "a.json").read_text())["answers"][0], (tmp_path / "r.html").read_text("utf-8")
+    assert (answer["binding"], answer["remedy"]) == ("max_num_seqs", {"max_num_seqs": 4})
+    assert copied(text, "next-run") == copied(text, "this-search").replace("--max-num-seqs 2", "--max-num-seqs 4")
+
+
+def test_without_a_remedy_repeats_are_proposed_and_then_nothing() -> None:
+    asked = SimulationConfig(measurement=MeasurementConfig(goodput=("ttft:400",)))
+    answer = one_user()
+    words = further_command("max-users", asked, answer, attain=0.9)
+    assert words == "simulate max-users --repeats 5 --goodput ttft:400 --attain 0.9"
+    repeated = SimulationConfig(measurement=MeasurementConfig(repeats=5))
+    assert further_command("max-users", repeated, answer, attain=0.99) is None
+    helped = replace(answer, remedy={"max_num_seqs": 512})
+    assert further_command("max-users", repeated, helped, attain=0.99) == "simulate max-users --max-num-seqs 512 --repeats 5"
+
+
 def test_max_context_has_one_too(tmp_path: Path) -> None:
     small = "--hardware rtx-4090 --num-gpu-blocks-override 60 --duration 5s --warmup 1s"
     flags = f"--users 2 --random-output-len 60 --think-time 1s {small}"
@@ -93,11 +124,11 @@ def test_nothing_fits(tmp_path: Path) -> None:
     assert copied(text, "this-run").startswith("simulate --users 1 ")
 
 
-def test_one_user_fits_and_nothing_was_tried_that_does_not() -> None:
+def one_user() -> CapacityAnswer:
     tried = Tried(
         value=1, fits=True, status="stable", attained=None, num_preemptions=0, output_tokens_per_s=5.0, ttft_s=1.0, tpot_s=0.1
     )
-    answer = CapacityAnswer(
+    return CapacityAnswer(
         allocator="paged",
         value=1,
         criterion="stable",
@@ -113,7 +144,10 @@ def test_one_user_fits_and_nothing_was_tried_that_does_not() -> None:
         failing=(),
         tried=(tried,),
     )
-    head = capacity_head(Capacity(unit="users", answers=[answer], attain=0.99, command="simulate max-users"))
+
+
+def test_one_user_fits_and_nothing_was_tried_that_does_not() -> None:
+    head = capacity_head(Capacity(unit="users", answers=[one_user()], attain=0.99, command="simulate max-users"))
     assert ">1 user fits</h1>" in head
     assert "1 users" not in head
     assert "the 1 user that fits" in head
@@ -195,7 +229,18 @@ def test_without_goals_there_is_one_panel() -> None:
     )
 
 
-def test_configurations_have_a_question() -> None:
-    from pagedkv.sims.cli_report import question_command  # noqa: PLC0415
+def test_values_that_double_stand_on_a_logarithmic_axis() -> None:
+    """Else all of a search's last steps would be in one spot; notes are placed in powers of ten there, lines are not."""
+    points = tuple(point(1 << k, fits=k < 4, preemptions=k > 4) for k in range(10))
+    wide = capacity_curve([Curve(name="paged", points=points, chosen=8)], unit="users", attain=0.99)
+    near = capacity_curve([Curve(name="paged", points=points[3:6], chosen=8)], unit="users", attain=0.99)
+    for figure, place in ((wide, (math.log10(8), math.log10(32))), (near, (8, 32))):
+        assert figure.layout.xaxis.type == ("log" if figure is wide else None)
+        assert {shape.x0 for shape in figure.layout.shapes} == {8, 32}
+        assert tuple(note.x for note in figure.layout.annotations if note.xref != "paper") == place
+    assert wide.layout.xaxis.range[0] < 0 < math.log10(512) < wide.layout.xaxis.range[1]
+    assert {"1", "10", "200"} <= set(wide.layout.xaxis.ticktext)
 
+
+def test_configurations_have_a_question() -> None:
     assert question_command("max-users", SimulationConfig(), attain=0.99) == "simulate max-users"

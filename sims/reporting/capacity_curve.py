@@ -1,5 +1,6 @@
 """The capacity curve: how many are served within the goals, and how much is generated, against users or whatever the load is."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pagedkv.sims.palette import INK, PANEL, SOFT, base_layout, series
+
+_DECADES = 30
+"""From this ratio of the largest value to the smallest on, the axis is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +88,31 @@ def capacity_curve(curves: Sequence[Curve], *, unit: str, attain: float | None) 
     figure.update_layout(**base_layout(520 if goals else 340))
     figure.update_layout(margin={"t": 80, "r": 20}, hovermode="closest", legend={"y": 1.08 if goals else 1.15})
     figure.update_yaxes(rangemode="tozero")
+    if _spans_decades(curves):
+        _logarithmic(figure, [p.value for curve in curves for p in curve.points])
     if goals:
         figure.update_yaxes(ticksuffix=" %", range=[0, 104], row=1, col=1)
     figure.update_xaxes(title=unit, row=len(titles), col=1)
     return figure
+
+
+def _spans_decades(curves: Sequence[Curve]) -> bool:
+    """Return whether values are as far apart as a search's: a linear axis would put all that matters to its edge."""
+    values = [point.value for curve in curves for point in curve.points]
+    return bool(values) and min(values) > 0 and max(values) > _DECADES * min(values)
+
+
+def _logarithmic(figure: go.Figure, values: Sequence[float]) -> None:
+    """Put `values` on a logarithmic axis, ticks at 1, 2 and 5 of each power of ten. Notes have to be moved, lines have not."""
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10**power for power in powers for digit in (1, 2, 5)]
+    edge = 0.03 * math.log10(high / low)
+    bounds = [math.log10(low) - edge, math.log10(high) + edge]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks], range=bounds)
+    for note in figure.layout.annotations:
+        if note.xref != "paper":  # a title of a panel
+            note.x = math.log10(note.x)
 
 
 def _symbol(point: CurvePoint) -> str:

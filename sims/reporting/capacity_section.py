@@ -22,6 +22,8 @@ class Capacity:
     """Share of the requests that must meet the goals."""
     command: str
     """What asks for it."""
+    further: str | None = None
+    """What asks for more than it found; None: nothing is known to help."""
 
 
 def capacity_head(capacity: Capacity) -> str:

@@ -11,8 +11,11 @@ from pagedkv.sims.results import Results
 from pagedkv.sims.run_texts import run_facts
 
 
-def verdict_head(results: Results, document: dict[str, Any], *, level: int) -> str:
-    """Return the verdict as HTML under a heading of this level: who fits, what was asked, how sure that is, and the commands."""
+def verdict_head(results: Results, document: dict[str, Any], *, level: int, proposal: str | None) -> str:
+    """Return the verdict as HTML under a heading of this level: who fits, what was asked, how sure that is, and the commands.
+
+    `proposal` is what to try next, if there is something.
+    """
     scenario = results.scenario
     items = "".join(
         f"<li><strong>{escape(c['allocator'])}</strong> {badge(c['verdict']['status'])} {escape(c['verdict']['text'])}</li>"
@@ -41,5 +44,6 @@ def verdict_head(results: Results, document: dict[str, Any], *, level: int) -> s
         f'<p class="soft">{escape(subtitle)}</p>\n<ul>{items}{gains}</ul>\n'
         f'<p class="soft">{escape(wanted + run_facts(results) + "." + asked)} {sure}</p>\n'
         f"<p>This run:</p>{command('this-run', command_line(results.scenario.config))}\n"
-        f"<p>Try next:</p>{command('next-run', first['next_command'])}\n</section>"
+        + ("" if proposal is None else f"<p>Try next:</p>{command('next-run', proposal)}\n")
+        + "</section>"
     )
