@@ -29,6 +29,7 @@ from pagedkv.sims.cli_output import (
     output_path,
     print_view,
     say_size,
+    say_warnings,
     write_json,
 )
 from pagedkv.sims.cli_reality import reality
@@ -128,8 +129,7 @@ def simulate(
     if (file := files["--json"]) is not None:
         write_atomically(file, to_json(results.document()))
     if json == "-":
-        for warning in scenario.deployment.budget.warnings:
-            print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+        say_warnings(scenario.deployment)
         sys.stdout.write(to_json(results.document()))
     else:
         from pagedkv.sims.console import show

@@ -12,6 +12,7 @@ from pagedkv.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pagedkv.sims.deployment import Deployment
     from pagedkv.sims.scenario import Scenario
 
 LOAD = Group("Load: give one of users, request-rate, trace", sort_key=0)
@@ -45,6 +46,14 @@ def check_json(json: str | None) -> None:
 
     if json != "-" and (path := output_path(json, "--json")) is not None:
         prepare_file(path, flag="--json")
+
+
+def say_warnings(deployment: "Deployment") -> None:
+    """Write to stderr what its budget and its start are warned of."""
+    from pagedkv.sims.start_check import start_warnings
+
+    for warning in (*deployment.budget.warnings, *start_warnings(deployment.config)):
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
 
 
 def write_json(document: dict[str, Any], where: str) -> None:

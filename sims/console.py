@@ -18,6 +18,7 @@ from pagedkv.sims.part_tables import PartTable, class_tables, model_tables
 from pagedkv.sims.results import Results
 from pagedkv.sims.run_texts import contiguous_max_holds, kv_equation, run_facts, run_title, window_note
 from pagedkv.sims.scenario import Scenario
+from pagedkv.sims.start_check import start_warnings
 from pagedkv.units import gib
 
 _BAR_WIDTH = 30
@@ -77,7 +78,7 @@ def waterfall(deployment: Deployment) -> RenderableType:
     lines: list[RenderableType] = [Text("Memory", "bold"), table, Text(f"{equation}\n         = {blocks}"), Text(budget.gate)]
     if note := window_note(deployment):
         lines.append(Text(note, "yellow"))
-    lines += [Text(f"warning: {warning}", "yellow") for warning in budget.warnings]
+    lines += [Text(f"warning: {warning}", "yellow") for warning in (*budget.warnings, *start_warnings(deployment.config))]
     return Group(*lines)
 
 

@@ -6,7 +6,7 @@ from pagedkv.sims.budget_timeline import headline
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.deployment import memory_request
 from pagedkv.start_timeline import memory_timeline
-from pagedkv.timeline_advice import safe_start, worse_start
+from pagedkv.timeline_advice import advise_start, safe_start, worse_start
 
 
 def start_worsened(before: ServingConfig, after: ServingConfig) -> str | None:
@@ -28,6 +28,28 @@ def start_note(serving: ServingConfig) -> str | None:
     start = safe_start(timeline.request)
     avoided = "nothing that is known avoids it with these settings" if start.danger else f"{', '.join(start.settings)} avoids it"
     return f"{headline(timeline)} {timeline.danger}; {avoided} (simulate budget --timeline)"
+
+
+def start_warnings(serving: ServingConfig) -> tuple[str, ...]:
+    """Return in a line how the start of `serving` endangers its host, and what avoids it; none if the budget says so itself.
+
+    What avoids it may be a setting, if no option of the start does.
+    """
+    timeline = _timeline(serving)
+    if timeline is None or timeline.danger is None or _is_warned_of(timeline):
+        return ()
+    settings = safe_start(timeline.request).settings
+    if not settings and (advice := advise_start(timeline)) is not None and advice.timeline.danger is None:
+        settings = advice.settings
+    avoided = f"{', '.join(settings)} avoids it" if settings else "nothing that is known avoids it with these settings"
+    first = "at a start with nothing compiled before, " if timeline.worst.worst.parts["compilers"] else "at its start, "
+    return (f"{first}{timeline.danger}; {avoided} (simulate budget --timeline shows it)",)
+
+
+def _is_warned_of(timeline: MemoryTimeline) -> bool:
+    """Return whether the start is in no more danger than the engine is when it serves, of which the budget warns already."""
+    serving = timeline.phases[-1].worst.mem_available
+    return timeline.budget is not None and bool(timeline.budget.warnings) and timeline.worst.worst.mem_available >= serving
 
 
 def _timeline(serving: ServingConfig) -> MemoryTimeline | None:

@@ -15,7 +15,7 @@ from pagedkv.memory_budget import MemoryBudget
 from pagedkv.sims.advise import advise
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
-from pagedkv.sims.start_check import start_note, start_worsened
+from pagedkv.sims.start_check import start_note, start_warnings, start_worsened
 from pagedkv.start_up import StartOptions
 
 SHORT = MeasurementConfig(duration="10s", warmup="2s")
@@ -43,6 +43,48 @@ def test_advice_says_what_the_start_of_its_command_takes() -> None:
     assert timeline(StartOptions(compile_jobs=5), model="gpt-oss-120b").danger is None
     assert timeline(StartOptions(compile_jobs=6), model="gpt-oss-120b").danger is not None
     assert start_note(ServingConfig(model="gpt-oss-120b", hardware="h200")) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "avoids", "mended"),
+    [
+        ("--model gpt-oss-120b", "MAX_JOBS=5", (StartOptions(compile_jobs=5), {})),
+        (
+            "--model qwen3-8b --other-programs 60GiB --gpu-memory-utilization 0.4",
+            "--enforce-eager",
+            (StartOptions(), {"enforce_eager": True}),
+        ),
+    ],
+)
+def test_what_runs_says_how_its_start_may_freeze_the_host(
+    flags: str, avoids: str, mended: tuple[StartOptions, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line in what fits and in a simulation, with what avoids it: what budget --timeline says at length."""
+    words = flags.replace("--", "").replace("-", "_").split()
+    serving = dict(zip(words[::2], words[1::2], strict=True))
+    asked = {name: float(value) if "utilization" in name else value.replace("_", "-") for name, value in serving.items()}
+    (warning,) = start_warnings(ServingConfig(**asked))  # type: ignore[arg-type]
+    assert "with nothing compiled before" in warning
+    assert f"{avoids} avoids it (simulate budget --timeline shows it)" in warning
+    assert timeline(**asked).danger in warning
+    assert timeline(mended[0], **asked | mended[1]).danger is None
+    assert timeline(StartOptions(warm_compile_caches=True), **asked).danger is None  # no later start is in danger
+    main(["fit", *flags.split()])
+    assert warning in " ".join(capsys.readouterr().out.split())
+    load = "--users 1 --duration 1s --warmup 0 --random-input-len 9 --random-output-len 2 --allocator paged"
+    main([*flags.split(), *load.split()])
+    assert warning in " ".join(capsys.readouterr().out.split())
+    main([*flags.split(), *load.split(), "--json", "-"])
+    assert f"warning: {warning}" in capsys.readouterr().err
+
+
+def test_a_start_is_not_warned_of_where_it_is_safe_or_the_budget_warns_already() -> None:
+    assert start_warnings(ServingConfig()) == ()
+    assert start_warnings(ServingConfig(model="gpt-oss-120b", hardware="h200")) == ()
+    assert start_warnings(ServingConfig(engine="ollama", model="llama-3.1-8b,qwen3-8b")) == ()
+    serving = ServingConfig(engine="sglang")  # whose rule leaves less than a Spark's floor
+    assert timeline(engine="sglang").danger is not None
+    assert start_warnings(serving) == ()
 
 
 @pytest.mark.parametrize(
