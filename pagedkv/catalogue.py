@@ -1,7 +1,6 @@
 """The models and machines that pagedkv knows by name. The only module that reads files."""
 
 import json
-import re
 import reprlib
 import tomllib
 from functools import cache
@@ -14,14 +13,12 @@ from pagedkv.hardware_toml import MODEL_MACHINES, hardware_from_table
 from pagedkv.hf_config import model_from_config
 from pagedkv.model_spec import ModelSpec
 from pagedkv.model_toml import model_from_table
+from pagedkv.repository_name import RepositoryName, read_repository_name
 
 USERS_UTF_8 = "utf-8-sig"
 """Encoding of files that people write: UTF-8, and with the byte-order mark that Windows' editors put before it."""
 MAX_JSON_BYTES = 2**24
 """No config.json is larger."""
-
-_QUANTIZED = re.compile(r"(.+?)[-_](fp8|nvfp4|fp4|awq|gptq|int4|w4a16)(?:[-_].*)?")
-_QUANTIZED_AS = {"fp8": "fp8", "nvf": "nvfp4", "fp4": "nvfp4", "awq": "int4", "gpt": "int4", "int": "int4", "w4a": "int4"}
 
 _FOLDER = Path(__file__).parent
 
@@ -39,8 +36,11 @@ def hardware_names() -> tuple[str, ...]:
 def load_model(name: str) -> ModelSpec:
     """Return a model by its catalogue name or Hugging Face id, in any case, or from a config.json or the folder it is in.
 
+    A repository's name does without its owner, unless there is a file or folder of this name.
+
     Raises:
-        ConfigError: If there is no such model, with the nearest names, or if the file describes none that is understood.
+        ConfigError: If there is no such model, with what would name it or the nearest names, or if the file describes none that
+            is understood.
     """
     entry = _model_index().get(name.lower())
     if entry is not None:
@@ -48,33 +48,49 @@ def load_model(name: str) -> ModelSpec:
     path = Path(name)
     if name.endswith(".json") or (name and _exists(path)):
         return _model_file(path, name)
-    known = quantized_repository(name)
+    entry = _repository_index().get(name.lower())
+    if entry is not None:
+        return _model(entry)
+    read = read_repository_name(name)
+    known = _base_index().get(read.model)
     if known is not None:
-        raise ConfigError(f"unknown model {name!r}: it looks like --model {known[0]} --quantization {known[1]}")
+        raise ConfigError(f"unknown model {name!r}: it looks like {_as_flags(known, read)}")
     raise unknown_name("model", name, model_names(), hint="Or name a config.json, or the folder it is in.")
 
 
 def quantized_repository(name: str) -> tuple[str, str] | None:
-    """Return (catalogue name, weight format) for the name of a repository of quantized weights, whoever made them; None if unclear.
+    """Return (catalogue name, weight format) for the name of a repository that says how its weights are stored, whoever made it.
 
-    E.g. "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8" is ("llama-3.1-8b", "fp8").
+    E.g. "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8" is ("llama-3.1-8b", "fp8"). None: the model is unknown, or the name does not
+    say the format, or has none that is known here.
     """
-    match = _QUANTIZED.fullmatch(name.rpartition("/")[2].lower())
-    if match is None:
-        return None
-    by_last_part = {full.rpartition("/")[2]: entry for full, entry in _model_index().items()}
-    entry = by_last_part.get(match[1])
-    return None if entry is None else (entry, _QUANTIZED_AS[match[2][:3]])
+    read = read_repository_name(name)
+    known = _base_index().get(read.model)
+    return None if known is None or read.weight_format is None else (known, read.weight_format)
 
 
 def known_model(name: str) -> bool:
     """Return whether the catalogue has a model of this name or Hugging Face id."""
-    return name.lower() in _model_index()
+    return name.lower() in _model_index() or name.lower() in _repository_index()
+
+
+def _as_flags(entry: str, read: RepositoryName) -> str:
+    """Return the flags for a repository of a model of the catalogue."""
+    if not read.gguf:
+        return f"--model {entry}" + (f" --quantization {read.weight_format}" if read.weight_format else "")
+    reader = f"--model {entry} --engine llama-cpp"
+    if read.weight_format is not None:
+        return f"{reader} --quantization {read.weight_format}"
+    if _model(entry).native_format.name == "mxfp4":
+        return f"{reader}, whose weights are the published mxfp4"
+    return f"{reader} --quantization q4_k_m, or q8_0, q6_k, q5_k_m or q4_0 if that is your GGUF file"
 
 
 @cache
 def _model(entry: str) -> ModelSpec:
-    return model_from_table(entry, _read("models.toml")[entry])
+    table = _read("models.toml")[entry]
+    like = table.get("like")
+    return model_from_table(entry, table, like=None if like is None else _read("models.toml")[like])
 
 
 @cache
@@ -83,6 +99,30 @@ def _model_index() -> dict[str, str]:
     index: dict[str, str] = {}
     for entry, table in _read("models.toml").items():
         index |= {name.lower(): entry for name in (entry, table["hf_id"], *table.get("aliases", ()))}
+    return index
+
+
+@cache
+def _repository_index() -> dict[str, str]:
+    """Return the catalogue name for every repository's name without its owner, in lower case."""
+    return {full.rpartition("/")[2]: entry for full, entry in _model_index().items()}
+
+
+@cache
+def _base_index() -> dict[str, str]:
+    """Return the catalogue name by what others call their copies of a repository, in lower case.
+
+    That is its name without the format, with its owner before it or without: "Qwen_Qwen3-8B", "Nemotron-3-Nano-30B-A3B".
+    """
+    index: dict[str, str] = {}
+    for full, entry in _model_index().items():
+        owner, _, last = full.rpartition("/")
+        base = read_repository_name(last).model
+        names = {base, *(base.removeprefix(f"{prefix}-") for prefix in (owner, "meta"))}
+        if owner:
+            names |= {f"{owner}_{base}"}
+        for name in names:
+            index.setdefault(name, entry)
     return index
 
 

@@ -15,20 +15,26 @@ _FIELDS: Mapping[str, type] = {
     "hf_id": str,
     "aliases": list,
     "source": str,
+    "like": str,
     "params_published": float,
     "config": dict,
 }
-_REQUIRED = ("title", "hf_id", "source", "config")
+_REQUIRED = ("title", "hf_id", "source")
 
 
-def model_from_table(name: str, table: Mapping[str, Any]) -> ModelSpec:
+def model_from_table(name: str, table: Mapping[str, Any], *, like: Mapping[str, Any] | None = None) -> ModelSpec:
     """Return the model that a table of models.toml describes.
+
+    Args:
+        name: Its catalogue name.
+        table: Its table.
+        like: The table that its field `like` names: its config holds but for the fields of the model's own.
 
     Raises:
         ConfigError: If a field is missing, unknown or of the wrong type, or if the parameters counted are not those
             published; the message names it.
     """
-    for key in _REQUIRED:
+    for key in _REQUIRED if like is not None else (*_REQUIRED, "config"):
         if key not in table:
             raise ConfigError(f"{name}.{key} is missing")
     for key, value in table.items():
@@ -39,7 +45,7 @@ def model_from_table(name: str, table: Mapping[str, Any]) -> ModelSpec:
     if not table["source"].strip():
         raise ConfigError(f"{name}.source is empty: say where the numbers come from")
     model = model_from_config(
-        table["config"],
+        {**({} if like is None else like["config"]), **table.get("config", {})},
         name=name,
         title=table["title"],
         source=table["source"],

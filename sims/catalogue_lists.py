@@ -13,12 +13,12 @@ _Row = TypeVar("_Row", ModelSpec, HardwareSpec)
 
 
 def find_models(text: str = "") -> dict[str, ModelSpec]:
-    """Return the models of the catalogue whose name or title has every word of `text`, by name.
+    """Return the models of the catalogue whose name or title has every word of `text`, by name; else those with such a repository.
 
     Raises:
         ConfigError: If there is none, with the nearest names.
     """
-    return _found("model", text, model_names(), load_model)
+    return _found("model", text, model_names(), load_model, lambda model: (model.hf_id, *model.aliases))
 
 
 def find_hardware(text: str = "") -> dict[str, HardwareSpec]:
@@ -27,16 +27,24 @@ def find_hardware(text: str = "") -> dict[str, HardwareSpec]:
     Raises:
         ConfigError: If there is none, with the nearest names.
     """
-    return _found("machine", text, hardware_names(), load_hardware)
+    return _found("machine", text, hardware_names(), load_hardware, lambda machine: machine.aliases)
 
 
-def _found(kind: str, text: str, names: Sequence[str], load: Callable[[str], _Row]) -> dict[str, _Row]:
+def _found(
+    kind: str, text: str, names: Sequence[str], load: Callable[[str], _Row], others: Callable[[_Row], Iterable[str]]
+) -> dict[str, _Row]:
+    """Return the rows that a text finds: by name and title, and if that is none, by one of their `others`."""
     rows = {name: load(name) for name in names}
     words = text.lower().split()
-    found = {name: row for name, row in rows.items() if all(word in f"{name} {row.title}".lower() for word in words)}
+    found = {name: row for name, row in rows.items() if _has(words, f"{name} {row.title}")}
+    found = found or {name: row for name, row in rows.items() if any(_has(words, other) for other in others(row))}
     if not found:
         raise unknown_name(kind, text, names)
     return found
+
+
+def _has(words: Iterable[str], text: str) -> bool:
+    return all(word in text.lower() for word in words)
 
 
 def models_document(models: Iterable[tuple[str, ModelSpec]]) -> dict[str, Any]:

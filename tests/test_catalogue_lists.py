@@ -24,6 +24,12 @@ def test_every_word_is_in_what_is_found_and_in_nothing_else(text: str) -> None:
     assert found
 
 
+def test_what_is_no_name_finds_the_model_with_such_a_repository() -> None:
+    assert tuple(find_models("DeepSeek-R1-Distill-Llama-70B")) == ("llama-3.3-70b",)
+    assert tuple(find_models("distill qwen")) == ("qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b")
+    assert not any("distill" in name for name in find_models("deepseek")), "a name goes first"
+
+
 def test_what_finds_nothing_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'qwen9-8b': did you mean qwen3-8b"):
         find_models("qwen9-8b")
