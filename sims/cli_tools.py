@@ -57,7 +57,7 @@ def models(
     """List the models of the catalogue, or those whose name has a text.
 
     Args:
-        text: What to look for, e.g. qwen3 or llama 70b: every word must be in the name or the title, or else in a repository's name.
+        text: What to look for, e.g. qwen3 or llama 70b: every word must be in the name or the title, or else in a repository.
         json: Write the list to this file; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.catalogue_lists import find_models, models_document
@@ -79,7 +79,7 @@ def hardware(
     """List the machines of the catalogue, or those whose name has a text.
 
     Args:
-        text: What to look for, e.g. h200: every word must be in the name or the title, or else in a repository's name.
+        text: What to look for, e.g. h200: every word must be in the name or the title, or else in a repository.
         json: Write the list to this file; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.catalogue_lists import find_hardware, hardware_document
