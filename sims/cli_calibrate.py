@@ -37,8 +37,9 @@ def calibrate(
     """Fit step times and memory of your machine to measurements made on it, and write a hardware file for --hardware.
 
     Args:
-        files: Results of `vllm bench serve`, tables or records of llama-bench and llama-batched-bench, a start-up log of vLLM (or a
-            folder with meta.json), a CSV of rows; the format is recognised.
+        files: Results of `vllm bench serve`, or the table that it or SGLang's bench_serving prints, tables or records of
+            llama-bench and llama-batched-bench, a start-up log of vLLM (or a folder with meta.json), a CSV of rows; the format is
+            recognised.
         tokens_per_s: Output tokens a second that were measured, of all sequences together; with --batch and --context.
         prefill_tokens_per_s: Prompt tokens a second that were measured; with --prompt.
         batch: Sequences at once behind those rates.

@@ -1,6 +1,7 @@
 """Formats of measurements: recognised by their content, read value by value, and refused with place and need."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,61 @@ VLLM_BENCH = {
     "mean_tpot_ms": 41.0,
     "median_itl_ms": 40.0,
 }
+VLLM_TABLE = """\
+Namespace(subparser='bench', model='meta-llama/Llama-3.1-8B', num_prompts=64, max_concurrency=8)
+100%|##########| 64/64 [01:31<00:00,  1.42s/it]
+============ Serving Benchmark Result ============
+Successful requests:                     64
+Failed requests:                         0
+Maximum request concurrency:             8
+Benchmark duration (s):                  91.00
+Total input tokens:                      65536
+Total generated tokens:                  16384
+Request throughput (req/s):              0.70
+Output token throughput (tok/s):         180.00
+Peak output token throughput (tok/s):    208.00
+Peak concurrent requests:                16.00
+Total token throughput (tok/s):          900.22
+---------------Time to First Token----------------
+Mean TTFT (ms):                          900.00
+Median TTFT (ms):                        650.00
+P99 TTFT (ms):                           2100.00
+-----Time per Output Token (excl. 1st token)------
+Mean TPOT (ms):                          41.00
+Median TPOT (ms):                        40.50
+P99 TPOT (ms):                           45.00
+---------------Inter-token Latency----------------
+Mean ITL (ms):                           41.00
+Median ITL (ms):                         40.00
+P99 ITL (ms):                            90.00
+==================================================
+"""
+SGLANG_TABLE = """\
+============ Serving Benchmark Result ============
+Backend:                                 sglang
+Traffic request rate:                    inf
+Max request concurrency:                 not set
+Successful requests:                     64
+Benchmark duration (s):                  20.00
+Total input tokens:                      65,536
+Total input text tokens:                 65536
+Total generated tokens:                  16384
+Total generated tokens (retokenized):    16001
+Request throughput (req/s):              3.20
+Input token throughput (tok/s):          3276.80
+Output token throughput (tok/s):         819.20
+Concurrency:                             58.10
+----------------End-to-End Latency----------------
+Mean E2E Latency (ms):                   18155.00
+---------------Time to First Token----------------
+Mean TTFT (ms):                          5000.00
+Median TTFT (ms):                        5100.00
+---------------Inter-Token Latency----------------
+Mean ITL (ms):                           51.60
+Median ITL (ms):                         50.00
+Max ITL (ms):                            900.00
+==================================================
+"""
 STARTUP = """\
 (APIServer pid=11) INFO 11-20 09:12:01 [api_server.py:1201] vLLM API server version 0.33.0
 (APIServer pid=11) INFO 11-20 09:12:01 [utils.py:233] non-default args: {'model_tag': 'Qwen/Qwen2.5-7B', \
@@ -105,6 +161,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         json.dumps({"n_ubatch": 512, "is_pp_shared": 0, "pp": 512, "tg": 32, "pl": 4, "speed_pp": 2300.0, "speed_tg": 104.0}),
     ),
     "vllm-bench-result": (json.dumps(VLLM_BENCH),),
+    "serving-benchmark-table": (VLLM_TABLE, SGLANG_TABLE),
     "vllm-meta-json": (json.dumps({"model": "m", "vllm_version": "0.19.0", "kv_cache": {"num_gpu_blocks": 9, "block_size": 16}}),),
     "vllm-startup-log": (STARTUP, OLDER),
     "benchmark-csv": (
@@ -218,6 +275,41 @@ def test_several_appended_results_are_read_each(tmp_path: Path) -> None:
     assert [rate.kind for rate in found.rates] == ["decode", "run", "decode", "prefill"]
 
 
+def test_the_table_on_the_terminal_says_what_the_saved_result_does(tmp_path: Path) -> None:
+    saved, shown = read(tmp_path, json.dumps(VLLM_BENCH)), read(tmp_path, VLLM_TABLE)
+    assert [replace(rate, where="") for rate in shown.rates] == [replace(rate, where="") for rate in saved.rates]
+    assert (shown.claims, shown.notes) == (saved.claims, saved.notes)
+    assert shown.rates[0].where.endswith("file.txt, line 3, median_itl_ms")
+    elsewhere = read(tmp_path, VLLM_TABLE.replace("\n", "\r\n"))
+    assert elsewhere.rates == shown.rates
+
+
+def test_the_table_of_sglang_is_a_burst_where_no_limit_is_set(tmp_path: Path) -> None:
+    found = read(tmp_path, SGLANG_TABLE)
+    (decode,) = found.rates
+    assert (decode.kind, decode.batch, decode.depth, decode.tokens_per_s) == ("decode", 64, 1024 + 128, 64 / 0.050)
+    at_a_rate = SGLANG_TABLE.replace("rate:                    inf", "rate:                    3.5").replace(
+        "Median ITL", "Mean TPOT (ms):                          50.00\nMedian ITL"
+    )
+    assert read(tmp_path, at_a_rate).rates[0].batch == round(64 * 0.050 * 255 / 20)
+
+
+def test_several_tables_are_read_each_and_nothing_between_them(tmp_path: Path) -> None:
+    alone = VLLM_TABLE.replace("concurrency:             8", "concurrency:             1")
+    found = read(tmp_path, VLLM_TABLE + "$ vllm bench serve --max-concurrency 1\nSuccessful requests: 3\n" + alone)
+    assert [rate.batch for rate in found.rates] == [8, 8, 1, 1]
+    assert [rate.kind for rate in found.rates] == ["decode", "run", "decode", "prefill"]
+
+
+def test_a_table_that_states_no_limit_counts_as_a_burst_only_if_it_was_one(tmp_path: Path) -> None:
+    older = VLLM_TABLE.replace("Maximum request concurrency:             8\n", "")
+    found = read(tmp_path, older)  # 8 of 64 at once on average: there was a limit, or a rate
+    assert [rate.batch for rate in found.rates] == [round(64 * 0.041 * 255 / 91)]
+    assert any("says no rate and no concurrency" in note for note in found.notes)
+    burst = older.replace("91.00", "15.00").replace("180.00", "1092.27")
+    assert [rate.batch for rate in read(tmp_path, burst).rates] == [64]
+
+
 def test_a_start_up_log_gives_memory_and_settings(tmp_path: Path) -> None:
     found = read(tmp_path, STARTUP)
     assert found.rates == ()
@@ -300,6 +392,11 @@ def test_colours_of_a_terminal_do_not_matter(tmp_path: Path) -> None:
         (json.dumps(VLLM_BENCH | {"median_itl_ms": -1}), "median_itl_ms is -1"),
         (json.dumps(VLLM_BENCH | {"total_output_tokens": 64}), "1 output tokens per request"),
         (json.dumps(VLLM_BENCH) + json.dumps(VLLM_BENCH | {"model_id": "other"}), "give one model at a time"),
+        (VLLM_TABLE.replace("Successful requests:                     64", ""), "line 3: completed is missing"),
+        (VLLM_TABLE.replace("Median ITL", "Half of ITL"), "line 3: no median_itl_ms; the benchmark writes them"),
+        (VLLM_TABLE.replace("65536", "[result]"), r"total_input_tokens is '\[result\]'"),
+        ("====== Serving Benchmark Result ======\n", "line 1: the table has no rows such as"),
+        (VLLM_TABLE + VLLM_TABLE.replace("Llama-3.1-8B", "Llama-3.2-1B"), "give one model at a time"),
         (STARTUP.splitlines()[0], "without the size of the KV cache"),
         (STARTUP.replace("76.91", "-3.20"), "is -3.20 GiB: vLLM had no room"),
         (json.dumps({"vllm_version": "0.19.0", "kv_cache": {}}), "kv_cache.num_gpu_blocks is missing"),
