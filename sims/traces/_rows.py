@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from pagedkv.sims.prompt_content import PromptContent
 
 MAX_TOKENS = 2**31 - 1
 """Longest length a row may give: sums of two stay far inside int64."""
+
+NEEDED_DATE = "a date and time such as 2023-11-16 18:15:46.68"
+_ORIGIN = datetime(2020, 1, 1, tzinfo=UTC)
+"""Dates count from here: near the traces, so that a float64 of seconds resolves 0.1 us."""
 
 MAX_TIME_S = 1e12
 """Latest time a row may give (seconds): 30,000 years, so that differences stay finite and exact to a millisecond."""
@@ -79,6 +84,22 @@ def time_column(name: str, cells: Sequence[object], place: Callable[[int], str] 
         return parse_seconds(cell, unit_s=unit_s)
 
     return Column(name=name, cells=cells, parse=parse, needed=f"a finite number of {unit}", place=place)
+
+
+def arrival_column(name: str, cells: Sequence[object], *, unit_s: float = 1.0) -> Column:
+    """Return a column of times: dates if no cell is a number and one is a date, else numbers of units of `unit_s` seconds."""
+    if not any(parse_seconds(cell) is not None for cell in cells) and any(parse_date(cell) is not None for cell in cells):
+        return Column(name=name, cells=cells, parse=parse_date, needed=NEEDED_DATE)
+    return time_column(name, cells, unit_s=unit_s)
+
+
+def parse_date(cell: object) -> float | None:
+    """Return the seconds from `_ORIGIN` to the date in `cell`, ISO 8601; without an offset it counts as UTC."""
+    try:
+        date = datetime.fromisoformat(str(cell).strip())
+    except ValueError:
+        return None
+    return ((date if date.tzinfo else date.replace(tzinfo=UTC)) - _ORIGIN).total_seconds()
 
 
 def parse_tokens(cell: object) -> int | None:

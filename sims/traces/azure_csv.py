@@ -3,17 +3,13 @@
 Source: https://github.com/Azure/AzurePublicDataset (AzureLLMInferenceTrace, 2023 and 2024).
 """
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
 from pagedkv.sims.traces import TRACE_FORMATS
 from pagedkv.sims.traces._csv_table import CsvTable
 from pagedkv.sims.traces._head import Head
-from pagedkv.sims.traces._rows import Rows
-
-# Near the traces, so that a float64 of seconds resolves 0.1 us, the resolution of the files.
-_ORIGIN = datetime(2020, 1, 1, tzinfo=UTC)
+from pagedkv.sims.traces._rows import NEEDED_DATE, Rows, parse_date
 
 
 @TRACE_FORMATS.register("azure-csv")
@@ -35,14 +31,5 @@ class AzureCsv:
             line_numbers=table.line_numbers,
             prompt=table.column(["ContextTokens"]),
             output=table.column(["GeneratedTokens"]),
-            arrival=table.column(["TIMESTAMP"], parse=_parse_date, needed="a date and time such as 2023-11-16 18:15:46.68"),
+            arrival=table.column(["TIMESTAMP"], parse=parse_date, needed=NEEDED_DATE),
         )
-
-
-def _parse_date(cell: object) -> float | None:
-    """Return the seconds from `_ORIGIN` to the date in `cell`; digits beyond microseconds are cut."""
-    try:
-        date = datetime.fromisoformat(str(cell).strip())
-    except ValueError:
-        return None
-    return ((date if date.tzinfo else date.replace(tzinfo=UTC)) - _ORIGIN).total_seconds()

@@ -7,19 +7,17 @@ from pagedkv.errors import TraceFormatError
 from pagedkv.sims.traces import TRACE_FORMATS
 from pagedkv.sims.traces._head import Head
 from pagedkv.sims.traces._json_text import json_lines
-from pagedkv.sims.traces._names import ARRIVAL_MS, ARRIVAL_S, OUTPUT, PROMPT
-from pagedkv.sims.traces._rows import Rows, shown, time_column, token_column
+from pagedkv.sims.traces._names import ARRIVAL_MS, ARRIVAL_S, OUTPUT, PROMPT, TIME
+from pagedkv.sims.traces._rows import Rows, arrival_column, shown, token_column
 from pagedkv.sims.traces.mooncake_jsonl import MooncakeJsonl
-
-_SECONDS = (*ARRIVAL_S, "timestamp")
 
 
 @TRACE_FORMATS.register("generic-jsonl")
 class GenericJsonl:
     """Keys in any case and order, the same ones in all lines; other keys are not read.
 
-    A bare "timestamp" is in seconds here. With input_length and output_length it is a Mooncake trace, in milliseconds: where such a
-    file counts seconds, say so with `--trace-format generic-jsonl`.
+    A bare "timestamp" is in seconds here, or a date. With input_length and output_length it is a Mooncake trace, in milliseconds:
+    where such a file counts seconds, say so with `--trace-format generic-jsonl`.
     """
 
     first_line: ClassVar[str] = (
@@ -51,7 +49,7 @@ class GenericJsonl:
         columns = list(zip(*cells, strict=True))
         arrival = None
         if len(keys) == 3:
-            arrival = time_column(keys[2], columns[2], unit_s=1e-3 if keys[2].lower() in ARRIVAL_MS else 1.0)
+            arrival = arrival_column(keys[2], columns[2], unit_s=1e-3 if keys[2].lower() in ARRIVAL_MS else 1.0)
         return Rows(
             line_numbers=line_numbers,
             prompt=token_column(keys[0], columns[0]),
@@ -65,7 +63,8 @@ def _keys(path: Path, number: int, line: str, row: dict[str, object]) -> list[st
     """Return the keys of both lengths in this, the first, object, and of its arrival if it has one."""
     lowered = {key.lower(): key for key in row}
     prompt, output, arrival = (
-        next((lowered[name] for name in names if name in lowered), None) for names in (PROMPT, OUTPUT, (*_SECONDS, *ARRIVAL_MS))
+        next((lowered[name] for name in names if name in lowered), None)
+        for names in (PROMPT, OUTPUT, (*ARRIVAL_S, *ARRIVAL_MS, *TIME))
     )
     if prompt is None or output is None:
         wanted = " or ".join(PROMPT if prompt is None else OUTPUT)

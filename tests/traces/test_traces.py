@@ -77,6 +77,12 @@ def test_a_file_reads_the_same_however_it_is_stored(name: str, variant: str, wri
         "id,num_decode_tokens,num_prefill_tokens,arrived_at\nx,1,1,0\ny,8,7,1.5",
         '"note","input_tokens","output_length","timestamp_s"\n"a, ""b""",1,1,0\n"c\nd",7,8,15e-1',
         "arrival_time,input_length,my_output,output_tokens\n0,1,9,1\n1.5,7,9,8",
+        "timestamp,prompt_tokens,completion_tokens\n100,1,1\n101.5,7,8",
+        "timestamp,prompt_tokens,completion_tokens\n2026-11-30T09:00:00Z,1,1\n2026-11-30T10:00:01.5+01:00,7,8",
+        "time,num_prefill_tokens,num_decode_tokens\n2026-11-30 09:00:00,1,1\n2026-11-30 09:00:01.500,7,8",
+        "arrival,input_tokens,output_tokens\n2026-11-30T09:00,1,1\n2026-11-30T09:00:01.5,7,8",
+        "timestamp,arrival_s,num_prompt_tokens,num_output_tokens\n7,3,1,1\n7,4.5,7,8",
+        "timestamp,input_length,output_length\n2026-11-30T09:00:00,1,1\n2026-11-30T09:00:01.5,7,8",
     ],
 )
 def test_generic_csv_takes_the_usual_names(text: str, write: Callable[[str], Path]) -> None:
@@ -99,6 +105,13 @@ def test_generic_csv_takes_the_usual_names(text: str, write: Callable[[str], Pat
 def test_two_columns_of_one_meaning_are_not_guessed_between(header: str, same: str, write: Callable[[str], Path]) -> None:
     with pytest.raises(TraceFormatError, match=f"line 1: the columns {same} say the same thing.*remove all but one"):
         read_trace(write(f"{header}\n0,5,6,7\n"))
+
+
+def test_a_timestamp_whose_unit_nobody_can_know_is_no_arrival_but_lengths_are_read(write: Callable[[str], Path]) -> None:
+    path = write("timestamp,input_length,output_length\n0,5,6\n3000,7,8\n")
+    with pytest.raises(TraceFormatError, match="name the column timestamp_ms or timestamp_s"):
+        read_trace(path)
+    assert [array.tolist() for array in read_lengths(path)] == [[5, 7], [6, 8]]
 
 
 def test_columns_that_are_not_read_and_texts_beside_lengths_may_be_there_twice(write: Callable[[str], Path]) -> None:
@@ -219,6 +232,14 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "endless time": (generic("1,1,1", "1e999,1,1"), r"line 3, column arrival_s: '1e999' is not a finite"),
     "no time": (generic("1,1,1", ",1,1"), r"line 3, column arrival_s: '' is not a finite"),
     "grouped time": (generic("1,1,1", "1_0,1,1"), r"line 3, column arrival_s: '1_0' is not a finite"),
+    "mixed times": (
+        generic("1,1,1", f"{DATE},1,1"),
+        r"line 3, column arrival_s: '2023.*' is not a finite number of seconds",
+    ),
+    "mixed dates": (
+        generic(f"{DATE},1,1", "noon,1,1"),
+        r"line 3, column arrival_s: 'noon' is not a date and time such as 2023-11-16 18:15:46",
+    ),
     "open quote": (generic('1,"1,1'), "not CSV"),
     "json ends early": (EXAMPLES["mooncake-jsonl"] + '{"timestamp": 1,', "line 4: not JSON"),
     "json nests": ('{"input_length": ' + "[" * 100_000, "line 1: not JSON"),
