@@ -138,6 +138,15 @@ _FORMATS = (
         source="llama.cpp's gpt-oss: routed experts as mxfp4, all else as q8_0; 11.27 GiB for 20b",
     ),
     WeightFormat(
+        name="mxfp4-all",
+        bits_per_weight=4.25,
+        wide_bits=16,
+        head_bits=4.25,
+        compute_dtype="fp8",
+        source="routed experts, other linear layers and head as mxfp4: vLLM built for the DGX Spark with "
+        "--mxfp4-layers moe,qkv,o,lm_head (eugr/spark-vllm-docker)",
+    ),
+    WeightFormat(
         name="mxfp4+fp8",
         bits_per_weight=4.25,
         wide_bits=16,

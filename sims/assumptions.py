@@ -17,6 +17,7 @@ from pagedkv.sims.load_flags import DEFAULT_THINK_TIME_S
 from pagedkv.sims.routing.prefix_affine import BALANCE_ABS_THRESHOLD, BALANCE_REL_THRESHOLD
 from pagedkv.sims.saturation import THROUGHPUT_SHARE_LIMIT, WAITING_SHARE_LIMIT
 from pagedkv.sims.step_constants import EAGER_S_PER_LAYER
+from pagedkv.sims.step_groups import OF_WEIGHTS
 from pagedkv.start_up import COMPILE_PEAK_BYTES, KERNEL_BUILD_BYTES, KERNEL_BUILD_MOST_BYTES, READAHEAD_BYTES
 from pagedkv.units import GIB, KIB
 from pagedkv.weight_format import WEIGHT_FORMATS
@@ -88,7 +89,18 @@ def code_rows() -> tuple[Row, ...]:
             "estimated",
             "about 10 launches of 4 µs per layer",
         ),
-        ("experts touched by a step over n tokens", "1 − (1 − k/E)^n of them", "estimated", "uniform routing"),
+        (
+            "experts touched by a step over n tokens",
+            "1 − (1 − k/E)^(n^r) of them, with the routing_exponent r below",
+            "measured",
+            "1 would be uniform routing; rows of mixtures on two engines say 0.7 to 0.8",
+        ),
+        (
+            "routing_exponent and expert_rate where no row of the engine tells them",
+            "as of the same engine on that machine, else of the engine with rows of most models",
+            "estimated",
+            "routing is of models and texts; gathered experts are multiplied slower on every engine that was measured",
+        ),
         (
             "a step's time",
             "(weights^p + linear^p)^(1/p) + (KV^p + attention^p)^(1/p) + states + overheads; without a fit the longer of each pair",
@@ -173,17 +185,24 @@ def code_rows() -> tuple[Row, ...]:
     )
 
 
+_NEAR_THE_OTHERS = "no row with these weights tells it: the machine's figure, or near the engine's other weight types"
+
+
 def fitted_rows() -> Iterator[Row]:
-    """Yield the constants that were fitted to published rows, by machine, engine and weight type."""
+    """Yield the constants of fitted groups, by machine, engine and weight type: measured if rows tell them, else their origin."""
     for group in fitted_groups():
         source = f"{group['source']}, fitted {group['date']}"
         where = f"{group['engine']} on {group['machine']}"
         for name, value in group["constants"].items():
-            yield f"{where}: {name}", f"{value:,.4g}", "measured", source
+            assumed = group["assumed"].get(name)
+            tag, why = ("measured", source) if assumed is None else ("estimated", assumed)
+            yield f"{where}: {name}", f"{value:,.4g}", tag, why
         for fmt, its in group["weights"].items():
-            for name in ("weight_read_bytes_per_s", "linear_flops"):
-                models = f"{its['num_figures']} figures of {its['num_models']} model{'s' if its['num_models'] > 1 else ''}"
-                yield f"{where}, {fmt}: {name}", f"{its[name]:,.4g}", "measured", f"{models}: {source}"
+            models = f"{its['num_figures']} figures of {its['num_models']} model{'s' if its['num_models'] > 1 else ''}"
+            for name in OF_WEIGHTS:
+                tells = name in its["fitted"]
+                tag, why = ("measured", f"{models}: {source}") if tells else ("estimated", _NEAR_THE_OTHERS)
+                yield f"{where}, {fmt}: {name}", f"{its[name]:,.4g}", tag, why
 
 
 def markdown() -> str:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.model_spec import ModelSpec
+from pagedkv.sims.certainty import Certainty, spreads_of, unknown_spreads
+from pagedkv.sims.constant_sources import CARRIED, FAMILIES, FAMILY_WORDS, carried_constants, families_of
 from pagedkv.sims.step_constants import NUMBERS, StepConstants, catalogue_constants
 from pagedkv.sims.step_groups import OF_WEIGHTS, checked_groups
 from pagedkv.weight_format import WeightFormat
@@ -93,13 +95,15 @@ def calibration_for(
     Raises:
         ConfigError: If the machine's file carries a group that cannot be read.
     """
-    state = "state_" if model.kv_spec("auto").state_bytes_per_sequence else ""
+    state = model.kv_spec("auto").state_bytes_per_sequence > 0
+    base_engine = _SAME_CODE.get(engine, engine)
     prior = catalogue_constants(replace(hardware, linear_by_rows={}), weight_format)  # groups were fitted without rates by rows
     for group, other_engine in _groups(hardware, engine):
         weights = group["weights"].get(weight_format.name)
         if weights is None and not group["any_weights"]:
             continue
-        why = list(_doubts(group, weights, engine, weight_format, kv_cache_dtype, other_engine=other_engine))
+        doubts = _doubts(group, weights, engine, weight_format, kv_cache_dtype, other_engine=other_engine)
+        why = [*doubts, *_unknown_family(group, model)]
         its = group["any_weights"] if weights is None else weights
         if weights is None and weight_format.bits_per_weight >= _NOT_QUANTIZED_BITS:
             its = {**its, "linear_flops": prior.linear_flops / clock}
@@ -107,10 +111,10 @@ def calibration_for(
         values |= {name: values[name] * factor for name, factor in group.get("versions", {}).get(build, {}).items()}
         values |= {name: values[name] * clock for name in ("linear_flops", "attention_flops") if name in values}
         values |= {name: values[name] * bandwidth for name in _OF_MEMORY if name in values}
-        wide = group["widened"] if why else 1.0
-        spreads = {kind: wide * group["spread"][f"{state}{kind}"] for kind in ("decode", "prefill")}
-        if model.name in group.get("models", ()) and not other_engine and weights is not None:
-            spreads |= group.get("own_spread", {})
+        measured = model.name in group.get("models", ()) and not other_engine and weights is not None
+        measured = measured and kv_cache_dtype in group["kv_cache_dtypes"]
+        certainty: Certainty = "measured" if measured else "doubted" if why else "known"
+        spreads = spreads_of(group, certainty, state=state)
         return Calibration(
             constants=replace(prior, **values),
             basis=f"{group['engine']} on {group['machine']}: {group['source']}",
@@ -123,17 +127,22 @@ def calibration_for(
             prefill_spread=spreads["prefill"],
         )
     unknown = _table()["catalogue"]
+    everywhere = [*checked_groups(hardware.step_constants, hardware.name), *_table()["group"]]
+    spreads = unknown_spreads(everywhere, base_engine, unknown, state=state)
+    carried = carried_constants(everywhere, (hardware.name, hardware.like), base_engine) if model.num_experts else {}
+    told: dict[str, Any] = {name: each.value for name, each in carried.items()}
     return Calibration(
-        constants=catalogue_constants(hardware, weight_format),
+        constants=replace(catalogue_constants(hardware, weight_format), **told),
         basis=f"the catalogue's figures of {hardware.name}",
         status="not validated",
         why=f"no published rows of {engine} with {weight_format.name} weights on {hardware.name} to fit to or compare with; "
-        f"the interval is how far such figures are off on {unknown['machine']}",
+        f"the interval is as wide as where such figures could be compared, on {unknown['machine']}, and as the nearest fit's"
+        + "".join(f"; {name} as of {each.whose}" for name, each in carried.items()),
         num_figures=0,
         num_models=0,
         date="",
-        decode_spread=unknown["decode"],
-        prefill_spread=unknown["prefill"],
+        decode_spread=spreads["decode"],
+        prefill_spread=spreads["prefill"],
     )
 
 
@@ -182,6 +191,14 @@ def _doubts(
         yield group["doubt"]
     if kv_cache_dtype not in group["kv_cache_dtypes"]:
         yield f"its rows have a KV cache in {' or '.join(group['kv_cache_dtypes'])}, not {kv_cache_dtype}"
+
+
+def _unknown_family(group: Mapping[str, Any], model: ModelSpec) -> Iterator[str]:
+    """Yield for which of a model's families the rows of `group` hold no model, and where what these would tell comes from."""
+    for family in families_of(model):
+        if "families" in group and family not in group["families"]:
+            carried = [f"{name} {group['assumed'][name]}" for name in FAMILIES[family] if name in CARRIED]
+            yield f"its rows have no {FAMILY_WORDS[family]}" + "".join(f"; {each}" for each in carried)
 
 
 @cache

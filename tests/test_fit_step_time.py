@@ -210,7 +210,8 @@ def numbers_of(table: Any, path: str = "") -> Mapping[str, Any]:
 def test_the_committed_constants_are_what_the_script_writes(shared_data: Path) -> None:
     hardware = load_hardware(MACHINE)
     found, _ = points_of([*read_rows(shared_data / ROWS), *read_rows(FURTHER)])
-    lines = document(fit_all(found, hardware), catalogue_spread(found, hardware), hardware, "", shared_data / LOG)
+    fitted = fit_all(found, hardware)
+    lines = document(fitted, catalogue_spread(found, fitted, hardware), hardware, "", shared_data / LOG)
     fresh = numbers_of(tomllib.loads("\n".join(lines)))
     committed = numbers_of(tomllib.loads(FILE.read_text(encoding="utf-8")))
     assert fresh.keys() == committed.keys()

@@ -126,6 +126,17 @@ def test_rates_beyond_the_machines_peak_are_flagged_and_not_compared(tmp_path: P
     assert "GB/s, more than the 273 GB/s of dgx-spark" in bandwidth
 
 
+def test_an_impossible_rate_says_which_weights_it_assumes_and_which_would_do(tmp_path: Path) -> None:
+    cells = {"engine": "vLLM 0.33", "model": "gpt-oss-120b", "prefill_tok_s": "", "decode_tok_s": "57.5", "batch": "1"}
+    path = csv_of(tmp_path, {**cells, "weight_dtype": "MXFP4"}, {**cells, "weight_dtype": "mxfp4-all"})
+    published = compare_rows(path, SPARK)
+    (reason,) = (each.reason for each in published.not_compared)
+    assert "mxfp4 has linear layers beside the experts in 16 bits and the output head in 16" in reason
+    assert "it could be of weights in mxfp4+fp8, mxfp4-all" in reason
+    assert "q8_0" not in reason  # vLLM reads no GGUF
+    assert [each.point.subject.weight_format.name for each in published.residuals] == ["mxfp4-all"]
+
+
 def test_no_published_row_is_flagged_but_the_one_that_its_collector_doubts(shared_data: Path) -> None:
     published = compare_rows(shared_data / "dgx_spark_benchmarks.csv", SPARK, leave_out=False)
     assert not [each for each in published.not_compared if "impossible" in each.reason]
@@ -171,6 +182,9 @@ def test_further_rows_are_the_other_halves_of_what_the_file_quotes(published: Pu
     quoted = {row.model for row in published.rows if row.source in {each.source for each in further}}
     assert quoted
     assert not quoted & {row.model for row in further}
+    assert (
+        len({(row.source, row.model, row.weight_dtype, row.batch, row.prompt_tokens, row.context_depth) for row in further}) > 100
+    )
     assert {row.verified for row in further} == {True}
     left_out = [each for each in published.not_compared if each.row.file == FURTHER.name]
     assert len(published.further) == sum((row.prefill_tok_s is not None) + (row.decode_tok_s is not None) for row in further) - 1
@@ -188,7 +202,7 @@ def test_no_bar_counts_further_rows(published: Published) -> None:
 def test_engines_with_few_rows_or_a_single_model_are_not_validated(published: Published) -> None:
     doubts = {status.engine: status.doubts for status in published.engines}
     assert doubts["llama-cpp"] == doubts["sglang"] == ""
-    assert doubts["vllm"] == "not validated: rows of a single model"
+    assert doubts["vllm"] == "not validated: scored rows of a single model"
     assert "1 row, too few" in doubts["tensorrt-llm"]
     assert "2 rows, too few" in doubts["ollama"]
 

@@ -45,6 +45,8 @@ FIRST: Sequence[tuple[bool, tuple[str, ...]]] = (
 """One of these is chosen first, for prefills (true) and for decoding."""
 _SLOWER = -1.6
 """Logarithm of how much slower a rate is tried, a fifth: arithmetic that hides behind reading comes out, as in mixtures."""
+_ELSEWHERE: Sequence[Mapping[str, float]] = (dict.fromkeys(_ARITHMETIC, _SLOWER), {"routing_exponent": -0.35})
+"""Where a fit begins besides: a small move changes nothing of arithmetic that is hidden, nor of an exponent of 1, the largest."""
 STAGES: Sequence[tuple[str, ...]] = (
     ("weight_read_bytes_per_s", "linear_flops"),
     ("kv_read_bytes_per_s", "attention_flops", "state_bytes_per_s", "further_state_bytes_per_s"),
@@ -143,8 +145,8 @@ def fitted_to(
 
     if not names:
         return base
-    hidden = np.array([_SLOWER if name in _ARITHMETIC else 0.0 for name in names])
-    ends = [least_squares(residuals, start) for start in (np.zeros(len(names)), *([hidden] if hidden.any() else []))]
+    elsewhere = [np.array([away.get(name, 0.0) for name in names]) for away in _ELSEWHERE]
+    ends = [least_squares(residuals, start) for start in (np.zeros(len(names)), *(each for each in elsewhere if each.any()))]
     losses = [float(each @ each) for each in map(residuals, ends)]
     return at(ends[int(np.argmin(losses))])
 

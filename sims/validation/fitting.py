@@ -8,8 +8,9 @@ import numpy as np
 
 from pagedkv.arrays import Float64Array, Int64Array
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.sims.constant_sources import Carried, concerned, families_of
 from pagedkv.sims.step_constants import StepConstants, catalogue_constants
-from pagedkv.sims.validation.least_squares import least_squares, softened
+from pagedkv.sims.validation.least_squares import covariance, least_squares, softened
 from pagedkv.sims.validation.points import Point
 from pagedkv.sims.validation.work import CONSTANTS, Work, as_row
 from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat
@@ -22,6 +23,9 @@ _EXPECTED_ERROR = {"decode": 0.05, "prefill": 0.10}
 """What a good model misses by: figures count in units of it."""
 _SOFT_FROM = 3.0
 """Units beyond which a figure counts linearly."""
+_IDENTIFIED = 0.5
+"""A constant is known from rows if they leave less than this of the spread that was assumed without them: for a weight type's own,
+of how far weight types differ."""
 _STARTS = {
     "overlap": 4.0,
     "routing_exponent": 0.7,
@@ -67,10 +71,21 @@ PLANS = (
         known={"latent_attention": 1.0},
         by_version=("linear_flops", "attention_flops"),
     ),
-    Plan(engine="vllm", shared=("kv_read_bytes_per_s", "sequence_overhead_s")),
+    Plan(
+        engine="vllm",
+        shared=(
+            "kv_read_bytes_per_s",
+            "step_overhead_s",
+            "sequence_overhead_s",
+            "further_state_bytes_per_s",
+            "routing_exponent",
+            "expert_rate",
+        ),
+    ),
     Plan(engine="sglang"),
 )
-"""By engine with enough rows."""
+"""By engine with enough rows; that with most models first, since others may take from it what their rows do not tell."""
+NOTHING_CARRIED: Mapping[str, Carried] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,6 +100,10 @@ class Fit:
     """Builds with rows besides the current ones."""
     x: Float64Array
     """Logarithms against the prior, in the order of `names`."""
+    carried: Mapping[str, Carried] = field(default_factory=dict)
+    """What other engines' rows say of constants: the fit begins there, and stays there where its own rows say nothing."""
+    covariance: Float64Array | None = None
+    """Of the parameters, as rows and prior leave them; None: nothing was fitted."""
 
     @property
     def names(self) -> tuple[tuple[str, str], ...]:
@@ -122,13 +141,14 @@ class Fit:
 
     def constants(self, prior: StepConstants, fmt: str, version: str = "") -> StepConstants:
         """Return the constants of a weight type; one without rows gets the engine's mean. `prior` is what is not fitted."""
-        values = {name: getattr(prior, name) for name in CONSTANTS} | dict(self.plan.known)
+        began = {name: each.value for name, each in self.carried.items()}
+        values = {name: getattr(prior, name) for name in CONSTANTS} | began | dict(self.plan.known)
         mean = catalogue_constants(self.hardware, self.prior_format)
         for (name, of), x in zip(self.names, self.x, strict=True):
             if of not in ("", fmt, f"@{version}"):
                 continue
             if of == "":
-                values[name] = _STARTS.get(name, getattr(mean, name))
+                values[name] = began.get(name, _STARTS.get(name, getattr(mean, name)))
             if name == "overlap":
                 values[name] = 1.0 + (values[name] - 1.0) * float(np.exp(x))
             else:
@@ -136,13 +156,41 @@ class Fit:
         values["routing_exponent"] = min(values["routing_exponent"], 1.0)
         return StepConstants(**values)
 
+    def identified(self, fmt: str = "") -> tuple[str, ...]:
+        """Return the constants that the rows decide: those that all weight types share, or those of one."""
+        assert self.covariance is not None
+        found = []
+        for name in self.plan.by_format if fmt else self.plan.shared:
+            its = np.array([constant == name and of in ("", fmt) for constant, of in self.names], np.float64)
+            left = float(np.sqrt(its @ self.covariance @ its))
+            if name == "overlap":  # its parameter moves what it is above 1
+                value = self.constants(catalogue_constants(self.hardware, self.prior_format), fmt).overlap
+                left *= (value - 1.0) / value
+            if left < _IDENTIFIED * (OFFSET_SPREAD[name] if fmt else _WEAK_SPREAD):
+                found.append(name)
+        return tuple(found)
+
     @property
     def prior_format(self) -> WeightFormat:
         """The weight type whose catalogue figures the fit starts from, whichever one is asked for."""
         return WEIGHT_FORMATS["bf16"]
 
 
-def fit(plan: Plan, hardware: HardwareSpec, points: Sequence[Point], work: Work, *, near: Fit | None = None) -> Fit:
+def plan_for(plan: Plan, points: Sequence[Point]) -> Plan:
+    """Return a plan without the constants on which no row of `points` depends."""
+    families = {family for point in points for family in families_of(point.subject.model)}
+    return replace(plan, shared=tuple(name for name in plan.shared if concerned(name, families)))
+
+
+def fit(
+    plan: Plan,
+    hardware: HardwareSpec,
+    points: Sequence[Point],
+    work: Work,
+    *,
+    near: Fit | None = None,
+    carried: Mapping[str, Carried] = NOTHING_CARRIED,
+) -> Fit:
     """Return the constants that bring `points`, all of the plan's engine, closest to what was measured.
 
     Args:
@@ -150,23 +198,29 @@ def fit(plan: Plan, hardware: HardwareSpec, points: Sequence[Point], work: Work,
         hardware: The machine, whose figures are the prior.
         points: The figures.
         work: Their work.
-        near: A fit to begin from, such as one with more rows.
+        near: A fit to begin from, such as one with more rows, and with what it carried.
+        carried: What other engines' rows say of constants.
     """
-    formats = tuple(sorted({point.subject.weight_format.name for point in points})) if near is None else near.formats
-    versions = tuple(sorted({point.version for point in points} - {""})) if near is None else near.versions
-    empty = Fit(plan=plan, hardware=hardware, formats=formats, versions=versions, x=np.zeros(0))
+    if near is None:
+        plan = plan_for(plan, points)
+        formats = tuple(sorted({point.subject.weight_format.name for point in points}))
+        versions = tuple(sorted({point.version for point in points} - {""}))
+        empty = Fit(plan=plan, hardware=hardware, formats=formats, versions=versions, x=np.zeros(0), carried=carried)
+    else:
+        empty = near
     measured = np.log([point.measured_tok_s for point in points])
     unit = np.array([_EXPECTED_ERROR[point.kind] for point in points])
     spreads = empty.spreads()
 
     def at(x: Float64Array) -> Fit:
-        return Fit(plan=plan, hardware=hardware, formats=formats, versions=versions, x=x)
+        return replace(empty, x=x, covariance=None)
 
     def residuals(x: Float64Array) -> Float64Array:
         off = (np.log(work.rates(at(x).rows(points))) - measured) / unit
         return np.concatenate([softened(off, _SOFT_FROM), x / spreads])
 
-    return at(least_squares(residuals, np.zeros(spreads.size) if near is None else near.x))
+    found = least_squares(residuals, np.zeros(spreads.size) if near is None else near.x)
+    return replace(at(found), covariance=covariance(residuals, found))
 
 
 def without(work: Work, points: Sequence[Point], model: str) -> tuple[list[Point], Work]:

@@ -34,6 +34,13 @@ def least_squares(residuals: Residuals, start: Float64Array, *, iterations: int 
     return x
 
 
+def covariance(residuals: Residuals, x: Float64Array) -> Float64Array:
+    """Return the covariance of the parameters at the minimum `x`, residuals, priors among them, being in units of their scatter."""
+    r = residuals(x)
+    jacobian = np.stack([(residuals(x + step) - r) / _STEP for step in np.eye(x.size) * _STEP], axis=1)
+    return np.asarray(np.linalg.inv(jacobian.T @ jacobian), np.float64)
+
+
 def softened(residuals: Float64Array, threshold: float) -> Float64Array:
     """Return residuals whose squares are Huber's loss: beyond `threshold` they count linearly, so that no single row decides."""
     size = np.abs(residuals)

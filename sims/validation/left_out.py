@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.sims.certainty import WIDENED
 from pagedkv.sims.validation.fitting import Fit, fit, without
 from pagedkv.sims.validation.points import Kind, Point
 from pagedkv.sims.validation.work import Work
@@ -13,8 +14,6 @@ from pagedkv.sims.validation.work import Work
 COVERED = 0.98
 """Quantile of the left-out figures' errors that an interval spans: what it takes for nine in ten of a new model's to lie inside,
 since models differ more than the rows of one."""
-WIDENED = 2.0
-"""How much wider it is where a weight type has no rows, or those of a single model."""
 FEW_MODELS = 4
 """An engine with rows of fewer models is taken to be off by as much as any engine."""
 
@@ -64,19 +63,19 @@ class Spreads:
     def of(self, engine: str, kind: Kind, *, state: bool, but_for: str | None = None) -> float:
         """Return it as a logarithm, from all trials but those of the model `but_for`.
 
-        An engine with few models is taken to be off by as much as any engine is for models without states: what those cost is an
-        engine's own.
+        An engine with figures of few models is taken to be off by as much as any engine is for models without states: what those
+        cost is an engine's own. Models with states are never known better than those without.
         """
         among = self._models != but_for
         own = among & (self._engines == engine)
-        widest = self._quantile(own, kind, state)
-        if self._num_models(own) < FEW_MODELS:
+        widest = max(self._quantile(own, kind, state), self._quantile(own, kind, False))  # noqa: FBT003
+        if self._num_models(own & (self._kinds == kind)) < FEW_MODELS:
             widest = max(widest, self._quantile(among & ~self._states, kind, False))  # noqa: FBT003
         return widest
 
     def single_model(self, engine: str, fmt: str) -> bool:
-        """Return whether fewer than two models of a weight type have rows."""
-        return self._num_models((self._engines == engine) & (self._formats == fmt)) < 2
+        """Return whether fewer than two models of a weight type have figures of decoding."""
+        return self._num_models((self._engines == engine) & (self._formats == fmt) & (self._kinds == "decode")) < 2
 
     def coverage(self, chosen: Callable[[str, str], bool] = lambda engine, kind: True) -> float:
         """Return the share of figures within the interval that the other models give; `chosen` says which, by engine and kind."""

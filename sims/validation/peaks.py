@@ -9,7 +9,7 @@ from pagedkv.sims.step_constants import catalogue_constants
 from pagedkv.sims.step_time import coefficients
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
 from pagedkv.sims.validation.points import NotCompared, Point, points_of
-from pagedkv.weight_format import WeightFormat
+from pagedkv.weight_format import ENGINE_CONTAINERS, WEIGHT_FORMATS, WeightFormat
 
 _WIDER = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16"), "bf16": ("bf16",), "fp32": ("bf16",)}
 _INT8_FACTOR = 2.0
@@ -42,7 +42,7 @@ def impossible(point: Point, hardware: HardwareSpec) -> str | None:
     if bandwidth > hardware.memory_bandwidth.value:
         return (
             f"impossible: {point.measured_tok_s:,.5g} {point.kind} tokens/s would read {bandwidth / 1e9:,.0f} GB/s, more than the "
-            f"{hardware.memory_bandwidth.value / 1e9:,.0f} GB/s of {hardware.name}"
+            f"{hardware.memory_bandwidth.value / 1e9:,.0f} GB/s of {hardware.name}{_with_other_weights(point, read, hardware)}"
         )
     new = sum(steps.count * int(steps.batch["num_scheduled_tokens"].sum()) for steps in point.steps)
     flops = new * unit.linear_s_per_token * prior.linear_flops / seconds
@@ -53,6 +53,28 @@ def impossible(point: Point, hardware: HardwareSpec) -> str | None:
             f"the {peak / 1e12:,.0f} of {hardware.name} with {fmt.name} weights"
         )
     return None
+
+
+def _with_other_weights(point: Point, read: float, hardware: HardwareSpec) -> str:
+    """Return what of the bytes that a step must `read` is assumed of the weight format, and which formats would need less."""
+    model, fmt = point.subject.model, point.subject.weight_format
+    dense = model.dense_streamed_bytes(fmt)
+    dense_bits = fmt.dense_bits if model.num_experts and fmt.dense_bits is not None else fmt.bits_per_weight
+    head_bits = fmt.wide_bits if fmt.head_bits is None else fmt.head_bits
+    beside = "linear layers beside the experts" if model.num_experts else "linear layers"
+    limit = hardware.memory_bandwidth.value * point.tokens / point.measured_tok_s / sum(steps.count for steps in point.steps)
+    used = model.experts_per_token / model.num_experts if model.num_experts else 0.0
+
+    def reads(other: WeightFormat) -> float:
+        return read - dense - used * model.expert_bytes(fmt) + model.dense_streamed_bytes(other) + used * model.expert_bytes(other)
+
+    readable = ENGINE_CONTAINERS.get(point.engine, ("any", "safetensors"))
+    known = [other for other in WEIGHT_FORMATS.values() if other.container in readable]
+    alike = [other for other in known if other.bits_per_weight <= fmt.bits_per_weight and reads(other) <= limit]
+    fitting = sorted(alike, key=lambda other: (other.bits_per_weight != fmt.bits_per_weight, -reads(other)))[:3]
+    would = f"it could be of weights in {', '.join(other.name for other in fitting)}" if fitting else "no format makes it possible"
+    parts = f"{beside} in {dense_bits:g} bits and the output head in {head_bits:g}, {dense / 1e9:,.2f} GB a step"
+    return f": {fmt.name} has {parts}; {would}"
 
 
 def believable(rows: Sequence[BenchmarkRow], hardware: HardwareSpec) -> tuple[list[Point], list[NotCompared]]:

@@ -11,9 +11,10 @@ import numpy as np
 
 from pagedkv.errors import ConfigError
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.sims.calibration import Calibration, calibration_for
+from pagedkv.sims.calibration import Calibration, calibration_for, fitted_groups
+from pagedkv.sims.constant_sources import carried_constants
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow, read_rows
-from pagedkv.sims.validation.fitting import PLANS, fit
+from pagedkv.sims.validation.fitting import PLANS, fit, plan_for
 from pagedkv.sims.validation.least_error import least_mean_error
 from pagedkv.sims.validation.left_out import Spreads, Trial, trials
 from pagedkv.sims.validation.peaks import believable
@@ -90,6 +91,7 @@ class EngineStatus:
     engine: str
     num_rows: int
     num_models: int
+    """Models that bars count."""
     num_constants: int
     """Constants that its rows decide; 0 where none are fitted."""
 
@@ -101,7 +103,7 @@ class EngineStatus:
             return f"not validated: {self.num_rows} row{'s' if self.num_rows > 1 else ''}, too few to fit constants to"
         if self.num_rows < needed:
             return f"not validated: {self.num_rows} rows, needs {needed} for {self.num_constants} constants"
-        return "" if self.num_models > 1 else "not validated: rows of a single model"
+        return "" if self.num_models > 1 else "not validated: scored rows of a single model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +169,7 @@ def compare_rows(path: Path, hardware: HardwareSpec, *, leave_out: bool = True, 
         for point in believed
     ]
     rates = Work.of(believed).rates(np.stack([as_row(each.constants) for each in used]))
-    statuses = list(_statuses(believed))
+    statuses = list(_statuses(believed, believed[:num_own]))
     tried = _tried(believed, hardware) if leave_out else {}
     residuals = [
         Residual(
@@ -205,22 +207,23 @@ def _least(
     return least
 
 
-def _statuses(points: Sequence[Point]) -> list[EngineStatus]:
+def _statuses(points: Sequence[Point], scored: Sequence[Point]) -> list[EngineStatus]:
+    """Return the status of each engine with `points`, of which bars count those `scored`."""
     plans = {plan.engine: plan for plan in PLANS}
     statuses = []
     for engine in sorted({point.engine for point in points}):
         own = [point for point in points if point.engine == engine]
         formats = {point.subject.weight_format.name for point in own}
         builds = {point.version for point in own} - {""}
-        plan = plans.get(engine)
         count = 0
-        if plan is not None:
+        if engine in plans:
+            plan = plan_for(plans[engine], own)
             count = len(plan.shared) + len(plan.by_format) * len(formats) + len(plan.by_version) * len(builds)
         statuses.append(
             EngineStatus(
                 engine=engine,
                 num_rows=len({(point.row.file, point.row.line) for point in own}),
-                num_models=len({point.subject.model.name for point in own}),
+                num_models=len({point.subject.model.name for point in scored if point.engine == engine}),
                 num_constants=count,
             )
         )
@@ -231,13 +234,19 @@ def _tried(points: Sequence[Point], hardware: HardwareSpec) -> dict[int, Trial]:
     """Return the trials of every engine with more rows than constants, by the identity of their points."""
     plans = {plan.engine: plan for plan in PLANS}
     tried: dict[int, Trial] = {}
-    for status in _statuses(points):
+    for status in _statuses(points, points):
         if status.num_constants and status.num_rows >= status.num_constants + MORE_ROWS_THAN_CONSTANTS:
             own = [point for point in points if point.engine == status.engine]
             work = Work.of(own)
-            whole = fit(plans[status.engine], hardware, own, work)
+            carried = carried_constants(_larger_groups(status), (hardware.name, hardware.like), status.engine)
+            whole = fit(plans[status.engine], hardware, own, work, carried=carried)
             tried |= {id(trial.point): trial for trial in trials(whole, own, work)}
     return tried
+
+
+def _larger_groups(status: EngineStatus) -> list[Mapping[str, Any]]:
+    """Return the fitted groups of other engines with rows of more models: what a fit may take from that its own do not tell."""
+    return [group for group in fitted_groups() if group["engine"] != status.engine and group["num_models"] > status.num_models]
 
 
 def mean_error(residuals: Sequence[Residual], *, left_out: bool = False) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from calibrations import SERVING, SPARK, SWEEP, decode, fitted, made_of, prefill, study
 from hypothesis import given
@@ -9,9 +10,12 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from pagedkv.catalogue import load_model
+from pagedkv.sims.calibrate.identified import identify, peaks_of
+from pagedkv.sims.calibrate.identified import rates as rates_of
 from pagedkv.sims.calibration import calibration_for
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.step_constants import catalogue_constants
+from pagedkv.sims.validation.work import Work
 from pagedkv.weight_format import load_weight_format
 
 
@@ -61,14 +65,14 @@ def test_contexts_at_batch_one_say_how_fast_keys_are_read() -> None:
         {
             "weight_read_bytes_per_s": st.floats(0.75, 1.1),
             "linear_flops": st.floats(0.6, 1.3),
-            "kv_read_bytes_per_s": st.floats(0.7, 1.1),
+            "kv_read_bytes_per_s": st.floats(0.7, 1.05),
             "sequence_overhead_s": st.floats(0.5, 4.0),
         }
     )
 )
 @examples(max_examples=12)
 def test_constants_that_are_known_are_found_again(factors: dict[str, float]) -> None:
-    base = catalogue_constants(SPARK, load_weight_format("fp8"))
+    base = calibration_for(SPARK, "vllm", load_weight_format("fp8"), "auto", model=load_model("llama-3.1-8b")).constants
     truth = replace(base, **{name: getattr(base, name) * factor for name, factor in factors.items()})
     measured = made_of(truth, SWEEP)
     found = study(*measured)
@@ -88,3 +92,33 @@ def test_a_rate_is_held_at_the_datasheet_and_a_fixed_cost_gives_way() -> None:
     assert fitted(found) == ("step_overhead_s",)
     assert found.speed.errors == [pytest.approx(0, abs=1e-3)]
     assert "datasheet's limit" in " ".join(found.speed.notes)
+
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+PUBLISHED = (57.5, 78.4, 107.9, 153.5, 218.5, 318.7)
+"""Decode tokens/s of gpt-oss-120b on one Spark, vLLM, prompts of 1,024: kubis.ai, gpt-oss-120b-topology-benchmark (2026-03-22)."""
+
+
+@pytest.mark.parametrize("weights", ["mxfp4", "mxfp4+fp8", "mxfp4-all"])
+def test_batches_of_a_mixture_say_how_many_experts_they_touch(weights: str) -> None:
+    rates = [decode(rate, batch=batch, depth=1088) for batch, rate in zip(BATCHES, PUBLISHED, strict=True)]
+    found = study(*rates, serving=ServingConfig(model="gpt-oss-120b", quantization=weights))
+    assert "routing_exponent" in fitted(found)
+    assert found.speed is not None
+    assert 0.5 < found.speed.found.constants.routing_exponent < 0.85
+    assert found.speed.found.at_the_peak == ()
+    assert max(map(abs, found.speed.errors)) < 0.12
+
+
+@given(exponent=st.floats(0.5, 0.95), before=st.sampled_from([0.6, 0.8, 1.0]))
+@examples(max_examples=8)
+def test_the_exponent_of_routing_is_found_from_wherever_it_begins(exponent: float, before: float) -> None:
+    model, fmt = load_model("gpt-oss-120b"), load_weight_format("mxfp4")
+    rates = [decode(1.0, batch=batch, depth=1088) for batch in BATCHES]
+    subject_figures = study(*rates, serving=ServingConfig(model=model.name, quantization=fmt.name)).speed
+    assert subject_figures is not None
+    points = [figure.point for figure in subject_figures.figures]
+    work, prior = Work.of(points), replace(catalogue_constants(SPARK, fmt), routing_exponent=before)
+    measured = rates_of(work, replace(prior, routing_exponent=exponent))
+    found = identify(work, measured, np.zeros(len(points), np.bool_), prior, peaks_of(SPARK, fmt))
+    assert found.constants.routing_exponent == pytest.approx(exponent, abs=0.03)

@@ -1,0 +1,73 @@
+"""Where a constant comes from that a group's own rows do not identify, and which constants matter to which models.
+
+Rows of dense models say nothing of a mixture's experts. How many experts a batch touches is a property of models and texts, and
+that products with gathered experts are slower than others holds of every engine that was measured: what no row of a group
+identifies of these is taken from the nearest group whose rows do: the same engine's on the same machine, else that with rows of
+most models. All other constants that no row identifies are the machine's figures, or the formula without them.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from pagedkv.model_spec import ModelSpec
+
+FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "experts": ("routing_exponent", "expert_rate"),
+        "states": ("state_bytes_per_s", "further_state_bytes_per_s", "state_scan_bytes_per_s"),
+        "latents": ("latent_attention",),
+    }
+)
+"""By family of models: the constants that no other model's rows depend on."""
+CARRIED = FAMILIES["experts"]
+"""Constants that hold from one engine to another, if need be."""
+FAMILY_WORDS: Mapping[str, str] = MappingProxyType(
+    {"experts": "mixture of experts", "states": "model with states", "latents": "model with latent attention"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """A constant that another group's rows tell."""
+
+    value: float
+    whose: str
+    """The group, in words."""
+
+
+def families_of(model: ModelSpec) -> tuple[str, ...]:
+    """Return the families, of `FAMILIES`, that a model belongs to; none for a dense one with plain attention."""
+    kinds = {group.kind for group in model.layer_groups}
+    belongs = {"experts": model.num_experts > 0, "states": "state" in kinds, "latents": "mla" in kinds}
+    return tuple(name for name in FAMILIES if belongs[name])
+
+
+def concerned(name: str, families: Iterable[str]) -> bool:
+    """Return whether rows of models of these families can tell a constant."""
+    of = next((family for family, names in FAMILIES.items() if name in names), None)
+    return of is None or of in families
+
+
+def carried_constants(groups: Iterable[Mapping[str, Any]], machines: Collection[str], engine: str) -> dict[str, Carried]:
+    """Return what fitted groups say of the constants `CARRIED` to an engine whose own rows do not.
+
+    Args:
+        groups: Groups as the file of constants has them, with what they `fitted`.
+        machines: The names that the machine goes by: its own, and that of the one it is like.
+        engine: The engine, whatever its version.
+    """
+    told = list(groups)
+    base = engine.partition("@")[0]
+
+    def nearness(group: Mapping[str, Any]) -> tuple[bool, int]:
+        return group["machine"] in machines and group["engine"].partition("@")[0] == base, group["num_models"]
+
+    found: dict[str, Carried] = {}
+    for name in CARRIED:
+        tell = [group for group in told if name in group.get("fitted", ())]
+        if tell:
+            nearest = max(tell, key=nearness)
+            found[name] = Carried(value=nearest["constants"][name], whose=f"{nearest['engine']} on {nearest['machine']}")
+    return found
