@@ -1,19 +1,21 @@
 """How hot functions are compiled."""
 
 import hashlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core import event
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 from numba.core.types import FunctionType
 from numba.extending import typeof_impl
 
 import pagedkv
+from pagedkv.compilation import COMPILATION
 from pagedkv.inner_code import ByKind, LeanDispatcher
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,7 +40,7 @@ def lean_jit(function: F) -> F:
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return function
     compiled = LeanDispatcher(function, {}, {"nopython": True, "boundscheck": None, "error_model": "numpy", "_nrt": False})
-    with suppress(RuntimeError):  # no folder to keep it in: compile anew in every process
+    with _noticing_that_nothing_is_kept():
         compiled.enable_caching()
     _watch_package(compiled)
     return cast("F", compiled)
@@ -82,6 +84,7 @@ def _compiled(function: F, *, parallel: bool) -> F:
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder to keep it in: compile anew in every process
+        COMPILATION.kept = False
         compiled = numba.njit(**options)(function)
     _watch_package(compiled)
     return cast("F", compiled)
@@ -94,11 +97,34 @@ def native(function: F, signature: Any) -> F:
     """
     types = normalize_signature(signature)
     compiled = _NativeFunction(function, types, {}, {"error_model": "numpy"})
-    with suppress(RuntimeError):  # no folder to keep it in
+    with _noticing_that_nothing_is_kept():
         compiled.enable_caching()
     _watch_package(compiled)
     compiled.compile()
     return cast("F", compiled)
+
+
+@contextmanager
+def _noticing_that_nothing_is_kept() -> Iterator[None]:
+    """Go on if there is no folder to keep code in: it is compiled anew in every process."""
+    try:
+        yield
+    except RuntimeError:
+        COMPILATION.kept = False
+
+
+class _Watch(event.Listener):
+    """Counts compilations; what is read from disk begins none."""
+
+    def on_start(self, event: Any) -> None:
+        COMPILATION.begin()
+
+    def on_end(self, event: Any) -> None:
+        COMPILATION.end()
+
+
+for _kind in ("numba:compile", "numba:run_pass"):  # a C function has passes only
+    event.register(_kind, _Watch())
 
 
 class _NativeFunction(CFunc):

@@ -233,7 +233,8 @@ def _parts(thing: object) -> list[object]:
         return sorted(thing, key=lambda part: (type(part).__name__, part if isinstance(part, int | str) else id(part)))
     if callable(thing):
         return [id(thing)]
-    names = [*_slots_of(type(thing)), *getattr(thing, "__dict__", ())]
+    kind: Any = type(thing)  # which mypy does not take to be hashable
+    names = [*_slots_of(kind), *getattr(thing, "__dict__", ())]
     if not names:
         return [repr(thing)]
     return [part for name in names if hasattr(thing, name) for part in (f".{name}", getattr(thing, name))]

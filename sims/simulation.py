@@ -32,7 +32,7 @@ from pagedkv.step_allocation import RowMemory
 Progress = Callable[[str, int, float], None]
 """Told (allocator, repeat, share of its simulated time that has passed)."""
 
-_SLICES = 50
+_SLICES = 200
 _EVENTS_BETWEEN_REPORTS = 500
 
 
@@ -229,6 +229,8 @@ def _let_time_pass(
     if scenario.duration_s is None:
         _drain(env, served, scenario.load.num_requests or 1, progress)
         return
+    if progress is not None:
+        progress(0.0)
     for i in range(1, _SLICES + 1):
         env.run(until=end_s * i / _SLICES)
         if progress is not None:
@@ -238,6 +240,8 @@ def _let_time_pass(
 def _drain(env: Clock, served: Recorder | Fleet | ModelServer, num_requests: int, progress: Callable[[float], None] | None) -> None:
     """Run until the last request is answered: then no event is left but faults, or ends of keep-alives, that are to come."""
     events = 0
+    if progress is not None:
+        progress(0.0)
     while env.num_events > (0 if isinstance(served, Recorder) else served.num_timers):
         env.step()
         events += 1

@@ -43,7 +43,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def lay_out(root: Path) -> Path:
     core, sims = Path(str(pagedkv.__file__)).parent, Path(str(pagedkv.sims.__file__)).parent
-    for name in ("__init__.py", "jit.py", "inner_code.py", "call_types.py", "tuple_reference.py"):
+    for name in ("__init__.py", "compilation.py", "jit.py", "inner_code.py", "call_types.py", "tuple_reference.py"):
         (root / "pagedkv").mkdir(parents=True, exist_ok=True)
         shutil.copy(core / name, root / "pagedkv" / name)
     (root / "sims" / "engines").mkdir(parents=True)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagedkv.hardware_spec import HardwareSpec
+from pagedkv.readable_formats import ENGINE_CONTAINERS
 from pagedkv.sims.step_constants import catalogue_constants
 from pagedkv.sims.step_time import coefficients
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
 from pagedkv.sims.validation.points import NotCompared, Point, points_of
-from pagedkv.weight_format import ENGINE_CONTAINERS, WEIGHT_FORMATS, WeightFormat
+from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat
 
 _WIDER = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16"), "bf16": ("bf16",), "fp32": ("bf16",)}
 _INT8_FACTOR = 2.0
