@@ -136,7 +136,7 @@ def calibration_for(
         basis=f"the catalogue's figures of {hardware.name}",
         status="not validated",
         why=f"no published rows of {engine} with {weight_format.name} weights on {hardware.name} to fit to or compare with; "
-        f"the interval is as wide as where such figures could be compared, on {unknown['machine']}, and as the nearest fit's"
+        f"the interval is at least as wide as that of the nearest fit, and as such figures are off on {unknown['machine']}"
         + "".join(f"; {name} as of {each.whose}" for name, each in carried.items()),
         num_figures=0,
         num_models=0,
