@@ -1,6 +1,8 @@
 """The result folder: files that say what the run was, whole or not at all, and that run again to the same bytes."""
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -36,8 +38,6 @@ REPLAY = "--trace a\\b;[t]'é.csv --trace-rate 1.7 --num-prompts 30 --max-model-
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    rows = "".join(f"{0.37 * i:.3f},{17 + 31 * i},{1 + i % 7}\n" for i in range(40))
-    (tmp_path / "a\\b;[t]'é.csv").write_text(f"arrival_s,input_tokens,output_tokens\n{rows}")
     return tmp_path
 
 
@@ -50,28 +50,36 @@ def documents() -> list[dict[str, Any]]:
     return both
 
 
-LOADS = pytest.mark.parametrize("argv", [CLOSED, OPEN, DRAINED, REPLAY], ids=["closed", "open", "drained", "trace"])
+TRACE = "".join(f"{0.37 * i:.3f},{17 + 31 * i},{1 + i % 7}\n" for i in range(40))
 
 
-@LOADS
-def test_the_configuration_gives_the_run_again(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    main([*argv, "--out", "first"])
-    main(["--config", "first/config.toml", "--out", "second"])
+@pytest.fixture(scope="module", params=[CLOSED, OPEN, DRAINED, REPLAY], ids=["closed", "open", "drained", "trace"])
+def rerun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a run, and with the run of its configuration, and what both printed."""
+    here = tmp_path_factory.mktemp("rerun")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.chdir(here)
+        Path("a\\b;[t]'é.csv").write_text(f"arrival_s,input_tokens,output_tokens\n{TRACE}")
+        main([*request.param, "--out", "first"])
+        main(["--config", "first/config.toml", "--out", "second"])
+    return here, shown.getvalue()
+
+
+def test_the_configuration_gives_the_run_again(rerun: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    here, shown = rerun
+    monkeypatch.chdir(here)
     assert {path.name for path in Path("first").iterdir()} >= FILES
     for name in FILES - {"summary.json"}:
         assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
     first, second = documents()
     assert first == second
-    shown = capsys.readouterr().out
     first_shown, second_shown = (f"{title}{half}" for title in [shown.split("\n")[0]] for half in shown.split(title)[1:])
     assert first_shown.split() == second_shown.split() != []
 
 
-@LOADS
-def test_the_configuration_gives_the_same_bytes_again(argv: list[str]) -> None:
-    main([*argv, "--out", "first"])
-    main(["--config", "first/config.toml", "--out", "second"])
-    assert Path("first/summary.json").read_bytes() == Path("second/summary.json").read_bytes()
+def test_the_configuration_gives_the_same_bytes_again(rerun: tuple[Path, str]) -> None:
+    here, _ = rerun
+    assert (here / "first" / "summary.json").read_bytes() == (here / "second" / "summary.json").read_bytes()
 
 
 @pytest.mark.parametrize("engine", ENGINES.names())
@@ -251,6 +259,18 @@ def on_call(number: int, original: Callable[..., Any], error: BaseException) -> 
     return call
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """The result folder of one run, and what another would leave there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        main([*SMALL, "--seed", "2"])
+        other = contents("r")
+        shutil.rmtree("r")
+        main([*SMALL, "--seed", "1"])
+        return Path("r").absolute(), other
+
+
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize(
     ("owner", "name", "error", "code"),
@@ -262,12 +282,16 @@ def on_call(number: int, original: Callable[..., Any], error: BaseException) -> 
     ids=["interrupted at the end", "interrupted while writing", "disk full"],
 )
 def test_whatever_stops_writing_leaves_whole_files(
-    owner: Any, name: str, error: BaseException, code: int, number: int, monkeypatch: pytest.MonkeyPatch
+    owner: Any,
+    name: str,
+    error: BaseException,
+    code: int,
+    number: int,
+    whole: tuple[Path, dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    main([*SMALL, "--seed", "2"])
-    new = contents("r")
-    shutil.rmtree("r")
-    main([*SMALL, "--seed", "1"])
+    written, new = whole
+    shutil.copytree(written, "r")
     old = contents("r")
     monkeypatch.setattr(owner, name, on_call(number, getattr(owner, name), error))
     with pytest.raises(SystemExit) as exit:
