@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pagedkv.catalogue import known_model, load_hardware, load_model, quantized_repository
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.vllm_drafts import joined_parts, read_speculative_config
 from pagedkv.sims.vllm_versions import vllm_version
 
 _MULTIPLIERS = {"k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20, "g": 10**9, "G": 1 << 30, "t": 10**12, "T": 1 << 40}
@@ -29,7 +30,8 @@ _INTEGERS = (
 )
 _SHARES = ("gpu_memory_utilization", "watermark")
 _TEXTS = ("model", "quantization", "kv_cache_dtype", "kv_cache_memory_bytes")
-_SHORT = {"tp": "tensor_parallel_size", "q": "quantization"}
+_SHORT = {"tp": "tensor_parallel_size", "q": "quantization", "sc": "speculative_config"}
+_DRAFTS = "speculative_config"
 
 _NO_EFFECT = frozenset(
     """
@@ -100,6 +102,7 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
     positional: list[str] = []
     without_effect: list[str] = []
     not_modelled: list[str] = []
+    drafts, draft_parts = "", dict[str, str]()
     for flag, value in _flags(words):
         name = _name(flag)
         on, shown = name.removeprefix("no_"), flag if value is None else f"{flag} {value}"
@@ -107,6 +110,10 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
             positional.append(value or "")
         elif on in _SWITCHES and (value or "true").lower() in ("true", "false"):
             settings[on] = (on == name) == (value is None or value.lower() == "true")
+        elif name == _DRAFTS and value is not None:
+            drafts = value
+        elif name.startswith(f"{_DRAFTS}.") and value is not None:
+            draft_parts[name.removeprefix(f"{_DRAFTS}.")] = value
         elif name == "max_model_len" and value in ("auto", "-1"):  # the longest that fits
             not_modelled.append(shown)
         elif name in (*_INTEGERS, *_SHARES, *_TEXTS):
@@ -126,6 +133,10 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
     if quantized is not None and not known_model(str(settings["model"])):
         settings["model"] = quantized[0]
         settings.setdefault("quantization", quantized[1])
+    if drafts or draft_parts:
+        read = read_speculative_config(drafts or joined_parts(draft_parts), target=str(settings["model"]))
+        settings |= read.settings
+        not_modelled += read.not_modelled
     serving = replace(base, **settings)  # type: ignore[arg-type]
     return VllmCommand(serving=serving, without_effect=tuple(without_effect), not_modelled=(*not_modelled, *positional))
 

@@ -16,6 +16,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import ServingConfig
 from pagedkv.sims.from_vllm import VllmCommand, parse_vllm_command, with_vllm_defaults
+from pagedkv.sims.serve_command import serve_command
 
 BASE = ServingConfig(hardware="h100", other_programs="1GiB")
 
@@ -99,8 +100,38 @@ CASES = {
     "vllm serve Qwen/Qwen3-8B --dtype float": Case({"quantization": "fp32"}, (), ("--dtype float (of the KV cache)",)),
     "vllm serve Qwen/Qwen3-8B --dtype auto --api-key a#1": Case({}, ("--dtype auto", "--api-key a#1")),
     'vllm serve Qwen/Qwen3-8B --speculative-config \'{"model": "x", "num_speculative_tokens": 5}\' -O3 -pp 2': Case(
-        {}, (), ('--speculative-config {"model": "x", "num_speculative_tokens": 5}', "-O3", "-pp 2")
+        {}, (), ("-O3", "-pp 2", '--speculative-config {"model": "x", "num_speculative_tokens": 5}')
     ),
+    # drafts
+    'vllm serve Qwen/Qwen3-8B -sc \'{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}\'': Case(
+        {"speculative_method": "ngram", "num_speculative_tokens": 4}, (), ("--speculative-config prompt_lookup_max 3",)
+    ),
+    'vllm serve Qwen/Qwen3-8B -sc \'{"model": "Qwen/Qwen3-0.6B", "num_speculative_tokens": 5}\'': Case(
+        {"speculative_model": "Qwen/Qwen3-0.6B", "num_speculative_tokens": 5}
+    ),
+    'vllm serve Qwen/Qwen3-8B -sc=\'{"method":"draft_model","model":"qwen3-0.6b","num_speculative_tokens":2}\'': Case(
+        {"speculative_model": "qwen3-0.6b", "num_speculative_tokens": 2}
+    ),
+    "vllm serve Qwen/Qwen3-8B --speculative-config.method eagle3 --speculative-config.num_speculative_tokens 3 "
+    "--speculative-config.model AngelSlim/Qwen3-8B_eagle3": Case(
+        {"speculative_method": "eagle", "num_speculative_tokens": 3},
+        (),
+        ("--speculative-config model AngelSlim/Qwen3-8B_eagle3 (counts as one more layer of the target)",),
+    ),
+    'vllm serve Qwen/Qwen3-8B --speculative-config \'{"model": "a/EAGLE-Qwen3", "num_speculative_tokens": 1}\'': Case(
+        {"speculative_method": "eagle", "num_speculative_tokens": 1},
+        (),
+        ("--speculative-config model a/EAGLE-Qwen3 (counts as one more layer of the target)",),
+    ),
+    'vllm serve Qwen/Qwen3-8B --speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\'': Case(
+        {},
+        (),
+        ('--speculative-config {"method": "mtp", "num_speculative_tokens": 1} (no layer for drafting is known of Qwen/Qwen3-8B)',),
+    ),
+    'vllm serve Qwen/Qwen3-8B --speculative-config \'{"method": "suffix", "num_speculative_tokens": 8}\'': Case(
+        {}, (), ('--speculative-config {"method": "suffix", "num_speculative_tokens": 8}',)
+    ),
+    "vllm serve Qwen/Qwen3-8B --speculative-config oops": Case({}, (), ("--speculative-config oops",)),
     "vllm serve Qwen/Qwen3-8B --enable-lora --lora-modules a=/a b=/b --compilation-config.level 3": Case(
         {}, (), ("--enable-lora", "--lora-modules a=/a b=/b", "--compilation-config.level 3")
     ),
@@ -325,3 +356,26 @@ def test_with_users_it_simulates(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.endswith("\n\n" + again.getvalue())
     assert "1 user on NVIDIA H100" in out
     assert "no effect on memory or scheduling: --host ::1\n" in out
+
+
+@pytest.mark.parametrize("method", ["mtp", "qwen3_next_mtp"])
+def test_a_layer_that_the_weights_bring_drafts_as_many_tokens_as_it_is(method: str) -> None:
+    seen = read(f'vllm serve Qwen/Qwen3-Next-80B-A3B-Instruct --speculative-config \'{{"method": "{method}"}}\'').serving
+    assert (seen.speculative_method, seen.num_speculative_tokens) == ("mtp", 1)
+
+
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        {"speculative_method": "ngram"},
+        {"speculative_method": "eagle"},
+        {"speculative_method": "medusa"},
+        {"speculative_model": "Qwen/Qwen3-0.6B"},
+    ],
+)
+def test_drafts_survive_the_way_to_a_serve_command_and_back(drafts: dict[str, Any]) -> None:
+    serving = ServingConfig(hardware="h100-80gb", model=QWEN, num_speculative_tokens=3, **drafts)
+    seen = read(serve_command(serving))
+    names = ("speculative_method", "speculative_model", "num_speculative_tokens")
+    assert [getattr(seen.serving, name) for name in names] == [getattr(serving, name) for name in names]
+    assert seen.not_modelled == ()

@@ -245,6 +245,7 @@ class VLLMLedger:
         """Return the changes that may help, the mildest first."""
         return (
             _other_utilization,
+            _usual_utilization,
             shorter_context,
             narrower_kv,
             _kv_cache_that_fits,
@@ -257,6 +258,14 @@ class VLLMLedger:
     def on(self, hardware: HardwareSpec) -> tuple["VLLMLedger", ...]:
         """Return the ledgers that a user may end up with on another machine: with these settings, or with its defaults."""
         return self, replace(self, gpu_memory_utilization=hardware.default_utilization.value)
+
+
+def _usual_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:
+    """Yield the machine's own utilization where a higher one is asked for: less KV cache, but a start that goes well."""
+    ledger, usual = request.ledger, request.hardware.default_utilization.value
+    assert isinstance(ledger, VLLMLedger)
+    if not ledger.sized_by_user and ledger.gpu_memory_utilization > usual:
+        yield replace(request, ledger=replace(ledger, gpu_memory_utilization=usual))
 
 
 def _other_utilization(request: MemoryRequest) -> Iterator[MemoryRequest]:

@@ -125,6 +125,15 @@ def test_a_suggestion_that_freezes_is_named_as_such() -> None:
     assert not any(text.startswith("--gpu-memory-utilization") for text in needs.fit)
 
 
+def test_two_settings_of_the_same_machine_come_before_another_machine() -> None:
+    """Above a Spark's usual utilization no other setting starts by itself; at it, those do that do there."""
+    asked = {"model": "llama-3.3-70b", "quantization": "fp8", "max_model_len": 131_072}
+    at_usual, above = (settings_that_fit(request(**asked, gpu_memory_utilization=share)) for share in (0.8, 0.92))
+    assert at_usual.fit == ("--max-model-len 73008", "--kv-cache-dtype fp8", "--quantization nvfp4")
+    assert above.fit == tuple(f"{flags} --gpu-memory-utilization 0.8" for flags in at_usual.fit)
+    assert above.dangerous is not None
+
+
 @given(
     model=st.sampled_from(["llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-120b", "llama-3.3-70b", "glm-4.5-air"]),
     utilization=st.sampled_from([0.1, 0.3, 0.5, 0.7]),
