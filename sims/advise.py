@@ -13,15 +13,14 @@ from pagedkv.sims.capacity_answer import check_attain
 from pagedkv.sims.command import changed, command_line
 from pagedkv.sims.config import ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import Deployment, deploy
+from pagedkv.sims.gain import gain
+from pagedkv.sims.narrower_weights import NarrowerWeights, narrower_weights
 from pagedkv.sims.probe import Probe, probe
 from pagedkv.sims.serve_command import checkpoint_note, serve_command
 from pagedkv.sims.speculation_gain import speculation_gain
 from pagedkv.sims.start_check import start_note, start_worsened
-from pagedkv.sims.statistics import ci95
 
 SCHEMA_VERSION = 1
-GAIN = 0.01
-"""A smaller gain, absolute in the share within the goals and relative in throughput, is no reason to change a default."""
 BLOCK_SIZES = (16, 32, 64, 128)
 """Multiples of 16: what vLLM's attention backends on GPUs take."""
 REPEATS = 5
@@ -87,6 +86,8 @@ class Advice:
     """Share of the requests that meet the goals: with the defaults, and with what is kept."""
     output_tokens_per_s: tuple[float | None, float | None]
     """With the defaults, and with what is kept."""
+    narrower_weights: tuple[NarrowerWeights, ...]
+    """What fewer bits of weights would reach with what is kept, if that misses the goals: no advice, they change answers."""
     speculation: str | None
     """Where drafts stop paying; None if nothing drafts."""
     verdict: str
@@ -102,8 +103,8 @@ class Advice:
 def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float], None] | None = None) -> Advice:
     """Try settings of the paged engine one at a time from those of `config`, and keep what gains.
 
-    More requests within the goals are a gain, up to the share `attain`; then more throughput; either beyond chance, over `REPEATS`
-    seeds at least. A setting that `config` gives is the user's, and is not tried.
+    More requests within the goals are a gain, up to the share `attain`; once that is reached, or without goals, more throughput;
+    either beyond chance, over `REPEATS` seeds at least. A setting that `config` gives is the user's, and is not tried.
 
     Raises:
         ConfigError: If `config` cannot work, or has no users.
@@ -121,7 +122,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
 
     def run(candidate: SimulationConfig) -> Probe:
         done = len(trials)
-        tell = None if progress is None else lambda _, __, share: progress((done + share) / (len(plan) + 1))
+        tell = None if progress is None else lambda _, __, share: progress(min((done + share) / (len(plan) + 1), 1.0))
         return probe(candidate, start.own_allocator, attain=attain, progress=tell)
 
     first = best = run(config)
@@ -136,7 +137,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
                 reason = f"not tried: its start does not go well ({danger})"
             else:
                 tried = run(candidate)
-                gains, reason = _gain(best, tried, attain)
+                gains, reason = gain(best, tried, attain)
                 if name == "block_size":
                     unfilled[value] = unfilled_share(tried.figures)
         except ConfigError as error:
@@ -155,6 +156,7 @@ def advise(config: SimulationConfig, *, attain: float, progress: Callable[[float
         trials=tuple(trials),
         attained=(first.attained, best.attained),
         output_tokens_per_s=(first.figures["output_tokens_per_s"], best.figures["output_tokens_per_s"]),
+        narrower_weights=narrower_weights(config, best, attain=attain, run=run),
         speculation=_speculation(config.serving, best),
         verdict=best.verdict.text,
         meets=best.fits,
@@ -236,35 +238,6 @@ def _in_force(deployment: Deployment, name: str) -> Any:
     if name in ("max_num_seqs", "max_num_batched_tokens"):
         return getattr(deployment.scheduler, name)
     return getattr(deployment.config, name)
-
-
-def _gain(best: Probe, tried: Probe, attain: float) -> tuple[bool, str]:
-    """Return whether `tried` is better than `best` beyond chance, and the figures that say so.
-
-    Both ran with the same seeds. A gain counts if the 95 % interval of its mean over the repeats is above 0 (paired, Student's t).
-    """
-    words = []
-    if best.refused != tried.refused:
-        words.append(f"requests turned away {best.refused:,} → {tried.refused:,}")
-    if best.attained is not None and tried.attained is not None:
-        words.append(f"within the goals {best.attained:.1%} → {tried.attained:.1%}")
-    rates = [each.figures["output_tokens_per_s"] or 0.0 for each in (best, tried)]
-    relative = f" ({rates[1] / rates[0] - 1:+.1%})" if rates[0] else ""
-    words.append(f"output tokens/s {rates[0]:,.1f} → {rates[1]:,.1f}{relative}")
-    reason = ", ".join(words)
-    if tried.refused != best.refused:
-        return tried.refused < best.refused, reason
-    shares = [min(each.attained or 0.0, attain) for each in (best, tried)] if best.terms else [0.0, 0.0]
-    if abs(shares[1] - shares[0]) >= GAIN or (shares[1] >= attain) != (shares[0] >= attain):
-        better, which = shares[1] > shares[0], 0
-    else:
-        better, which = rates[1] > rates[0] * (1 + GAIN), 1
-    if not better:
-        return False, reason
-    pairs = [(a[which], b[which]) for a, b in zip(best.by_repeat, tried.by_repeat, strict=True)]
-    interval = ci95([after - before for before, after in pairs if before is not None and after is not None])
-    sure = interval is not None and interval[0] > 0
-    return sure, reason if sure else f"{reason}: within chance, over {len(pairs)} repeats"
 
 
 def _trial(name: str, value: Any, before: Any, tried: Probe | None, *, kept: bool, reason: str) -> Trial:

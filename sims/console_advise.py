@@ -31,6 +31,7 @@ def show_advice(advice: Advice, console: Console) -> None:
     if advice.speculation is not None:
         console.print(f"Speculative decoding, {advice.speculation}.", markup=False)
     console.print(Text(advice.verdict, "green" if advice.meets else "yellow"))
+    _show_narrower(advice, console)
     vain = [trial for trial in advice.trials if not trial.kept]
     if vain:
         console.print()
@@ -39,6 +40,19 @@ def show_advice(advice: Advice, console: Console) -> None:
             console.print(f"  {_flag(trial.setting)} {trial.value}: {trial.reason}", markup=False)
     console.print()
     console.print(f"This run:  {advice.simulate}", soft_wrap=True, markup=False)
+
+
+def _show_narrower(advice: Advice, console: Console) -> None:
+    """Print what fewer bits of weights would reach, apart from the advice."""
+    if not advice.narrower_weights:
+        return
+    console.print()
+    console.print(Text("Not advised, since the answers change: fewer bits of weights", "bold"))
+    for each in advice.narrower_weights:
+        met = "; this meets the goals" if each.meets else ""
+        console.print(Text(f"  --quantization {each.quantization}: {each.reason}{met}", "yellow"))
+    if (last := advice.narrower_weights[-1]).meets:
+        console.print(f"  {last.serve}", soft_wrap=True, markup=False)
 
 
 def _flag(name: str) -> str:

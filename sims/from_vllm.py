@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pagedkv.catalogue import known_model, load_hardware, load_model, quantized_repository
 from pagedkv.errors import ConfigError
 from pagedkv.sims.config import ServingConfig
+from pagedkv.sims.serve_command import read_placeholder
 from pagedkv.sims.vllm_drafts import joined_parts, read_speculative_config
 from pagedkv.sims.vllm_versions import vllm_version
 
@@ -129,7 +130,7 @@ def parse_vllm_command(text: str, *, base: ServingConfig) -> VllmCommand:
         settings["model"] = positional.pop(0)
     if "model" not in settings:
         raise ConfigError(f"{text!r} names no model: write 'vllm serve MODEL'")
-    quantized = quantized_repository(str(settings["model"]))
+    quantized = read_placeholder(str(settings["model"])) or quantized_repository(str(settings["model"]))
     if quantized is not None and not known_model(str(settings["model"])):
         settings["model"] = quantized[0]
         settings.setdefault("quantization", quantized[1])

@@ -1,12 +1,14 @@
 """What to try next: the command of a remedy that would start, or of more or less load."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.attainment import terms
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import SimulationConfig
+from pagedkv.sims.deployment import Deployment
 from pagedkv.sims.limits import Binding
 from pagedkv.sims.load_flags import LARGEST
 from pagedkv.sims.missed_goal import MissedGoal
@@ -94,18 +96,20 @@ def _more_kv(scenario: Scenario) -> dict[str, Any]:
     return {"kv_cache_dtype": "fp8"}
 
 
-def _narrower_format(scenario: Scenario) -> str | None:
-    """Return the widest of the engine's formats that takes clearly less than the present one and computes no slower."""
-    deployment, hardware = scenario.deployment, scenario.deployment.hardware
-    now, ledger = deployment.weight_format, deployment.engine.ledger(scenario.config.serving, hardware, deployment.scheduler)
-    for name in ledger.weight_formats:
+def narrower_formats(deployment: Deployment) -> Iterator[str]:
+    """Yield the engine's formats, the widest first, that take clearly less than the present one and compute no slower."""
+    hardware, now = deployment.hardware, deployment.weight_format
+    for name in deployment.engine.ledger(deployment.config, hardware, deployment.scheduler).weight_formats:
         narrower = load_weight_format(name)
         if narrower.compute_dtype == "fp4" and "fp4" not in hardware.reached_flops:
             continue
         slower = hardware.effective_flops(narrower) < hardware.effective_flops(now)
         if narrower.bits_per_weight < CLEARLY_NARROWER * now.bits_per_weight and not slower:
-            return name
-    return None
+            yield name
+
+
+def _narrower_format(scenario: Scenario) -> str | None:
+    return next(narrower_formats(scenario.deployment), None)
 
 
 def _faster_formats(scenario: Scenario) -> list[str]:

@@ -1,6 +1,7 @@
 """A deployment as a `vllm serve` command that its version of vLLM takes: the way back from `from_vllm`."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -15,8 +16,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """By weight format: the `--dtype` that gives it, from weights that are not quantized."""
 ONLINE = ("fp8", "mxfp8")
 """Formats that vLLM makes by itself while it reads weights that are not quantized. Source: QuantizationMethods, in 0.19 too."""
-CHECKPOINTS = {"nvfp4": "NVFP4", "int4": "AWQ"}
-"""By weight format that vLLM only reads: what the names of repositories with such weights usually end in."""
+CHECKPOINTS = ("nvfp4", "int4")
+"""Weight formats that vLLM only reads, from a repository that has them."""
+_PLACEHOLDER = re.compile(r"<(\w+) checkpoint of (.+)>")
 _KV_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 VLLM_RESERVES_FULL_ISL = True
 """What `vllm serve` does without --scheduler-reserve-full-isl. Source: SchedulerConfig of 0.33, and of the released 0.19.0."""
@@ -44,11 +46,16 @@ def serve_command(serving: ServingConfig) -> str:
 def checkpoint_note(serving: ServingConfig) -> str | None:
     """Return what to know about the model's name in the command: None if its weights are the model's own."""
     deployment = deploy(serving)
-    suffix = CHECKPOINTS.get(deployment.weight_format.name)
-    if suffix is None or deployment.weight_format == deployment.model.native_format:
-        return None
     name = deployment.weight_format.name
-    return f"vLLM only reads {name} weights that a repository has: the name in -{suffix} stands for it, put yours"
+    if name not in CHECKPOINTS or deployment.weight_format == deployment.model.native_format:
+        return None
+    return f"vLLM only reads {name} weights that a repository has: put its name in place of <{name} checkpoint ...>"
+
+
+def read_placeholder(name: str) -> tuple[str, str] | None:
+    """Return the model and the weight format that `serve_command` names in place of a repository; None if `name` is another one."""
+    match = _PLACEHOLDER.fullmatch(name)
+    return None if match is None else (match[2], match[1])
 
 
 def _weights(deployment: Deployment, serving: ServingConfig) -> tuple[str, list[str]]:
@@ -57,7 +64,7 @@ def _weights(deployment: Deployment, serving: ServingConfig) -> tuple[str, list[
     if serving.quantization is None or wanted == native.name:
         return model, []
     if wanted in CHECKPOINTS:
-        return f"{model}-{CHECKPOINTS[wanted]}", []
+        return f"<{wanted} checkpoint of {model}>", []
     if native.name in DTYPES:
         if wanted in DTYPES:
             return model, ["--dtype", DTYPES[wanted]]

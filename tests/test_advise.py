@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from pagedkv.catalogue import load_hardware
 from pagedkv.errors import ConfigError
-from pagedkv.sims.advise import GAIN, REPEATS, Advice, _gain, advise
+from pagedkv.sims.advise import REPEATS, Advice, advise
 from pagedkv.sims.block_sizes import kernel_words, measured
 from pagedkv.sims.cli import main
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.deployment import deploy
 from pagedkv.sims.from_vllm import parse_vllm_command
+from pagedkv.sims.gain import GAIN, gain
 from pagedkv.sims.probe import probe
 from pagedkv.sims.serve_command import CHECKPOINTS, checkpoint_note, serve_command
 
@@ -139,8 +140,9 @@ def test_a_serve_command_has_what_its_version_takes(changes: dict[str, Any]) -> 
         ({"scheduler_reserve_full_isl": False}, "--no-scheduler-reserve-full-isl"),
         ({"engine": "vllm@0.19"}, "--no-scheduler-reserve-full-isl"),
         ({"engine": "vllm@0.19", "scheduler_reserve_full_isl": True}, "--scheduler-reserve-full-isl"),
-        ({"quantization": "nvfp4"}, "vllm serve meta-llama/Llama-3.1-8B-NVFP4 "),
-        ({"quantization": "int4"}, "vllm serve meta-llama/Llama-3.1-8B-AWQ "),
+        ({"quantization": "nvfp4"}, "vllm serve '<nvfp4 checkpoint of meta-llama/Llama-3.1-8B>' "),
+        ({"quantization": "int4"}, "vllm serve '<int4 checkpoint of meta-llama/Llama-3.1-8B>' "),
+        ({"quantization": "fp8"}, "vllm serve meta-llama/Llama-3.1-8B --quantization fp8 "),
         ({"quantization": "fp16"}, "--dtype float16"),
         ({"model": "gpt-oss-20b", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
     ],
@@ -214,9 +216,45 @@ def test_chance_is_no_reason() -> None:
         tried = replace(
             best, figures=best.figures | {"output_tokens_per_s": 1.03 * rate}, by_repeat=tuple((None, each) for each in rates)
         )
-        found, reason = _gain(best, tried, ATTAIN)
+        found, reason = gain(best, tried, ATTAIN)
         assert found is gains
         assert ("within chance" in reason) is not gains
+
+
+def test_throughput_that_brings_nobody_within_the_goals_is_no_gain() -> None:
+    """Neither where the goals are missed; where they are met, or nobody asked, it is."""
+    found = probe(changed(TINY, repeats=REPEATS), "paged", attain=ATTAIN)
+    for share, gains in ((0.0, False), (0.9, False), (1.0, True)):
+        best = replace(found, attained=share, by_repeat=((share, 100.0),) * REPEATS)
+        rates = tuple((share, 150.0 + k) for k in range(REPEATS))
+        faster = replace(best, figures=best.figures | {"output_tokens_per_s": 1e6}, by_repeat=rates)
+        told, reason = gain(best, faster, ATTAIN)
+        assert told is gains
+        assert ("nothing gained in the goals" in reason) is not gains
+
+
+@pytest.mark.parametrize(("goals", "format_"), [("tpot:9", "fp8"), ("tpot:5", "nvfp4"), ("tpot:1", None)])
+def test_fewer_bits_of_weights_are_shown_apart_where_goals_are_missed(
+    goals: str, format_: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a 5090 needs to read 8 B weights in 16 bits is more than 9 ms; the widest format that meets the goals is the last."""
+    load = "--users 1 --think-time 1s --random-input-len 40 --random-output-len 30 --duration 20s --warmup 2s"
+    machine = "--hardware rtx-5090 --max-model-len 1024 --max-num-seqs 8 --max-num-batched-tokens 1024 --block-size 32"
+    words = f"advise {load} {machine} --kv-cache-dtype fp8 --gpu-memory-utilization 0.8"
+    main(shlex.split(f"{words} --goodput {goals} --json -"))
+    found = json.loads(capsys.readouterr().out)
+    tried = found["narrower_weights"]
+    assert not found["meets"]
+    assert "quantization" not in {trial["setting"] for trial in found["kept"]}
+    assert "--quantization" not in found["serve"]
+    assert [each["meets"] for each in tried[:-1]] == [False] * (len(tried) - 1)
+    assert next((each["quantization"] for each in tried if each["meets"]), None) == format_
+    main(shlex.split(f"{words} --goodput {goals}"))
+    out = capsys.readouterr().out
+    assert "Not advised, since the answers change: fewer bits of weights" in out
+    assert (tried[-1]["serve"] in out) is (format_ is not None)
+    main(shlex.split(f"{words} --goodput {goals} --quantization fp8 --json -"))
+    assert json.loads(capsys.readouterr().out)["narrower_weights"] == []  # the user's own wish
 
 
 def test_without_need_the_defaults_stay() -> None:
