@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import cache
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 

@@ -229,9 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = study_parser("users_held", __doc__, budget="memory for keys and values")
     parser.add_argument("--num-users", type=int, default=96, help="as many as may ask: more than any way holds")
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument(
-        "--model", choices=("llama", "gemma3"), default="llama", help="gemma3 has windows"
-    )
+    parser.add_argument("--model", choices=("llama", "gemma3"), default="llama", help="gemma3 has windows")
 
     def study(given: Namespace) -> UsersHeld:
         return study_users(
