@@ -7,16 +7,18 @@ from pagedkv.errors import ConfigError
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+TIB = 1 << 40
 GB = 10**9
+TB = 10**12
 MAX_BYTES = 1 << 60
 """A larger number is a mistake."""
 
-_SUFFIXES = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": GB}
+_SUFFIXES = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "kb": 10**3, "mb": 10**6, "gb": GB, "tb": TB}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str, *, name: str) -> int:
-    """Return the bytes in `text`: a number with one of B, kB, MB, GB (decimal), KiB, MiB, GiB (binary), or none (bytes).
+    """Return the bytes in `text`: a number with one of B, kB, MB, GB, TB (decimal), KiB, MiB, GiB, TiB (binary), or none.
 
     Args:
         text: E.g. "8GiB", "16 GB", "17179869184".

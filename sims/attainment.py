@@ -11,6 +11,17 @@ from pagedkv.sims.records import Outcome
 from pagedkv.sims.simulation import Run
 
 
+def share_words(share: float | None, attain: float | None) -> str:
+    """Return `share` in percent, with as many digits as it takes to see on which side of `attain` it is; "–" if it is not known."""
+    if share is None:
+        return "–"
+    digits = range(1, 7)
+    texts = [f"{share:.{number}%}" for number in digits]
+    if attain is None or share >= attain:
+        return texts[0]
+    return next((text for text, number in zip(texts, digits, strict=True) if round(share, number + 2) < attain), texts[-1])
+
+
 def attained(runs: Sequence[Run], goals: tuple[Goal, ...]) -> float | None:
     """Return the share of requests of `runs` that met all `goals`, of those whose fate is known; None if none is known.
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pagedkv.errors import ConfigError
-from pagedkv.sims.attainment import Term
+from pagedkv.sims.attainment import Term, share_words
 from pagedkv.sims.bisection import Bisected, largest
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import ATTAIN, ServingConfig, SimulationConfig
@@ -181,7 +181,7 @@ def answer(
         calibration_interval=_around(found, if_off_by(1.0), if_off_by(-1.0), first=first, scale=scale),
         attained=None if at is None else at.attained,
         binding=None if stopped is None else "kv_memory" if not calm(stopped) else stopped.verdict.binding,
-        stops=(probes.why_not(stopping) or "") if stopped is None else _said(stopped, calm=calm(stopped)),
+        stops=(probes.why_not(stopping) or "") if stopped is None else _said(stopped, calm=calm(stopped), attain=attain),
         preemption_from=None if onset is None else onset * scale,
         preemption_tried=(calm_until.good if calm_until.bad is None else calm_until.bad) * scale,
         anomalies=tuple(value * scale for value in found.above),
@@ -238,14 +238,14 @@ def _criterion(smallest: Probe, *, attain: float, without_preemption: bool) -> s
     )
 
 
-def _said(found: Probe, *, calm: bool) -> str:
+def _said(found: Probe, *, calm: bool, attain: float) -> str:
     figures = found.figures
     if not calm:
         return f"{figures['num_preemptions']:,} preemptions"
     if not found.terms or found.attained is None:
         return found.verdict.text.partition(". Limit")[0].partition(": ")[2]
     refused = f", and {found.refused:,} of {figures['num_injected']:,} are turned away" if found.refused else ""
-    return f"{found.attained:.1%} of the requests meet the goals{refused}"
+    return f"{share_words(found.attained, attain)} of the requests meet the goals{refused}"
 
 
 def _scaled(value: int, first: int, scale: int) -> int:

@@ -75,7 +75,8 @@ def simulate(
     """Serve simulated users with paged and with contiguous KV allocation, and say where the memory goes.
 
     Args:
-        json: Write the result document to this file; - prints it, and nothing else, to stdout.
+        json: Write the result document to this file (as for all that is written, its folder is made if there is none); - prints
+            it, and nothing else, to stdout.
         out: Write to this folder: config.toml, summary.json, requests.csv, timeline.csv, report.html, metrics.prom (vLLM's metrics
             for Prometheus) and trace.json (for Perfetto). A folder that holds another run is left as it is: see overwrite.
         overwrite: Replace the run that the folder of --out holds, whatever it is.

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from pagedkv.sims.attainment import share_words
 from pagedkv.sims.capacity_answer import CapacityAnswer, calibrated, run_at
 from pagedkv.sims.comparison import Row
 from pagedkv.sims.console import side_by_side
@@ -41,7 +42,7 @@ def show_engine_answers(answers: EngineAnswers, console: Console, *, unit: str, 
         Row(label="tokens of context" if unit == "tokens" else unit, values=tuple(f"{each.value:,}" for each in found)),
         Row(label="interval", values=tuple(f"{each.interval[0]:,} to {_or_none(each.interval[1])}" for each in found)),
         Row(label="if steps are off", values=tuple(map(calibrated, found))),
-        Row(label="within goals", values=tuple("–" if each.attained is None else f"{each.attained:.1%}" for each in found)),
+        Row(label="within goals", values=tuple(share_words(each.attained, attain) for each in found)),
         Row(label="output tokens/s", values=tuple(map(_tokens_per_s, found))),
         Row(label="preemptions from", values=tuple(_or_none(each.preemption_from) for each in found)),
     ]
@@ -86,7 +87,7 @@ def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) 
         name = f"{found.value:,} {_one(unit, found.value)}"
         lines.append(f"at {name}: TTFT mean {1e3 * at.ttft_s:,.0f} ms, TPOT mean {1e3 * at.tpot_s:,.0f} ms")
     if found.attained is not None:
-        lines.append(f"{found.attained:.1%} of the requests meet the goals ({100 * attain:g} % wanted)")
+        lines.append(f"{share_words(found.attained, attain)} of the requests meet the goals ({100 * attain:g} % wanted)")
     lines += _misses(found, attain=attain)
     lines += filter(None, [_stop(found, unit=unit)])
     if found.preemption_from is None:
@@ -104,7 +105,7 @@ def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) 
             f"{row.value:,}",
             "yes" if row.fits else "no",
             row.status,
-            "–" if row.attained is None else f"{row.attained:.1%}",
+            share_words(row.attained, attain),
             "–" if row.num_preemptions is None else f"{row.num_preemptions:,}",
             "–" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s:,.0f}",
         )
@@ -117,7 +118,7 @@ def _misses(found: CapacityAnswer, *, attain: float) -> Iterator[str]:
         needed = (
             "no request finished" if term.reached_s is None else f"{100 * attain:g} % stay within {1e3 * term.reached_s:,.0f} ms"
         )
-        share = "–" if term.attained is None else f"{term.attained:.1%}"
+        share = share_words(term.attained, attain)
         yield f"{term.metric} fails: {share} within {1e3 * term.limit_s:,.0f} ms; {needed}"
 
 

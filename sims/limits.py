@@ -49,3 +49,9 @@ def step_limit(memory_s: float, compute_s: float) -> Binding:
 def memory_limit(scenario: Scenario) -> Binding:
     """Return what a full KV cache is limited by: the memory, or, where an engine is told its size, that setting."""
     return "ctx_size" if scenario.deployment.engine.name in ENGINE_FLAGS["ctx_size"] else "kv_memory"
+
+
+def limit_words(scenario: Scenario, binding: Binding) -> str:
+    """Return what a reader of this engine's settings calls `binding`."""
+    slots = binding == "max_num_seqs" and scenario.deployment.engine.name in ENGINE_FLAGS["parallel"]
+    return "server slots (--parallel)" if slots else LIMIT_NAMES[binding]

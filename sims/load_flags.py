@@ -74,10 +74,10 @@ def resolve_load(load: LoadConfig, deployments: tuple[Deployment, ...], of_class
         several = longest if len(longest) > 1 else ()
         return resolve_workload(load, load.workload, max_model_len, models=of_class, max_model_lens=several)
     if load.trace is not None:
-        trace = _trace(load, max_model_len, with_content=deployments[0].pool.enable_prefix_caching)
+        trace = _trace(load, deployments, with_content=deployments[0].pool.enable_prefix_caching)
         return replace(trace, num_models=len(deployments))
     prefixes = _prefixes(load, max_model_len)
-    lengths = _lengths(load, max_model_len, prefixes.length)
+    lengths = _lengths(load, deployments, prefixes.length)
     if load.users is not None:
         think_time_s = DEFAULT_THINK_TIME_S if load.think_time is None else parse_seconds(load.think_time, name="think-time")
         return ClosedLoop(
@@ -133,7 +133,22 @@ def _prefixes(load: LoadConfig, max_model_len: int) -> SharedPrefixes:
     return SharedPrefixes(length=length, number=load.num_prefixes or 1)
 
 
-def _lengths(load: LoadConfig, max_model_len: int, prefix_len: int) -> LengthDistribution:
+def _longest(deployments: tuple[Deployment, ...]) -> int:
+    return min(each.scheduler.max_model_len for each in deployments)
+
+
+def _what_holds(deployments: tuple[Deployment, ...], tokens: int) -> str | None:
+    """Return the flag with which requests of so many tokens run; None if they are longer than a model was made for."""
+    return None if tokens > min(each.model.max_context for each in deployments) else f"--max-model-len {tokens} would hold"
+
+
+def _made_for(deployments: tuple[Deployment, ...]) -> str:
+    shortest = min((each.model for each in deployments), key=lambda model: model.max_context)
+    return f"{shortest.title} was made for {shortest.max_context} tokens at most, so use shorter ones, or another --model"
+
+
+def _lengths(load: LoadConfig, deployments: tuple[Deployment, ...], prefix_len: int) -> LengthDistribution:
+    max_model_len = _longest(deployments)
     fixed = (load.random_input_len, load.random_output_len)
     if fixed == (None, None):
         if load.random_range_ratio is not None:
@@ -155,22 +170,27 @@ def _lengths(load: LoadConfig, max_model_len: int, prefix_len: int) -> LengthDis
     )
     if prefix_len + lengths.max_total > max_model_len:
         behind = f" behind a prefix of {prefix_len}" if prefix_len else ""
+        held = _what_holds(deployments, prefix_len + lengths.max_total)
         raise ConfigError(
             f"requests of {lengths.name} tokens{behind} are longer than max-model-len {max_model_len}: "
-            f"--max-model-len {prefix_len + lengths.max_total} would hold them"
+            + (_made_for(deployments) if held is None else f"{held} them")
         )
     return lengths
 
 
-def _trace(load: LoadConfig, max_model_len: int, *, with_content: bool) -> TraceReplay:
+def _trace(load: LoadConfig, deployments: tuple[Deployment, ...], *, with_content: bool) -> TraceReplay:
+    max_model_len = _longest(deployments)
     trace = read_trace(Path(load.trace or ""), format=load.trace_format, with_content=None if with_content else False)
     total = trace.prompt_tokens + trace.output_tokens
     fits = total <= max_model_len
     if not fits.any():
+        every, shortest = (_what_holds(deployments, int(tokens)) for tokens in (total.max(), total.min()))
+        held = f"{every} all, {total.min()} the shortest" if every else _made_for(deployments)
+        if shortest and not every:
+            held = f"{shortest} the shortest; {held}"
         raise ConfigError(
             f"every request of {trace.path} is longer than max-model-len {max_model_len}; the first, line {trace.line_numbers[0]} "
-            f"(or entry, in a JSON document), has {trace.prompt_tokens[0]} + {trace.output_tokens[0]} tokens: "
-            f"--max-model-len {total.max()} would hold all, {total.min()} the shortest"
+            f"(or entry, in a JSON document), has {trace.prompt_tokens[0]} + {trace.output_tokens[0]} tokens: {held}"
         )
     if load.over_length == "drop":
         trace = trace.where(fits)

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pagedkv.sims.attainment import attained
+from pagedkv.sims.attainment import attained, share_words
 from pagedkv.sims.closed_loop import people
 from pagedkv.sims.command import command_line
 from pagedkv.sims.config import ATTAIN
-from pagedkv.sims.limits import LIMIT_NAMES, Binding, memory_limit, queue_blocker, step_limit
+from pagedkv.sims.limits import Binding, limit_words, memory_limit, queue_blocker, step_limit
 from pagedkv.sims.mean_waits import MeanWaits
 from pagedkv.sims.missed_goal import missed_goal
 from pagedkv.sims.next_command import next_settings
@@ -22,6 +22,7 @@ from pagedkv.sims.unmeasured import unmeasured
 
 Status = Literal["stable", "saturated", "rejecting", "failed", "unmeasured"]
 
+_FITTING = {"saturated": "within the goals, slower than alone", "failed": "within the goals, though some failed"}
 NEARLY_FULL = 0.1
 """With less than this share of the KV pool or of the running batch free, it is the nearest limit."""
 
@@ -87,17 +88,17 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         how += " when the KV cache was full" if given_up else ""
         reasons.append(f"{figures['num_failed']:,} of {figures['num_injected']:,} requests {how}")
     if queueing:
-        reasons.append(f"requests wait {waiting_share:.0%} of the time" if closed else "more and more requests are there")
+        reasons.append(_waiting(scenario, runs, waiting_share) if closed else "more and more requests are there")
     if slow:
         reasons.append(f"{ideal_share:.0%} of the throughput that these users would get from an unloaded machine")
     if share is not None:
-        reasons.append(f"{share:.1%} of requests meet the goals")
+        reasons.append(f"{share_words(share, attain)} of requests meet the goals")
     if why is not None:
         reasons.append(why.text)
     fit, do_not_fit = ("fits", "does not fit") if scenario.load.title.startswith("1 user") else ("fit", "do not fit")
-    text = f"{scenario.load.title} {fit if fits else do_not_fit}: {status}"
+    text = f"{scenario.load.title} {fit if fits else do_not_fit}: {state_words(status, fits=fits)}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
-    text += f". {'Next limit' if fits else 'Limit'}: {LIMIT_NAMES[binding]}."
+    text += f". {'Next limit' if fits else 'Limit'}: {limit_words(scenario, binding)}."
     settings = next_settings(scenario, binding, runs, why, attain=attain, fits=fits)
     return Verdict(
         status=status,
@@ -109,6 +110,20 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         next_command=command_line(scenario.config, **settings),
         next_settings=settings,
     )
+
+
+def state_words(status: str, *, fits: bool) -> str:
+    """Return what a verdict calls a load: what fits without being stable does so because the goals allow for it."""
+    return _FITTING.get(status, status) if fits else status
+
+
+def _waiting(scenario: Scenario, runs: list[Run], share: float) -> str:
+    """Return for how much of the time requests wait; if no goal minds, also for what."""
+    if not scenario.goals or any(goal.metric in ("ttft", "e2el") for goal in scenario.goals):
+        return f"requests wait {share:.0%} of the time"
+    blocker = queue_blocker(runs)
+    what = "" if blocker is None else f" for {limit_words(scenario, blocker)}"
+    return f"requests wait{what} {share:.0%} of the time, which no goal looks at: add ttft"
 
 
 def _of_nothing(scenario: Scenario, runs: list[Run]) -> Verdict:

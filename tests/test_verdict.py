@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pagedkv.allocation import Grant
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.paged import PagedAllocator
 from pagedkv.kv_request import KVRequest
+from pagedkv.sims.attainment import share_words
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.results import simulate
@@ -130,6 +133,35 @@ def test_goals_decide_whether_a_stable_load_fits(capsys: pytest.CaptureFixture[s
         assert (result["verdict"]["status"], result["verdict"]["fits"]) == ("stable", fits)
         assert words in result["verdict"]["text"]
         assert result["goodput_share"] == pytest.approx(float(fits), abs=0.05)
+
+
+def test_a_share_shows_on_which_side_of_the_wanted_one_it_is() -> None:
+    assert [share_words(share, 0.99) for share in (0.98, 0.9896, 0.98996, 0.99, 0.9904, None)] == [
+        *("98.0%", "98.96%", "98.996%", "99.0%", "99.0%", "–")
+    ]
+    assert share_words(1 / 3, None) == "33.3%"
+
+
+@given(share=st.floats(0, 1), attain=st.floats(0.01, 1))
+def test_no_share_below_the_wanted_one_reads_as_if_it_reached_it(share: float, attain: float) -> None:
+    text = share_words(share, attain)
+    assert float(text.removesuffix("%")) / 100 == pytest.approx(share, abs=0.00051)
+    if share < attain - 1e-8:
+        assert float(text.removesuffix("%")) / 100 < attain
+
+
+def test_what_fits_is_not_called_saturated_and_waiting_that_no_goal_sees_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four slots: who has one gets tokens fast, and everybody else waits for one."""
+    load = "--users 20 --think-time 1s --random-input-len 100 --random-output-len 50 --duration 60s --warmup 5s --engine llama-cpp"
+    verdict = run(f"{load} --goodput tpot:1000", capsys)["verdict"]
+    assert (verdict["status"], verdict["fits"]) == ("saturated", True)
+    assert verdict["text"].startswith("20 users fit: within the goals, slower than alone (")
+    assert "requests wait for server slots (--parallel) " in verdict["text"]
+    assert "which no goal looks at: add ttft" in verdict["text"]
+    seen = run(f"{load} --goodput tpot:1000 ttft:1000", capsys)["verdict"]
+    assert not seen["fits"]
+    assert "which no goal looks at" not in seen["text"]
+    assert seen["text"].endswith("Limit: server slots (--parallel).")
 
 
 def test_more_users_end_up_saturated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from pagedkv.sims.attainment import share_words
 from pagedkv.sims.capacity_answer import CapacityAnswer, calibrated, shown_value
 from pagedkv.sims.limits import LIMIT_NAMES
 from pagedkv.sims.reporting.capacity_curve import CURVE_CAPTION, Curve, CurvePoint, amount, capacity_curve, curve_words
@@ -30,7 +31,8 @@ def capacity_head(capacity: Capacity) -> str:
     """Return the answer, the command that gives it, and which run the rest of the page is about."""
     first = capacity.answers[0]
     items = "".join(
-        f"<li><strong>{escape(each.allocator)}</strong>: {escape(_said(each, capacity.unit))}</li>" for each in capacity.answers
+        f"<li><strong>{escape(each.allocator)}</strong>: {escape(_said(each, capacity.unit, attain=capacity.attain))}</li>"
+        for each in capacity.answers
     )
     run_value = shown_value(first)
     shown = (
@@ -53,13 +55,13 @@ def _headline(capacity: Capacity) -> str:
     return f"{amount(value, unit)} fit{'s' if value == 1 else ''}"
 
 
-def _said(found: CapacityAnswer, unit: str) -> str:
+def _said(found: CapacityAnswer, unit: str, *, attain: float) -> str:
     low, high = found.interval
     until = "more than was tried" if high is None else f"{high:,}"
     parts = [f"{amount(found.value, unit)}, interval {low:,} to {until} ({found.interval_means})"]
     parts.append(f"{calibrated(found)} if all steps take as long, or as short, as their constants may be off")
     if found.attained is not None:
-        parts.append(f"{found.attained:.1%} of the requests meet the goals there")
+        parts.append(f"{share_words(found.attained, attain)} of the requests meet the goals there")
     limit = "" if found.binding is None else f", limit: {LIMIT_NAMES[found.binding]}"
     smallest = min((each.value for each in found.tried if not each.fits and each.value > found.value), default=None)
     parts.append(f"next limit: {limit[9:]}" if smallest is None else f"at {smallest:,}: {found.stops.rstrip('.')}{limit}")
@@ -103,7 +105,7 @@ def capacity_body(capacity: Capacity) -> tuple[Drawing, str]:
             found.allocator,
             "yes" if tried.fits else "no",
             tried.status,
-            "–" if tried.attained is None else f"{tried.attained:.1%}",
+            share_words(tried.attained, capacity.attain),
             "–" if tried.num_preemptions is None else f"{tried.num_preemptions:,}",
             "–" if tried.output_tokens_per_s is None else f"{tried.output_tokens_per_s:,.0f}",
         )

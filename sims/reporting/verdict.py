@@ -9,6 +9,7 @@ from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.reporting.page import badge, command
 from pagedkv.sims.results import Results
 from pagedkv.sims.run_texts import run_facts
+from pagedkv.sims.verdict import state_words
 
 
 def verdict_head(results: Results, document: dict[str, Any], *, level: int, proposal: str | None) -> str:
@@ -24,7 +25,8 @@ def verdict_head(results: Results, document: dict[str, Any], *, level: int, prop
     note = prefix_note(document, scenario.deployment.why_no_prefix_caching)
     gains = "".join(f"<li>{escape(line)}</li>" for line in (*advantages(document), *([note] if note else [])))
     first = document["results"][0]["verdict"]
-    headline = first["text"].partition(f": {first['status']}")[0]  # a trace's name may hold a colon, too
+    state = state_words(first["status"], fits=first["fits"])
+    headline = first["text"].partition(f": {state}")[0]  # a trace's name may hold a colon, too
     served = scenario.deployment
     model = f"{scenario.model_titles}, {served.weight_format.name} weights"
     subtitle = f"{model}, on {served.hardware.title}, {document['config']['engine']}"

@@ -13,6 +13,7 @@ FILES = {
     "late.csv": "arrival_s,input_tokens,output_tokens\n0,90,9\nsoon,90,9\n",
     "empty.csv": "",
     "other.csv": "from,to\n1,2\n",
+    "far_too_long.csv": "arrival_s,input_tokens,output_tokens\n0,40000,10\n1,500000,10\n",
     "long.csv": "arrival_s,input_tokens,output_tokens\n0,40000,10\n1,50000,10\n",
     "lengths.csv": "input_tokens,output_tokens\n90,9\n",
     "bad_lengths.csv": "input_tokens,output_tokens\n90,0\n",
