@@ -232,7 +232,7 @@ def _around(found: Bisected, slow: int | None, fast: int | None, *, first: int, 
 def _criterion(smallest: Probe, *, attain: float, without_preemption: bool) -> str:
     if not smallest.terms:
         calm = " and without preemptions" if without_preemption else ""
-        return f"stable{calm} (simulate explain stable): about as fast as one user alone, however slow that is; --goodput sets times"
+        return f"stable{calm} (simulate explain stable), about as fast as for one user alone, be that slow; --goodput sets times"
     return f"{100 * attain:g} % of the requests within " + " and ".join(
         f"{term.metric} {1e3 * term.limit_s:,g} ms" for term in smallest.terms
     )

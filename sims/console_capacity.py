@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from pagedkv.sims.attainment import share_words
@@ -13,6 +14,11 @@ from pagedkv.sims.console_table import plain_table
 from pagedkv.sims.engine_capacity import EngineAnswer, EngineAnswers
 from pagedkv.sims.limits import LIMIT_NAMES
 from pagedkv.sims.max_context import ContextAnswer
+
+_LESS_NEEDED = ("preemptions", "within goals")
+"""Columns that a narrow terminal goes without, in this order."""
+_GAP = 2
+"""Columns of the terminal that rich pads each of the table with, those at its edges too."""
 
 
 def show_max_users(answers: Sequence[CapacityAnswer], console: Console, *, attain: float) -> None:
@@ -99,17 +105,29 @@ def _show(found: CapacityAnswer, console: Console, *, unit: str, attain: float) 
         lines.append(f"anomaly: {more} {unit} fit again; near its limit the figure is noisy, --repeats 5 says how much")
     for line in lines:
         console.print(f"  {line}", markup=False)
-    table = plain_table(unit, "fits", "status", "within goals", "preemptions", "output tokens/s", left=(1, 2))
-    for row in found.tried:
-        table.add_row(
-            f"{row.value:,}",
-            "yes" if row.fits else "no",
-            row.status,
-            share_words(row.attained, attain),
-            "–" if row.num_preemptions is None else f"{row.num_preemptions:,}",
-            "–" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s:,.0f}",
-        )
-    console.print(table, "\n")
+    console.print(_table(found, unit, attain, console.width), "\n")
+
+
+def _table(found: CapacityAnswer, unit: str, attain: float, width: int) -> Table:
+    """Return what was tried; headers wrap, and columns are left out where the terminal is narrower than the rest."""
+    columns = {
+        unit: [f"{row.value:,}" for row in found.tried],
+        "fits": ["yes" if row.fits else "no" for row in found.tried],
+        "status": [row.status for row in found.tried],
+        "within goals": [share_words(row.attained, attain) for row in found.tried],
+        "preemptions": ["–" if row.num_preemptions is None else f"{row.num_preemptions:,}" for row in found.tried],
+        "output tokens/s": ["–" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s:,.0f}" for row in found.tried],
+    }
+    least = {header: max(map(len, (*header.split(), *cells))) for header, cells in columns.items()}
+    for header in _LESS_NEEDED:
+        if sum(least.values()) + _GAP * len(least) > width:
+            del columns[header], least[header]
+    table = plain_table(*columns, left=(1, 2), no_wrap=False)
+    for column, at_least in zip(table.columns, least.values(), strict=True):
+        column.min_width = at_least
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table
 
 
 def _misses(found: CapacityAnswer, *, attain: float) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """The largest number of users, and the longest context: each fits when it is run, and the next does not."""
 
+import io
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from pagedkv.sims.attainment import attained, terms
 from pagedkv.sims.bisection import largest
 from pagedkv.sims.cli import main
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
+from pagedkv.sims.console_capacity import show_max_users
 from pagedkv.sims.max_context import max_context
 from pagedkv.sims.max_users import max_users
 from pagedkv.sims.probe import probe
@@ -266,6 +270,20 @@ def test_the_commands_answer_as_the_functions(tmp_path: Path, capsys: pytest.Cap
     assert [each["allocator"] for each in both] == ["contiguous-max", "paged"]
     three = "--allocator paged,contiguous-max,contiguous-oracle"  # the default of simulate, but typed
     assert len(answers(capsys, f"{command} {three}")["answers"]) == 3
+
+
+@pytest.mark.parametrize("width", [36, 40, 50, 60, 80, 120])
+def test_every_number_of_users_that_was_tried_is_whole_on_a_narrow_terminal(width: int) -> None:
+    answer = max_users(TINY, "paged", attain=ATTAIN)
+    file = io.StringIO()
+    show_max_users([answer], Console(file=file, width=width), attain=ATTAIN)
+    shown = [line.split() for line in file.getvalue().splitlines() if re.match(r" *[0-9,]+ +(yes|no) ", line)]
+    assert [int(row[0].replace(",", "")) for row in shown] == [row.value for row in answer.tried]
+    assert [row[2] for row in shown] == [row.status for row in answer.tried]
+    assert [row[-1] for row in shown] == [
+        "–" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s:,.0f}" for row in answer.tried
+    ]
+    assert "…" not in file.getvalue()
 
 
 def test_the_terminal_says_it_in_words(capsys: pytest.CaptureFixture[str]) -> None:
