@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,11 +40,14 @@ from pagedkv.sims.cli_tools import fit, tools
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.config_file import ASKED_FOR, given, read_settings, with_files, without_other_loads
 from pagedkv.sims.config_words import DEFAULT_PARAMETER
+from pagedkv.sims.plain_signs import PLAIN
 
 if TYPE_CHECKING:
     from pagedkv.sims.pipe_console import PipeConsole
 
 BAD_INPUT = 2
+_NEAR = 0.65
+"""How alike an unknown flag and the one proposed must be without their dashes, which all have in common."""
 
 
 app = App(
@@ -206,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a mistake in what was asked, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show "×" shows "?"
-            stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show "×" shows "x"
+            stream.reconfigure(errors=PLAIN)
     if arguments[:1] == ["simulate"]:  # `pagedkv simulate --users 100`
         del arguments[0]
     try:
@@ -221,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sys.stdout.flush()
     except (ConfigError, CycloptsError) as error:
-        _exit(f"error: {error}", BAD_INPUT)
+        _exit(f"error: {_without_far_proposal(str(error))}", BAD_INPUT)
     except KeyboardInterrupt:
         _exit("interrupted: nothing was written", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, e.g. `head`, has left
@@ -231,6 +235,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(f"error: cannot write the answer: {error.strerror}", BAD_INPUT)
+
+
+def _without_far_proposal(message: str) -> str:
+    """Return cyclopts' message of an unknown option without its proposal if that is near only by its dashes."""
+    match = re.fullmatch(r"(Unknown option: -*([^\s=]+?)(?:=.*)?\.) Did you mean -*(\S+)\?", message)
+    return match[1] if match and SequenceMatcher(None, match[2], match[3]).ratio() < _NEAR else message
 
 
 def _help_console() -> "PipeConsole":
