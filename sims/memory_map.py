@@ -16,6 +16,9 @@ from pagedkv.sims.palette import DARK, DARK_PAGE, INK, base_layout
 
 __all__ = ["MOST_CELLS", "MOST_NUMBERED", "Frame", "cells_of", "legend_text", "memory_map"]
 
+_TITLE_PX = 13
+"""Size of the panels' titles: three lines fit above a panel."""
+
 
 def memory_map(
     panels: Mapping[str, Sequence[Frame]],
@@ -70,6 +73,7 @@ def memory_map(
     ]
     figure.update_layout(**base_layout(660 if tables else 440))
     figure.update_layout(margin={"t": 60}, hovermode="closest", showlegend=False)
+    figure.update_annotations(font_size=_TITLE_PX)
     if dark:
         figure.update_layout(paper_bgcolor=DARK_PAGE, plot_bgcolor=DARK_PAGE, font={"color": DARK[INK]})
     figure.update_layout(**_controls([frame.label for frame in next(iter(panels.values()))], first))

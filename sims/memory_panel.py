@@ -85,11 +85,11 @@ class MemoryPanel:
 
     @property
     def title(self) -> str:
-        """Whose memory it is, of how many blocks, and how many of them are shown."""
+        """Whose memory it is, of how many blocks, and how many of them are shown: in lines that a telephone shows whole."""
         first = self.frames[0].snapshot
         every, units = _every(first, self.most_cells), first.states.size
         slots = f"{first.unit_slots} token{'s' if first.unit_slots > 1 else ''}"
-        return f"{self.name}<br>{units:,} blocks of {slots}" + (f", every {_ordinal(every)} shown" if every > 1 else "")
+        return f"{self.name}<br>{units:,} blocks of {slots}" + (f"<br>every {_ordinal(every)} shown" if every > 1 else "")
 
     def whole(self, place: int, *, dark: bool) -> list[go.Heatmap | go.Scatter | go.Table]:
         """Return the traces at a moment, with what is the same at all of them: colours and sizes."""

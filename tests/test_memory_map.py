@@ -150,7 +150,10 @@ def test_the_cells_of_a_small_map_have_their_numbers_and_how_many_share_them() -
 def test_a_large_memory_is_thinned_out_and_says_so() -> None:
     frames = small(blocks=1000)
     figure = memory_map({"paged": frames}, most_cells=300)
-    assert "1,000 blocks of 4 tokens, every 4th shown" in figure.layout.annotations[0].text
+    (title,) = figure.layout.annotations
+    assert title.text == "paged<br>1,000 blocks of 4 tokens<br>every 4th shown"
+    assert max(map(len, title.text.split("<br>"))) * title.font.size * 0.6 < 360, "a telephone's width"
+    assert title.text.count("<br>") * title.font.size * 1.3 + title.font.size < figure.layout.margin.t
     cells = shown(figure.data[0])
     assert cells[:, 0].tolist() == list(range(0, 1000, 4))
     assert np.array_equal(cells[:, 1], frames[0].snapshot.states[::4])
