@@ -80,7 +80,7 @@ class ProgressLine:
 
     def __init__(self, compilation: Compilation) -> None:
         self._compilation = compilation
-        self._begun = 0
+        self._begun = compilation.num_begun
         self._noted = False
         self._from: tuple[float, float] | None = None
         self._last: tuple[float, float] = (0.0, 0.0)

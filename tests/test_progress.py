@@ -28,6 +28,10 @@ def test_it_speaks_of_compiling_only_while_something_is_compiled() -> None:
     assert line.at(1.6, 0.0, "paged")[1] == "  0% paged, compiling (kept for later runs)"
 
 
+def test_what_was_compiled_before_does_not_count() -> None:
+    assert ProgressLine(Compilation(num_begun=7)).at(1.0, 0.0, STARTING) == ("", "  0% starting")
+
+
 def test_that_nothing_can_be_kept_is_said_once_with_the_remedy() -> None:
     state = Compilation(kept=False)
     line = ProgressLine(state)
