@@ -95,7 +95,7 @@ def calibration_for(
     Raises:
         ConfigError: If the machine's file carries a group that cannot be read.
     """
-    state = model.kv_spec("auto").state_bytes_per_sequence > 0
+    families = families_of(model)
     base_engine = _SAME_CODE.get(engine, engine)
     prior = catalogue_constants(replace(hardware, linear_by_rows={}), weight_format)  # groups were fitted without rates by rows
     for group, other_engine in _groups(hardware, engine):
@@ -114,7 +114,7 @@ def calibration_for(
         measured = model.name in group.get("models", ()) and not other_engine and weights is not None
         measured = measured and kv_cache_dtype in group["kv_cache_dtypes"]
         certainty: Certainty = "measured" if measured else "doubted" if why else "known"
-        spreads = spreads_of(group, certainty, state=state)
+        spreads = spreads_of(group, certainty, families=families)
         return Calibration(
             constants=replace(prior, **values),
             basis=f"{group['engine']} on {group['machine']}: {group['source']}",
@@ -128,7 +128,7 @@ def calibration_for(
         )
     unknown = _table()["catalogue"]
     everywhere = [*checked_groups(hardware.step_constants, hardware.name), *_table()["group"]]
-    spreads = unknown_spreads(everywhere, base_engine, unknown, state=state)
+    spreads = unknown_spreads(everywhere, base_engine, unknown, families=families)
     carried = carried_constants(everywhere, (hardware.name, hardware.like), base_engine) if model.num_experts else {}
     told: dict[str, Any] = {name: each.value for name, each in carried.items()}
     return Calibration(

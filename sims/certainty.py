@@ -13,27 +13,31 @@ Each is at least as wide as the one before, for a model of any family.
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 Certainty = Literal["measured", "known", "doubted", "unknown"]
 WIDENED = 2.0
 """How much wider an interval is where there is a doubt."""
 KINDS = ("decode", "prefill")
+SPREAD_PREFIX: Mapping[str, str] = MappingProxyType({"experts": "experts_", "states": "state_"})
+"""Families of models whose rates have spreads of their own in a group, and how their names begin; the others are of dense models
+with plain attention, than which none is known better."""
 
 
-def spreads_of(group: Mapping[str, Any], certainty: Certainty, *, state: bool) -> dict[str, float]:
+def spreads_of(group: Mapping[str, Any], certainty: Certainty, *, families: Iterable[str]) -> dict[str, float]:
     """Return by kind of rate, as logarithms, how far rates by the constants of a fitted group may be off.
 
     Args:
         group: The group, as its file has it.
         certainty: How well what is asked is known by its rows.
-        state: Whether the model has states of fixed size, of whose cost few rows tell.
+        families: Those of the model (`constant_sources.FAMILIES`).
     """
     own = group.get("own_spread", {})
-    prefix = "state_" if state else ""
+    prefixes = ["", *(SPREAD_PREFIX[family] for family in families if family in SPREAD_PREFIX)]
     spreads = {}
     for kind in KINDS:
-        its = max(group["spread"][kind], group["spread"][f"{prefix}{kind}"])
+        its = max(group["spread"].get(f"{prefix}{kind}", 0.0) for prefix in prefixes)
         measured = own.get(kind, its)
         known = max(its, measured)  # no other model is known better than those that were measured
         widened = max(group.get("widened", WIDENED) * its, known)
@@ -42,7 +46,7 @@ def spreads_of(group: Mapping[str, Any], certainty: Certainty, *, state: bool) -
 
 
 def unknown_spreads(
-    groups: Iterable[Mapping[str, Any]], engine: str, catalogue: Mapping[str, float], *, state: bool
+    groups: Iterable[Mapping[str, Any]], engine: str, catalogue: Mapping[str, float], *, families: Iterable[str]
 ) -> dict[str, float]:
     """Return the same where no group applies.
 
@@ -50,10 +54,10 @@ def unknown_spreads(
         groups: All fitted groups that are known of, of this machine and others.
         engine: The engine's name, with or without a version.
         catalogue: How far the catalogue's own figures were off, where there are rows.
-        state: Whether the model has states of fixed size.
+        families: Those of the model.
     """
-    everywhere = list(groups)
+    everywhere, of = list(groups), list(families)
     base = engine.partition("@")[0]
     nearest = [group for group in everywhere if group["engine"].partition("@")[0] == base] or everywhere
-    widest = [spreads_of(group, "unknown", state=state) for group in nearest]
+    widest = [spreads_of(group, "unknown", families=of) for group in nearest]
     return {kind: max(catalogue[kind], *(each[kind] for each in widest)) for kind in KINDS}

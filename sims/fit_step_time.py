@@ -15,7 +15,7 @@ import numpy as np
 from pagedkv.catalogue import load_hardware
 from pagedkv.hardware_spec import HardwareSpec
 from pagedkv.sims.calibration import FILE
-from pagedkv.sims.certainty import WIDENED
+from pagedkv.sims.certainty import SPREAD_PREFIX, WIDENED
 from pagedkv.sims.constant_sources import FAMILIES, Carried, carried_constants, families_of
 from pagedkv.sims.step_constants import StepConstants, catalogue_constants
 from pagedkv.sims.step_groups import IN_GROUPS, OF_WEIGHTS, SHARED, toml_lines
@@ -245,9 +245,8 @@ def _families(points: Sequence[Point]) -> list[str]:
 
 
 def _spread_table(spreads: Spreads, engine: str) -> dict[str, float]:
-    return {
-        f"{'state_' if state else ''}{kind}": spreads.of(engine, kind, state=state) for kind in KINDS for state in (False, True)
-    }
+    by_prefix = {"": (), **{prefix: (family,) for family, prefix in SPREAD_PREFIX.items()}}
+    return {f"{prefix}{kind}": spreads.of(engine, kind, families=of) for kind in KINDS for prefix, of in by_prefix.items()}
 
 
 def _factor(its: StepConstants, base: StepConstants, name: str) -> float:

@@ -72,13 +72,13 @@ def test_a_model_of_more_families_is_never_stated_more_surely(engine: str, weigh
 
 def group(own: float, spread: float) -> dict[str, Any]:
     """A group as `simulate calibrate` writes it: a model measured to within `own`, others known to within `spread`."""
-    its = {f"{state}{kind}": spread for state in ("", "state_") for kind in ("decode", "prefill")}
+    its = {f"{prefix}{kind}": spread for prefix in ("", "state_", "experts_") for kind in ("decode", "prefill")}
     return {"engine": "vllm", "widened": 1.0, "spread": its, "own_spread": {"decode": own}}
 
 
 @pytest.mark.parametrize(("own", "spread"), [(0.05, 0.4), (0.5, 0.2)])
 def test_no_model_is_known_better_than_one_that_was_measured(own: float, spread: float) -> None:
-    widths = [spreads_of(group(own, spread), each, state=False)["decode"] for each in ("measured", "known", "doubted", "unknown")]
+    widths = [spreads_of(group(own, spread), each, families=())["decode"] for each in ("measured", "known", "doubted", "unknown")]
     assert widths[0] == own
     assert widths == sorted(widths)
 
@@ -89,7 +89,7 @@ def test_a_mixture_under_an_engine_without_rows_of_one_is_doubted_and_takes_its_
     assert dense.status == "validated"
     assert mixture.status == "not validated"
     assert "its rows have no mixture of experts" in mixture.why
-    assert mixture.decode_spread == pytest.approx(2 * dense.decode_spread)
+    assert mixture.decode_spread >= 2 * dense.decode_spread
     for name in CARRIED:
         assert getattr(mixture.constants, name) == groups["llama-cpp"]["constants"][name] < 1
         assert "as of llama-cpp on dgx-spark" in groups["sglang"]["assumed"][name]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.arrays import Float64Array
+from pagedkv.catalogue import load_model
 from pagedkv.sims.calibrate.figures import Figure
 from pagedkv.sims.calibrate.identified import Identified, identify, left_out_errors, peaks_of, rates
 from pagedkv.sims.calibrate.subject import Subject
@@ -26,6 +27,8 @@ _FIGURES_FOR_A_SPREAD = 3
 """A kind of rate needs so many figures for its own spread."""
 _FAR = math.log(2.5)
 """A constant that moves by more than this factor is told: something else may have run."""
+_OF_FAMILY = {"": "llama-3.1-8b", "state_": "qwen3.5-9b", "experts_": "qwen3-30b-a3b"}
+"""By prefix of a spread: a model of just that family."""
 MORE_FIGURES_THAN_CONSTANTS = 3
 """Fewer figures than constants and this are too few."""
 
@@ -184,17 +187,14 @@ def _counted(number: int, what: str) -> str:
 
 
 def _spreads(subject: Subject) -> dict[str, float]:
-    """Return how far constants of before are off for models that were not measured, with states and without."""
+    """Return how far constants of before are off for models that were not measured, by family."""
     request = subject.request
-    plain = replace(request.model, name="", layer_groups=tuple(g for g in request.model.layer_groups if g.kind != "state"))
-    state = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=request.model)
-    plain_one = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=plain)
-    return {
-        "decode": plain_one.decode_spread,
-        "prefill": plain_one.prefill_spread,
-        "state_decode": max(state.decode_spread, plain_one.decode_spread),
-        "state_prefill": max(state.prefill_spread, plain_one.prefill_spread),
-    }
+    spreads: dict[str, float] = {}
+    for prefix, name in _OF_FAMILY.items():
+        model = replace(load_model(name), name="")  # any of its family: none that was measured
+        known = calibration_for(request.hardware, subject.engine, request.weight_format, request.kv_cache_dtype, model=model)
+        spreads |= {f"{prefix}decode": known.decode_spread, f"{prefix}prefill": known.prefill_spread}
+    return spreads
 
 
 def _notes(found: Identified, before: StepConstants) -> list[str]:

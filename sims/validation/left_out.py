@@ -1,12 +1,13 @@
 """What the constants say of a model whose rows they were not fitted to, and how far that is off: the width of intervals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.sims.certainty import WIDENED
+from pagedkv.sims.certainty import SPREAD_PREFIX, WIDENED
+from pagedkv.sims.constant_sources import families_of
 from pagedkv.sims.validation.fitting import Fit, fit, without
 from pagedkv.sims.validation.points import Kind, Point
 from pagedkv.sims.validation.work import Work
@@ -44,33 +45,33 @@ def trials(whole: Fit, points: Sequence[Point], work: Work) -> list[Trial]:
     return [Trial(point=point, rate_tok_s=float(rate)) for point, rate in zip(points, rates, strict=True)]
 
 
-def has_state(point: Point) -> bool:
-    """Return whether a figure is of a model with states of fixed size, of whose cost few rows tell."""
-    return any(group.kind == "state" for group in point.subject.model.layer_groups)
-
-
 class Spreads:
     """How wide an interval must be, by engine, kind of figure and kind of model."""
 
     def __init__(self, tried: Sequence[Trial]) -> None:
         self._off = np.array([trial.off for trial in tried])
         self._kinds = np.array([trial.point.kind for trial in tried])
-        self._states = np.array([has_state(trial.point) for trial in tried])
+        self._families = [families_of(trial.point.subject.model) for trial in tried]
+        self._belongs = {family: np.array([family in its for its in self._families], np.bool_) for family in SPREAD_PREFIX}
         self._engines = np.array([trial.point.engine for trial in tried])
         self._models = np.array([trial.point.subject.model.name for trial in tried])
         self._formats = np.array([trial.point.subject.weight_format.name for trial in tried])
 
-    def of(self, engine: str, kind: Kind, *, state: bool, but_for: str | None = None) -> float:
+    def of(self, engine: str, kind: Kind, *, families: Collection[str], but_for: str | None = None) -> float:
         """Return it as a logarithm, from all trials but those of the model `but_for`.
 
-        An engine with figures of few models is taken to be off by as much as any engine is for models without states: what those
-        cost is an engine's own. Models with states are never known better than those without.
+        It is the widest of what dense models with plain attention and each of the model's families were off by. An engine with
+        figures of few models, or of fewer than two of a family, is taken to be off by as much as any engine is.
         """
-        among = self._models != but_for
+        among = (self._models != but_for) & (self._kinds == kind)
         own = among & (self._engines == engine)
-        widest = max(self._quantile(own, kind, state), self._quantile(own, kind, False))  # noqa: FBT003
-        if self._num_models(own & (self._kinds == kind)) < FEW_MODELS:
-            widest = max(widest, self._quantile(among & ~self._states, kind, False))  # noqa: FBT003
+        few = self._num_models(own) < FEW_MODELS
+        plain = ~np.any(np.stack(list(self._belongs.values())), axis=0)
+        widest = 0.0
+        for alike in (plain, *(self._belongs[family] for family in families if family in self._belongs)):
+            widest = max(widest, self._quantile(own & alike))
+            if few or self._num_models(own & alike) < 2:
+                widest = max(widest, self._quantile(among & alike))
         return widest
 
     def single_model(self, engine: str, fmt: str) -> bool:
@@ -81,7 +82,7 @@ class Spreads:
         """Return the share of figures within the interval that the other models give; `chosen` says which, by engine and kind."""
         inside = [
             self._off[i]
-            <= self.of(engine, kind, state=bool(self._states[i]), but_for=str(self._models[i]))
+            <= self.of(engine, kind, families=self._families[i], but_for=str(self._models[i]))
             * (WIDENED if self.single_model(engine, str(self._formats[i])) else 1.0)
             for i, (engine, kind) in enumerate(zip(self._engines.tolist(), self._kinds.tolist(), strict=True))
             if chosen(engine, kind)
@@ -91,9 +92,5 @@ class Spreads:
     def _num_models(self, among: Mask) -> int:
         return len(set(self._models[among].tolist()))
 
-    def _quantile(self, among: Mask, kind: Kind, state: bool) -> float:  # noqa: FBT001
-        """Return it over figures of this kind and these models, or where those are of one model, of this kind; 0 without any."""
-        of_kind = among & (self._kinds == kind)
-        alike = of_kind & (self._states == state)
-        chosen = alike if self._num_models(alike) > 1 else of_kind
-        return float(np.quantile(self._off[chosen], COVERED, method="higher")) if chosen.any() else 0.0
+    def _quantile(self, among: Mask) -> float:
+        return float(np.quantile(self._off[among], COVERED, method="higher")) if among.any() else 0.0
