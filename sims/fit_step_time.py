@@ -245,8 +245,10 @@ def _families(points: Sequence[Point]) -> list[str]:
 
 
 def _spread_table(spreads: Spreads, engine: str) -> dict[str, float]:
+    """Return the spreads of a group; a version of an engine is known as well as the engine."""
+    base = engine.partition("@")[0]
     by_prefix = {"": (), **{prefix: (family,) for family, prefix in SPREAD_PREFIX.items()}}
-    return {f"{prefix}{kind}": spreads.of(engine, kind, families=of) for kind in KINDS for prefix, of in by_prefix.items()}
+    return {f"{prefix}{kind}": spreads.of(base, kind, families=of) for kind in KINDS for prefix, of in by_prefix.items()}
 
 
 def _factor(its: StepConstants, base: StepConstants, name: str) -> float:
