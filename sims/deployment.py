@@ -36,9 +36,6 @@ from pagedkv.weight_format import WeightFormat, load_weight_format
 
 PAGE_BYTES = 2 << 20
 """A page of virtual memory that stock CUDA maps. Source: Prabhu et al., vAttention, ASPLOS 2025."""
-_BLOCK_STEP = 16
-"""Blocks above this are multiples of it in vLLM. Source: get_kv_cache_shape of its FlashAttention and Triton backends ("Block size
-must be a multiple of 16"), and the choices of --block-size up to 0.19. Smaller blocks are let through: to study what they waste."""
 _LIMITS = ("max_num_batched_tokens", "max_num_seqs", "max_model_len")
 """Limits of a step; an engine may decide one by those after it."""
 
@@ -210,12 +207,6 @@ def _check_shares(serving: ServingConfig) -> None:
         raise ConfigError(f"watermark {serving.watermark} is a share of the blocks: needs 0 or more, below 1")
     if serving.block_size > 1 << 16:
         raise ConfigError(f"block-size {serving.block_size}: needs 1 to {1 << 16:,} tokens; vLLM's default is 16")
-    if serving.engine.partition("@")[0] == "vllm" and serving.block_size > _BLOCK_STEP and serving.block_size % _BLOCK_STEP:
-        lower = serving.block_size // _BLOCK_STEP * _BLOCK_STEP
-        raise ConfigError(
-            f"block-size {serving.block_size}: vLLM's attention takes multiples of {_BLOCK_STEP} tokens; give {lower} or "
-            f"{lower + _BLOCK_STEP}"
-        )
 
 
 def _without_usual(

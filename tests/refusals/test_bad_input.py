@@ -63,8 +63,6 @@ BAD_INPUT: dict[str, tuple[str, ...]] = {
     "--users 5 --seed -1": ("seed is -1", "0 or more"),
     "--users 5 --watermark 2": ("watermark 2", "0 or more, below 1"),
     "--users 5 --watermark nan": ("watermark nan", "0 or more, below 1"),
-    "--users 5 --block-size 17": ("block-size 17", "multiples of 16", "16 or 32"),
-    "--users 5 --engine vllm@0.19 --block-size 100": ("block-size 100", "96 or 112"),
     "--users 5 --block-size 0": ("block-size 0", "at least 1"),
     "--users 5 --max-num-seqs 0": ("max-num-seqs is 0", "1 or more"),
     "--users 5 --max-num-batched-tokens 0": ("max-num-batched-tokens is 0", "1 or more"),
