@@ -43,7 +43,7 @@ def busy(load: str, folder: Path) -> Scenario:
             return scenario(LoadConfig(request_rate=3.0, num_prompts=15, **LENGTHS), duration="60s")
         case "state of Mamba layers":
             of_state = LoadConfig(request_rate=5.0, num_prompts=60, **LENGTHS)
-            return scenario(of_state, num_blocks=2080, model="nemotron-3-nano-30b-a3b")
+            return scenario(of_state, num_blocks=16, model="nemotron-3-nano-30b-a3b")
     file = folder / "trace.csv"
     file.write_text(TRACE + "0.5,500,600\n")
     return scenario(LoadConfig(trace=str(file)))
