@@ -71,7 +71,6 @@ class HybridStepAllocator(PooledMemory):
             self.forks,
             self.copy_room,
         )
-        self.group_tables, self.group_lengths = self.arrays.tables, self.arrays.num_blocks
         self.rules = HybridRules(
             self.unit_slots,
             settings.block_size,
@@ -104,6 +103,16 @@ class HybridStepAllocator(PooledMemory):
         sizes = self.arrays.groups["block_size"]
         reach: Int64Array = (self.arrays.num_blocks * sizes[:, None]).min(0)
         return reach
+
+    @property
+    def group_tables(self) -> Int32Array:
+        """Block tables, int32 [groups, max_num_seqs, max_blocks]: null where a window has left a block behind. A view."""
+        return self.arrays.tables
+
+    @property
+    def group_lengths(self) -> Int32Array:
+        """Blocks in each table, null ones included, int32 [groups, max_num_seqs]. A view."""
+        return self.arrays.num_blocks
 
     def most_tokens(self, num_blocks: int) -> int:
         """Return the longest request that `num_blocks` blocks hold, in tokens that have a slot."""

@@ -96,7 +96,6 @@ class PagedStepAllocator(PooledMemory):
         self.tables = BlockTables(
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len, block_size=settings.block_size
         )
-        self.group_tables, self.group_lengths = self.tables.blocks[None], self.tables.num_blocks[None]
         self.state_tables: Int32Array = np.zeros((settings.max_num_seqs, self.state_units), np.int32)
         """By row: the blocks that hold a running request's state."""
         self.units_held = self.tables.num_blocks
@@ -122,6 +121,16 @@ class PagedStepAllocator(PooledMemory):
         )
         self.arrays: Any = self.paged_arrays
         self.rules: Any = self.paged_rules
+
+    @property
+    def group_tables(self) -> Int32Array:
+        """Block tables, int32 [1, max_num_seqs, max_blocks]. A view."""
+        return self.tables.blocks[None]
+
+    @property
+    def group_lengths(self) -> Int32Array:
+        """Blocks in each table, int32 [1, max_num_seqs]. A view."""
+        return self.tables.num_blocks[None]
 
     def most_tokens(self, num_blocks: int) -> int:
         """Return the longest request that `num_blocks` blocks hold, in tokens that have a slot."""

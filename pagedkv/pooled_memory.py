@@ -22,10 +22,6 @@ class PooledMemory:
     """What compiled code works on."""
     rules: Any
     """How it is given, as plain numbers."""
-    group_tables: Int32Array
-    """Block tables, int32 [groups, max_num_seqs, max_blocks]: null where a window has left a block behind."""
-    group_lengths: Int32Array
-    """Blocks in each table, null ones included, int32 [groups, max_num_seqs]."""
 
     def __init__(self, settings: KVPoolSettings, *, unit_slots: int, num_groups: int, state_units: int) -> None:
         """Make an empty pool of blocks of `unit_slots`, of which each running row takes `state_units` for its state."""
@@ -39,6 +35,16 @@ class PooledMemory:
         """See `pagedkv.shared_tails.ForkedMemory`, as of this."""
         self.copy_room: Int32Array = np.zeros((settings.max_num_seqs * num_groups, 2), np.int32)
         """`copies` of that: a row writes to one block in each group."""
+
+    @property
+    def group_tables(self) -> Int32Array:
+        """Block tables, int32 [groups, max_num_seqs, max_blocks]: null where a window has left a block behind. A view."""
+        raise NotImplementedError
+
+    @property
+    def group_lengths(self) -> Int32Array:
+        """Blocks in each table, null ones included, int32 [groups, max_num_seqs]. A view."""
+        raise NotImplementedError
 
     def free(self, row: int) -> None:
         """Give all blocks of `row` back. O(groups + blocks)."""
