@@ -107,12 +107,14 @@ class HybridStepAllocator(PooledMemory):
     @property
     def group_tables(self) -> Int32Array:
         """Block tables, int32 [groups, max_num_seqs, max_blocks]: null where a window has left a block behind. A view."""
-        return self.arrays.tables
+        tables: Int32Array = self.arrays.tables
+        return tables
 
     @property
     def group_lengths(self) -> Int32Array:
         """Blocks in each table, null ones included, int32 [groups, max_num_seqs]. A view."""
-        return self.arrays.num_blocks
+        lengths: Int32Array = self.arrays.num_blocks
+        return lengths
 
     def most_tokens(self, num_blocks: int) -> int:
         """Return the longest request that `num_blocks` blocks hold, in tokens that have a slot."""
