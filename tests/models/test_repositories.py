@@ -8,9 +8,10 @@ import pytest
 
 from pagedkv.catalogue import known_model, load_model, model_names, quantized_repository
 from pagedkv.errors import ConfigError
+from pagedkv.readable_formats import check_readable
 from pagedkv.repository_name import read_repository_name
 from pagedkv.sims.cli import main
-from pagedkv.weight_format import check_readable, load_weight_format
+from pagedkv.weight_format import load_weight_format
 
 KNOWN = {
     "openai/gpt-oss-120b": "gpt-oss-120b",
