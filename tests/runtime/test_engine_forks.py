@@ -250,7 +250,8 @@ def test_beams_are_those_of_transformers(name: str, width: int, num_ends: int, p
     wanted = [searched(model, prompt, steps=14, width=width, ends=ends, penalty=penalty, early=early) for prompt in prompts]
     beams = BeamParams(width=width, length_penalty=penalty, early_stopping=early)
     preemptions, held = 0, 0
-    small = {"num_blocks": 1 + (7 if name in ("gemma3", "gpt_oss") else 5) * width, "max_num_seqs": 6 * width, "max_num_batched_tokens": 80}
+    blocks_each = 7 if name in ("gemma3", "gpt_oss") else 5
+    small = {"num_blocks": 1 + blocks_each * width, "max_num_seqs": 6 * width, "max_num_batched_tokens": 80}
     for limits in (ROOMY, small):
         engine = tight(model, **limits)
         numbers = [engine.add_request(prompt, max_tokens=14, eos_token_id=ends, beams=beams, n=width) for prompt in prompts]
