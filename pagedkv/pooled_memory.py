@@ -1,5 +1,6 @@
 """What memory of a running batch has in common if each of its blocks comes from one pool: gauges, block tables, and forks."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pagedkv.shared_tails import NUM_COPIES, NUM_FORKS
 from pagedkv.step_memory import free_row
 
 
-class PooledMemory:
+class PooledMemory(ABC):
     """Block tables by row, one for each group of layers, over one pool. Rows can share blocks until one of them writes there."""
 
     name: str
@@ -37,14 +38,14 @@ class PooledMemory:
         """`copies` of that: a row writes to one block in each group."""
 
     @property
+    @abstractmethod
     def group_tables(self) -> Int32Array:
         """Block tables, int32 [groups, max_num_seqs, max_blocks]: null where a window has left a block behind. A view."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def group_lengths(self) -> Int32Array:
         """Blocks in each table, null ones included, int32 [groups, max_num_seqs]. A view."""
-        raise NotImplementedError
 
     def free(self, row: int) -> None:
         """Give all blocks of `row` back. O(groups + blocks)."""
@@ -88,9 +89,9 @@ class PooledMemory:
             padded.append(table)
         return padded
 
+    @abstractmethod
     def most_tokens(self, num_blocks: int) -> int:
         """Return the longest request that `num_blocks` blocks hold, in tokens that have a slot."""
-        raise NotImplementedError
 
     def fork(self, row: int, child_row: int, num_tokens: int) -> None:
         """Let `child_row`, which holds nothing, hold the blocks of the first `num_tokens` of `row` too. O(blocks).
@@ -104,6 +105,6 @@ class PooledMemory:
             self._share(group, row, child_row, num_tokens)
         self.forks[NUM_FORKS] += 1
 
+    @abstractmethod
     def _share(self, group: int, row: int, child_row: int, num_tokens: int) -> None:
         """Let a table of `child_row` be that of `row`, as far as `num_tokens`."""
-        raise NotImplementedError

@@ -79,7 +79,7 @@ def hardware(
     """List the machines of the catalogue, or those whose name has a text.
 
     Args:
-        text: What to look for, e.g. h200: every word must be in the name or the title, or else in a repository.
+        text: What to look for, e.g. h200: every word must be in the name or the title, or else in another name of it.
         json: Write the list to this file; - prints it, and nothing else, to stdout.
     """
     from pagedkv.sims.catalogue_lists import find_hardware, hardware_document
