@@ -17,6 +17,7 @@ GOES_WITH = {
     "think_time": ("users",),
     "burstiness": ("request_rate",),
     "num_prompts": ("users", "request_rate", "trace"),
+    "max_concurrency": ("request_rate", "trace"),
     "trace_format": ("trace",),
     "trace_rate": ("trace",),
     "lengths": ("users", "request_rate"),
@@ -76,6 +77,9 @@ class LoadConfig:
     """Open loop: shape of the gamma-distributed gaps, as in vllm bench; 1 is Poisson, below 1 burstier [default: 1]."""
     num_prompts: int | None = None
     """Stop after this many requests, and run until all are answered [default: a trace, when it ends]."""
+    max_concurrency: int | None = None
+    """Open loop and trace: most requests under way; others wait at the client, and count from when they are sent, as in vllm bench
+    [default: no limit]."""
     trace: str | None = None
     """Replay arrivals and lengths from a file: Azure, BurstGPT or Mooncake, a result of vllm bench serve, GuideLLM or AIPerf, or
     any CSV or JSON lines with arrival, input and output; gzip too (docs/traces.md)."""

@@ -13,6 +13,7 @@ from pagedkv.scheduling.content import Contents, Segments, shared_segments
 from pagedkv.sims.config import time_text
 from pagedkv.sims.engine import ServingEngine
 from pagedkv.sims.lengths import LengthDistribution, draws
+from pagedkv.sims.limited_client import LimitedClient
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.traces import Trace
 
@@ -86,6 +87,14 @@ def model_choices(number: int, seed: int) -> Iterator[int]:
     rng = np.random.default_rng([_MODEL_SEED, seed])
     while True:
         yield from rng.integers(number, size=_DRAWS_AT_ONCE).tolist() if number > 1 else [0] * _DRAWS_AT_ONCE
+
+
+def _limited(env: simpy.Environment, engine: ServingEngine, max_concurrency: int | None) -> ServingEngine:
+    return engine if max_concurrency is None else LimitedClient(env, engine, max_concurrency)
+
+
+def _limit(max_concurrency: int | None) -> str:
+    return "" if max_concurrency is None else f", at most {max_concurrency:,} at once"
 
 
 def _models(number: int, seed: int, num_requests: int) -> Int64Array | None:
@@ -167,11 +176,13 @@ class OpenLoop:
     """Each request has one of them."""
     num_models: int = 1
     """Each request names one of so many, at random."""
+    max_concurrency: int | None = None
+    """Most under way at once; None: no limit."""
 
     @property
     def title(self) -> str:
         """E.g. "2 requests/s"."""
-        return f"{self.request_rate_per_s:g} requests/s"
+        return f"{self.request_rate_per_s:g} requests/s{_limit(self.max_concurrency)}"
 
     @property
     def lengths_name(self) -> str:
@@ -184,12 +195,13 @@ class OpenLoop:
             "request_rate": self.request_rate_per_s,
             "burstiness": self.burstiness,
             "num_prompts": self.num_requests,
+            "max_concurrency": self.max_concurrency,
             **self.prefixes.settings(),
         }
 
     def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
         """Start the one process that submits them all, or submit them at once if they end."""
-        rng = np.random.default_rng(seed)
+        rng, engine = np.random.default_rng(seed), _limited(env, engine, self.max_concurrency)
         if self.num_requests is None:
             env.process(self._arrivals(env, engine, rng, seed))
             return
@@ -229,6 +241,8 @@ class TraceReplay:
     """What to replay."""
     num_models: int = 1
     """Each request names one of so many, at random."""
+    max_concurrency: int | None = None
+    """Most under way at once; None: no limit."""
 
     @property
     def num_requests(self) -> int:
@@ -238,7 +252,8 @@ class TraceReplay:
     @property
     def title(self) -> str:
         """E.g. "the 19,366 requests of azure.csv"."""
-        return f"the {len(self.trace):,} request{'s' if len(self.trace) > 1 else ''} of {self.trace.path.name}"
+        requests = f"the {len(self.trace):,} request{'s' if len(self.trace) > 1 else ''} of {self.trace.path.name}"
+        return requests + _limit(self.max_concurrency)
 
     @property
     def lengths_name(self) -> str:
@@ -246,12 +261,12 @@ class TraceReplay:
         return "of the trace" + (f" ({'; '.join(self.trace.notes)})" if self.trace.notes else "")
 
     def settings(self) -> dict[str, Any]:
-        """Return the format that was found."""
-        return {"trace_format": self.trace.format}
+        """Return the format that was found, and the limit."""
+        return {"trace_format": self.trace.format, "max_concurrency": self.max_concurrency}
 
     def start(self, env: simpy.Environment, engine: ServingEngine, *, seed: int) -> None:
         """Submit them all; nothing is random here but which of several models they name."""
-        del env
+        engine = _limited(env, engine, self.max_concurrency)
         trace, models = self.trace, _models(self.num_models, seed, len(self.trace))
         contents = None if trace.content is None else trace.content.contents(trace.prompt_tokens)
         engine.submit_all(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, contents=contents, models=models)

@@ -21,6 +21,7 @@ LARGEST = {
     "users": 1_000_000,
     "request_rate": 1e6,
     "num_prompts": 10**9,
+    "max_concurrency": 10**9,
     "burstiness": 1e6,
     "trace_rate": 1e6,
     "prefix_len": 10**9,
@@ -75,7 +76,7 @@ def resolve_load(load: LoadConfig, deployments: tuple[Deployment, ...], of_class
         return resolve_workload(load, load.workload, max_model_len, models=of_class, max_model_lens=several)
     if load.trace is not None:
         trace = _trace(load, deployments, with_content=deployments[0].pool.enable_prefix_caching)
-        return replace(trace, num_models=len(deployments))
+        return replace(trace, num_models=len(deployments), max_concurrency=load.max_concurrency)
     prefixes = _prefixes(load, max_model_len)
     lengths = _lengths(load, deployments, prefixes.length)
     if load.users is not None:
@@ -96,6 +97,7 @@ def resolve_load(load: LoadConfig, deployments: tuple[Deployment, ...], of_class
         lengths=lengths,
         prefixes=prefixes,
         num_models=len(deployments),
+        max_concurrency=load.max_concurrency,
     )
 
 

@@ -28,9 +28,9 @@ class Answering:
         self.answered_s: dict[object, list[float]] = defaultdict(list)
 
     def submit(
-        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, model: int = 0
+        self, prompt_tokens: int, output_tokens: int, *, content: Segments | None = None, user_class: int = 0, model: int = 0
     ) -> simpy.Event | None:
-        del content, model
+        del content, user_class, model
         sender = self.env.active_process
         self.by_sender[sender].append((self.env.now, prompt_tokens, output_tokens))
         seconds = self.service_s(output_tokens)
@@ -151,6 +151,40 @@ def test_a_seed_is_the_requests(load: Load) -> None:
     assert not set(first) & set(other)
 
 
+@pytest.mark.parametrize("number", [60, None])
+@pytest.mark.parametrize("limit", [1, 3, 10_000])
+def test_a_client_has_so_many_under_way_and_sends_the_next_as_soon_as_one_is_answered(limit: int, number: int | None) -> None:
+    def service_s(output: int) -> float:
+        return 0.01 * output
+
+    free, limited = (
+        sent(open_loop(num_requests=number, max_concurrency=most), service_s=service_s, until_s=1e3 if number else 60.0)
+        for most in (None, limit)
+    )
+    queue = simulated_queue(everything(free), limit, service_s)
+    ours = everything(limited)
+    assert [r[1:] for r in ours] == [r[1:] for r in queue[: len(ours)]], "in the order in which they were to be sent"
+    assert [r[0] for r in ours] == pytest.approx([r[0] for r in queue[: len(ours)]], abs=1e-9)
+    assert len(ours) == (number or sum(r[0] < 60.0 for r in queue))
+    held_s = max(late[0] - asked[0] for late, asked in zip(ours, everything(free), strict=False))
+    assert (held_s > 1e-9) == (limit < 10_000), "it is the limit that holds requests back"
+
+
+def test_who_is_turned_away_holds_no_place() -> None:
+    free, limited = (everything(sent(open_loop(max_concurrency=n), service_s=lambda output: None, until_s=20)) for n in (None, 1))
+    assert free == limited
+
+
+def simulated_queue(requests: Requests, limit: int, service_s: Callable[[int], float]) -> Requests:
+    """Return when a queue with `limit` servers, first come first served, begins each request."""
+    free_at_s, begun = [0.0] * limit, []
+    for at_s, prompt, output in requests:
+        place = min(range(limit), key=free_at_s.__getitem__)
+        begun.append((max(at_s, free_at_s[place]), prompt, output))
+        free_at_s[place] = begun[-1][0] + service_s(output)
+    return begun
+
+
 def test_a_file_in_order() -> None:
     rows = FileLengths(name="x", prompt_tokens=np.array([1, 2, 3]), output_tokens=np.array([7, 8, 9]), in_order=True)
     load = OpenLoop(request_rate_per_s=5.0, burstiness=1.0, num_requests=7, lengths=rows)
@@ -192,3 +226,4 @@ def test_titles() -> None:
     assert ClosedLoop(users=1, think_time_s=1.0, lengths=LENGTHS).title == "1 user"
     assert ClosedLoop(users=1200, think_time_s=1.0, lengths=LENGTHS).title == "1,200 users"
     assert open_loop().title == "5 requests/s"
+    assert open_loop(max_concurrency=25).title == "5 requests/s, at most 25 at once"

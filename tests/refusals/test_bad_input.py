@@ -87,6 +87,8 @@ BAD_INPUT: dict[str, tuple[str, ...]] = {
     "--trace good.csv --lengths sharegpt": ("--lengths goes with --users or --request-rate, not with --trace",),
     "--trace good.csv --think-time 5s": ("--think-time goes with --users, not with --trace",),
     "--request-rate 2 --think-time 5s": ("--think-time goes with --users, not with --request-rate",),
+    "--users 5 --max-concurrency 2": ("--max-concurrency goes with --request-rate or --trace, not with --users",),
+    "--request-rate 2 --max-concurrency 0": ("--max-concurrency is 0", "needs 1 to"),
     "--users 5 --burstiness 2": ("--burstiness goes with --request-rate, not with --users",),
     "--users 5 --num-prompts 0": ("--num-prompts is 0", "needs"),
     "--users 5 --trace-rate 2": ("--trace-rate goes with --trace, not with --users",),
