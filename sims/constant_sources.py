@@ -2,8 +2,9 @@
 
 Rows of dense models say nothing of a mixture's experts. How many experts a batch touches is a property of models and texts, and
 that products with gathered experts are slower than others holds of every engine that was measured: what no row of a group
-identifies of these is taken from the nearest group whose rows do: the same engine's on the same machine, else that with rows of
-most models. All other constants that no row identifies are the machine's figures, or the formula without them.
+identifies of these is taken from the nearest group whose rows do: the same engine's on the same machine, else that of an engine
+with the same kernels there, else that with rows of most models. An engine with the kernels of another takes from that, on the same
+machine, what else its rows tell. All other constants that no row identifies are the machine's figures, or the formula without them.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -23,6 +24,9 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """By family of models: the constants that no other model's rows depend on."""
 CARRIED = FAMILIES["experts"]
 """Constants that hold from one engine to another, if need be."""
+SAME_KERNELS: Mapping[str, str] = MappingProxyType({"sglang": "vllm"})
+"""By engine: another with its kernels: FlashInfer's attention, flash-linear-attention's states, experts in Triton; both launched
+from Python."""
 FAMILY_WORDS: Mapping[str, str] = MappingProxyType(
     {"experts": "mixture of experts", "states": "model with states", "latents": "model with latent attention"}
 )
@@ -51,7 +55,7 @@ def concerned(name: str, families: Iterable[str]) -> bool:
 
 
 def carried_constants(groups: Iterable[Mapping[str, Any]], machines: Collection[str], engine: str) -> dict[str, Carried]:
-    """Return what fitted groups say of the constants `CARRIED` to an engine whose own rows do not.
+    """Return what fitted groups say of constants to an engine whose rows do not: of `CARRIED`, and of all that its kernels share.
 
     Args:
         groups: Groups as the file of constants has them, with what they `fitted`.
@@ -60,13 +64,16 @@ def carried_constants(groups: Iterable[Mapping[str, Any]], machines: Collection[
     """
     told = list(groups)
     base = engine.partition("@")[0]
+    alike = SAME_KERNELS.get(base, base)
 
-    def nearness(group: Mapping[str, Any]) -> tuple[bool, int]:
-        return group["machine"] in machines and group["engine"].partition("@")[0] == base, group["num_models"]
+    def nearness(group: Mapping[str, Any]) -> tuple[bool, bool, int]:
+        here, its = group["machine"] in machines, group["engine"].partition("@")[0]
+        return here and its == base, here and its == alike, group["num_models"]
 
+    kept = {name for group in told if alike != base and nearness(group)[1] for name in group.get("fitted", ())}
     found: dict[str, Carried] = {}
-    for name in CARRIED:
-        tell = [group for group in told if name in group.get("fitted", ())]
+    for name in (*CARRIED, *sorted(kept - set(CARRIED))):
+        tell = [group for group in told if name in group.get("fitted", ()) and (name in CARRIED or nearness(group)[1])]
         if tell:
             nearest = max(tell, key=nearness)
             found[name] = Carried(value=nearest["constants"][name], whose=f"{nearest['engine']} on {nearest['machine']}")

@@ -8,9 +8,10 @@ from pathlib import Path
 from pagedkv.errors import ConfigError
 
 FURTHER = Path(__file__).with_name("further_rows.csv")
-"""More rows of the DGX Spark: the other halves of two files that dgx_spark_benchmarks.csv quotes in part, all of them.
+"""More rows of the DGX Spark, as evidence for fits; docs/validation.md says where they come from and how they were read.
 
-Source: llama.cpp, benches/dgx-spark/dgx-spark.md and benches/nemotron/nemotron-dgx-spark.md (facts; the repository is MIT).
+Sources: each row names its own. llama.cpp's are the other halves of two files that dgx_spark_benchmarks.csv quotes in part, all of
+them (MIT); those of vLLM 0.26 are the closed-loop tests of Django de Vreng's dgx-spark-benchmarks (CC BY 4.0).
 """
 COLUMNS = (
     "source",
@@ -26,6 +27,8 @@ COLUMNS = (
     "verified",
 )
 """Columns that a file must have; others, such as params, are not read."""
+OPTIONAL = ("output_tokens", "kv_cache_dtype")
+"""Columns that a file may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +61,16 @@ class BenchmarkRow:
     """Whether whoever collected the row believes it."""
     file: str = ""
     """Name of the file that it is in."""
+    output_tokens: int | None = None
+    """Tokens of an answer, over which a decode figure averages; None: not said."""
+    kv_cache_dtype: str = ""
+    """Type of the KV cache; empty: as the engine's rows say, else the model's own."""
 
 
 def read_rows(path: Path) -> list[BenchmarkRow]:
     """Return the rows of a CSV with the columns `COLUMNS`.
+
+    Columns `OPTIONAL` are read where there are.
 
     Raises:
         ConfigError: If the file cannot be read, lacks a column or has a cell that is no such number, with line and column.
@@ -87,7 +96,7 @@ def _row(path: Path, line: int, cells: Mapping[str, str | None]) -> BenchmarkRow
         raise ConfigError(f"{path}, line {line}: fewer cells than the header has columns")
 
     def number(column: str, *, least: float, whole: bool) -> float | None:
-        text = (cells[column] or "").strip()
+        text = (cells.get(column) or "").strip()
         if not text:
             return None
         try:
@@ -119,4 +128,6 @@ def _row(path: Path, line: int, cells: Mapping[str, str | None]) -> BenchmarkRow
         prefill_tok_s=rates["prefill_tok_s"],
         decode_tok_s=rates["decode_tok_s"],
         verified=(cells["verified"] or "").strip().lower().startswith("yes"),
+        output_tokens=count("output_tokens", 1),
+        kv_cache_dtype=(cells.get("kv_cache_dtype") or "").strip(),
     )

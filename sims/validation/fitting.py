@@ -26,6 +26,8 @@ _SOFT_FROM = 3.0
 _IDENTIFIED = 0.5
 """A constant is known from rows if they leave less than this of the spread that was assumed without them: for a weight type's own,
 of how far weight types differ."""
+_AT_BOUND = 0.999
+"""A routing exponent above this is 1, the most there can be: tokens choose their experts independently."""
 _STARTS = {
     "overlap": 4.0,
     "routing_exponent": 0.7,
@@ -49,6 +51,8 @@ class Plan:
     """Constants by which older builds differ."""
     known: Mapping[str, float] = field(default_factory=dict)
     """Constants that its source code tells, and no row."""
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    """How far shared constants may lie from where they begin before data says so, where that is less than anything."""
 
 
 PLANS = (
@@ -75,12 +79,16 @@ PLANS = (
         engine="vllm",
         shared=(
             "kv_read_bytes_per_s",
+            "attention_flops",
             "step_overhead_s",
             "sequence_overhead_s",
             "further_state_bytes_per_s",
+            "state_scan_bytes_per_s",
+            "overlap",
             "routing_exponent",
             "expert_rate",
         ),
+        spreads={"kv_read_bytes_per_s": 0.15},  # it is read as fast as memory, and few rows are of long contexts
     ),
     Plan(engine="sglang"),
 )
@@ -127,7 +135,10 @@ class Fit:
     def spreads(self) -> Float64Array:
         """Return the prior's standard deviation of each parameter."""
         return np.array(
-            [_VERSION_SPREAD if of.startswith("@") else OFFSET_SPREAD[name] if of else _WEAK_SPREAD for name, of in self.names]
+            [
+                _VERSION_SPREAD if of.startswith("@") else OFFSET_SPREAD[name] if of else self.plan.spreads.get(name, _WEAK_SPREAD)
+                for name, of in self.names
+            ]
         )
 
     def rows(self, points: Sequence[Point]) -> Float64Array:
@@ -163,10 +174,12 @@ class Fit:
         for name in self.plan.by_format if fmt else self.plan.shared:
             its = np.array([constant == name and of in ("", fmt) for constant, of in self.names], np.float64)
             left = float(np.sqrt(its @ self.covariance @ its))
+            values = self.constants(catalogue_constants(self.hardware, self.prior_format), fmt)
             if name == "overlap":  # its parameter moves what it is above 1
-                value = self.constants(catalogue_constants(self.hardware, self.prior_format), fmt).overlap
-                left *= (value - 1.0) / value
-            if left < _IDENTIFIED * (OFFSET_SPREAD[name] if fmt else _WEAK_SPREAD):
+                left *= (values.overlap - 1.0) / values.overlap
+            if name == "routing_exponent" and values.routing_exponent > _AT_BOUND:
+                left = 0.0  # its rows have moved it there
+            if left < _IDENTIFIED * (OFFSET_SPREAD[name] if fmt else self.plan.spreads.get(name, _WEAK_SPREAD)):
                 found.append(name)
         return tuple(found)
 

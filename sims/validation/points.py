@@ -1,11 +1,11 @@
 """What a published figure measured, as steps of an engine: the tokens of each sequence and their context."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
-from pagedkv.sims.validation.row_models import Exclusion, RowModel, excluded, kv_cache_dtype_of, model_of, version_of
+from pagedkv.sims.validation.row_models import Exclusion, RowModel, excluded, is_burst, kv_cache_dtype_of, model_of, version_of
 from pagedkv.step_batch import StepBatch, empty_batch
 
 Kind = Literal["prefill", "decode"]
@@ -27,7 +27,7 @@ ASSUMED_PROMPT = 2048
 """Tokens of a prompt where the publisher does not say: what most do."""
 ASSUMED_OUTPUT = 128
 """Tokens that a decode figure averages over where the publisher does not say."""
-_CHUNK_TOKENS = {"llama-cpp": 512, "ollama": 512}
+_CHUNK_TOKENS = {"llama-cpp": 512, "ollama": 512, "sglang": 8192}
 """Most tokens of a step: llama.cpp's default --ubatch-size; other engines take 2,048 and more."""
 _USUAL_CHUNK_TOKENS = 2048
 
@@ -99,12 +99,16 @@ def _point(row: BenchmarkRow, kind: Kind, rate: float) -> Point | Exclusion:
         return Exclusion(
             reason=f"unknown engine {row.engine!r}: needs a name that begins with {', '.join(word for word, _ in ENGINES)}"
         )
-    subject = model_of(row, engine)
+    subject = model_of(row.model, row.weight_dtype, engine)
     if isinstance(subject, Exclusion):
         return subject
     prompt, depth, assumed = _lengths(row, kind)
+    limit, tokens = _chunk_tokens(row, engine), row.batch * (prompt if kind == "prefill" else 1)
     if kind == "prefill":
-        steps = tuple(prefill_steps(row.batch, prompt, depth, limit=_chunk_tokens(row, engine)))
+        steps = tuple(prefill_steps(row.batch, prompt, depth, limit=limit))
+    elif is_burst(row):
+        output = row.output_tokens or ASSUMED_OUTPUT
+        steps, tokens = tuple(burst_steps(row, depth, output, limit=limit)), row.batch * output
     else:
         steps = tuple(decode_steps(row.batch, depth))
     return Point(
@@ -115,7 +119,7 @@ def _point(row: BenchmarkRow, kind: Kind, rate: float) -> Point | Exclusion:
         kv_cache_dtype=kv_cache_dtype_of(row),
         subject=subject,
         measured_tok_s=rate,
-        tokens=row.batch * (prompt if kind == "prefill" else 1),
+        tokens=tokens,
         steps=steps,
         assumed=assumed,
     )
@@ -138,12 +142,14 @@ def _lengths(row: BenchmarkRow, kind: Kind) -> tuple[int, int, str]:
         return 0, (row.context_depth or 0) + 16, ""
     if "300 output tokens" in note:
         return 0, CHAT_TOKENS, f"{CHAT_TOKENS} tokens of context on average"
+    output = row.output_tokens or ASSUMED_OUTPUT
+    said = row.output_tokens is not None or "128" in note
     if row.context_depth is not None and row.prompt_tokens is not None:
         before = row.context_depth if row.context_depth == row.prompt_tokens else row.context_depth + row.prompt_tokens
-        return 0, before + ASSUMED_OUTPUT // 2, "" if "128" in note else f"answers of {ASSUMED_OUTPUT} tokens"
+        return 0, before + output // 2, "" if said else f"answers of {output} tokens"
     if row.context_depth is not None:
-        return 0, row.context_depth + ASSUMED_OUTPUT // 2, f"answers of {ASSUMED_OUTPUT} tokens"
-    return 0, ASSUMED_PROMPT + ASSUMED_OUTPUT // 2, f"prompts of {ASSUMED_PROMPT:,} and answers of {ASSUMED_OUTPUT} tokens"
+        return 0, row.context_depth + output // 2, "" if row.output_tokens else f"answers of {output} tokens"
+    return 0, ASSUMED_PROMPT + output // 2, f"prompts of {ASSUMED_PROMPT:,} and answers of {output} tokens"
 
 
 def _chunk_tokens(row: BenchmarkRow, engine: str) -> int:
@@ -156,6 +162,18 @@ def decode_steps(batch: int, context: int) -> Iterator[Steps]:
     entries = empty_batch(batch)
     entries["num_scheduled_tokens"], entries["num_slots_needed"], entries["num_known_tokens"] = 1, context, context
     yield Steps(count=1, batch=entries)
+
+
+def burst_steps(row: BenchmarkRow, context: int, output: int, *, limit: int) -> Iterator[Steps]:
+    """Yield the steps between the first token of the first of `row.batch` requests, all sent at once, and the last of the last.
+
+    What is left of the prompts then, and `output` steps of the whole batch with `context` cached tokens each on average.
+    """
+    prompt = row.prompt_tokens or ASSUMED_PROMPT
+    depth = 0 if row.context_depth in (None, prompt) else row.context_depth or 0
+    yield from prefill_steps(row.batch - max(1, min(row.batch, limit // prompt)), prompt, depth, limit=limit)
+    for step in decode_steps(row.batch, context):
+        yield replace(step, count=output)
 
 
 def prefill_steps(batch: int, prompt: int, depth: int, *, limit: int) -> Iterator[Steps]:

@@ -17,6 +17,10 @@ from pagedkv.weight_format import WEIGHT_FORMATS, WeightFormat, load_weight_form
 
 _FILE = Path(__file__).with_name("row_models.toml")
 _SIZED = "UD-Q4_K_XL (16.68 GiB)"
+_MARLIN = "-marlin"
+"""After a weight type: vLLM's Marlin kernels widen the weights and multiply in bf16, whatever else could multiply them."""
+_OF_CHECKPOINT = ("bits_per_weight", "dense_bits")
+"""What a published checkpoint may store otherwise than its weight type's name says."""
 _FORMAT_NAMES: Mapping[tuple[str, str], str] = {
     ("llama-cpp", "mxfp4"): "mxfp4+q8_0",
     ("llama-cpp", "q4_k_xl"): "q4_k_m",
@@ -62,15 +66,17 @@ def excluded(row: BenchmarkRow, kind: str) -> Exclusion | None:
     return None
 
 
-def model_of(row: BenchmarkRow, engine: str) -> RowModel | Exclusion:
-    """Return what a row ran, or why that cannot be told."""
-    entry = _entries().get(row.model)
+def model_of(name: str, weight_dtype: str, engine: str) -> RowModel | Exclusion:
+    """Return what ran, by the publisher's words for the model and its weights, or why that cannot be told."""
+    entry = _entries().get(name)
     try:
-        model = load_model(row.model) if entry is None else _model(row.model)
+        model = load_model(name) if entry is None else _model(name)
     except ConfigError as error:
         return Exclusion(reason=f"{error}")
-    weights = (entry or {}).get("weights") or row.weight_dtype.lower()
-    bits = 5.33 if row.weight_dtype == _SIZED else (entry or {}).get("bits")
+    weights = (entry or {}).get("weights") or weight_dtype.lower()
+    kernels = _MARLIN if weights.endswith(_MARLIN) else ""
+    weights = weights.removesuffix(kernels)
+    bits = 5.33 if weight_dtype == _SIZED else (entry or {}).get("bits")
     if bits is not None:
         fmt = replace(WEIGHT_FORMATS["q4_k_m"], bits_per_weight=bits, head_bits=bits, embedding_bits=bits)
     else:
@@ -81,6 +87,9 @@ def model_of(row: BenchmarkRow, engine: str) -> RowModel | Exclusion:
     head_bits = (entry or {}).get("head_bits")
     if head_bits is not None:
         fmt = replace(fmt, head_bits=head_bits, embedding_bits=head_bits)
+    fmt = replace(fmt, **{name: entry[name] for name in _OF_CHECKPOINT if entry is not None and name in entry})
+    if kernels:
+        fmt = replace(fmt, name=f"{fmt.name}{kernels}", compute_dtype="bf16")
     return RowModel(model=model, weight_format=fmt, source=(entry or {}).get("source", "by name"))
 
 
@@ -102,9 +111,17 @@ def version_of(row: BenchmarkRow, engine: str) -> str:
     return ""
 
 
+def is_burst(row: BenchmarkRow) -> bool:
+    """Return whether its decode figure is of requests sent at once, from the first token of any to the last of all."""
+    once = row.batch > 1 and row.context_depth in (0, row.prompt_tokens) and row.output_tokens is None
+    return once and any(row.source in entry["sources"] for entry in _table()["burst"])
+
+
 def kv_cache_dtype_of(row: BenchmarkRow) -> str:
     """Return the type of a row's KV cache: auto, the model's own, where nobody says anything else."""
-    return next((str(entry["dtype"]) for entry in _table()["kv_cache_dtype"] if entry["engine"] == row.engine), "auto")
+    return row.kv_cache_dtype or next(
+        (str(entry["dtype"]) for entry in _table()["kv_cache_dtype"] if entry["engine"] == row.engine), "auto"
+    )
 
 
 @cache

@@ -8,12 +8,13 @@ from typing import Any
 from pagedkv.catalogue import load_hardware
 from pagedkv.errors import ConfigError, unknown_name
 from pagedkv.hardware_spec import HardwareSpec
-from pagedkv.sims.validation import log_section, published_section
+from pagedkv.sims.validation import log_section, published_section, served_section
 from pagedkv.sims.validation.benchmark_rows import FURTHER, read_rows
 from pagedkv.sims.validation.checks import Section
 from pagedkv.sims.validation.log_section import section as section_of_log
 from pagedkv.sims.validation.published import compare_rows
 from pagedkv.sims.validation.published_section import section as section_of_rows
+from pagedkv.sims.validation.served_section import section as section_of_loads
 from pagedkv.sims.validation.studies import mooncake_section, sosp_section, watermark_section
 from pagedkv.sims.validation.vllm_log import is_log
 
@@ -23,10 +24,11 @@ DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 MACHINE = "dgx-spark"
 ROWS = "dgx_spark_benchmarks.csv"
 LOG = "vllm_rtx4090_llama31_8b"
-SECTIONS = (published_section.NAME, log_section.NAME, "sosp23", "mooncake", "watermark")
+SECTIONS = (published_section.NAME, served_section.NAME, log_section.NAME, "sosp23", "mooncake", "watermark")
 """What there is to compare, in order."""
 _TITLES = {
     published_section.NAME: ("Published rows of the DGX Spark", ROWS),
+    served_section.NAME: (served_section.TITLE, ""),
     log_section.NAME: ("A real vLLM run", LOG),
     "sosp23": ("PagedAttention, SOSP 2023", "sharegpt_lengths.csv.gz"),
     "mooncake": ("Prefix reuse on a real trace", "mooncake_synthetic.jsonl.gz"),
@@ -106,6 +108,8 @@ def validate(
             )
         elif name == published_section.NAME:
             sections.append(_rows_section(folder / ROWS, rows_machine))
+        elif name == served_section.NAME:
+            sections.append(section_of_loads(load_hardware(MACHINE)))
         elif name == log_section.NAME:
             sections.append(section_of_log(folder / LOG))
         elif name == "sosp23":
