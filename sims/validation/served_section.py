@@ -15,6 +15,7 @@ from pagedkv.sims.load import TraceReplay
 from pagedkv.sims.records import Outcome
 from pagedkv.sims.scenario import Scenario, resolve
 from pagedkv.sims.simulation import run
+from pagedkv.sims.step_constants import StepConstants
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.sims.validation.checks import Check, Section, Table, at_most, reported
 from pagedkv.sims.validation.row_models import RowModel, model_of
@@ -26,6 +27,8 @@ TITLE = "Loads that vLLM served on a DGX Spark"
 ENGINE = "vllm"
 TPOT_BAR, E2E_BAR, TTFT_BAR = 0.20, 0.20, 0.35
 """Means of absolute errors over loads. Set by us after a first look, so that nothing gets worse unseen; nobody asked for them."""
+LABELS: Mapping[str, str] = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E", "duration_s": "duration"}
+"""Means that are compared."""
 COVERAGE_BAR = 0.85
 """Share of loads whose TPOT lies within the interval that `simulate` would state: what is asked of left-out rows too."""
 
@@ -84,8 +87,8 @@ def why_not_compared(load: ServedLoad) -> str:
     return ""
 
 
-def simulated(load: ServedLoad, hardware: HardwareSpec) -> Compared:
-    """Run a load."""
+def simulated(load: ServedLoad, hardware: HardwareSpec, *, constants: StepConstants | None = None) -> Compared:
+    """Run a load, with other constants than `simulate` has where some are given."""
     subject = model_of(load.model, load.weight_dtype, ENGINE)
     assert isinstance(subject, RowModel)
     scenario = _scenario(
@@ -103,7 +106,7 @@ def simulated(load: ServedLoad, hardware: HardwareSpec) -> Compared:
         hardware,
         weight_format=subject.weight_format,
         kv_spec=deployment.model.kv_spec(deployment.config.kv_cache_dtype),
-        constants=calibration.constants,
+        constants=constants or calibration.constants,
     )
     replay = TraceReplay(trace=requests_of(load), max_concurrency=load.max_concurrency)
     deployment = replace(deployment, step_time=step_time, calibration=calibration)
@@ -163,7 +166,7 @@ def _checks(random: Sequence[Compared], real: Sequence[Compared], compared: Sequ
             continue
         errors = mean_errors(those)
         for name, bar in bars.items():
-            yield at_most(f"{_LABELS[name]}, mean error of {len(those)} loads of {what}", errors[name], bar)
+            yield at_most(f"{LABELS[name]}, mean error of {len(those)} loads of {what}", errors[name], bar)
         half = float(np.median([abs(each.errors["tpot_s"]) for each in those]))
         yield reported(f"TPOT, median error of the same {len(those)} loads", "", f"{half:.1%}", "half of them are nearer")
     share = float(np.mean([each.covered for each in compared])) if compared else 1.0
@@ -174,9 +177,6 @@ def _checks(random: Sequence[Compared], real: Sequence[Compared], compared: Sequ
         bar=f"at least {COVERAGE_BAR:.0%}",
         outcome="holds" if share >= COVERAGE_BAR else "fails",
     )
-
-
-_LABELS: Mapping[str, str] = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E", "duration_s": "duration"}
 
 
 def _notes(why_not: Mapping[str, str]) -> Iterator[str]:
@@ -232,12 +232,12 @@ def _by_load(compared: Sequence[Compared]) -> Iterator[tuple[str, ...]]:
 
 
 def _document(each: Compared) -> dict[str, object]:
-    measured = {name: getattr(each.load, name) for name in _LABELS}
+    measured = {name: getattr(each.load, name) for name in LABELS}
     return {
         "source": each.load.source,
         "model": each.subject.model.name,
         "weights": each.subject.weight_format.name,
         "measured": measured,
-        "simulated": {name: getattr(each, name) for name in _LABELS},
+        "simulated": {name: getattr(each, name) for name in LABELS},
         "tpot_interval_s": list(each.tpot_interval_s),
     }
