@@ -11,13 +11,17 @@ CLOSE_TO_BEST = 0.85
 """Share of the best wave efficiency that is good enough."""
 
 
+MAX_SPLITS = 128
+"""Never more, whoever asks: merging so many takes a moment, and a grid has an end."""
+
+
 def wave_efficiency(num_blocks: int, num_slots: int) -> float:
     """Return the busy share of the slots while `num_blocks` equal thread blocks run in waves of `num_slots`."""
     waves = -(-num_blocks // num_slots)
     return num_blocks / (waves * num_slots)
 
 
-def num_splits_for(num_blocks: int, num_tiles: int, num_slots: int, *, max_splits: int = 128) -> int:
+def num_splits_for(num_blocks: int, num_tiles: int, num_slots: int, *, max_splits: int = MAX_SPLITS) -> int:
     """Return the smallest number of splits whose wave efficiency is within 85 % of the best; 1 if 80 % of the slots are filled.
 
     A number that gives no split fewer tiles than the number before it is passed over.

@@ -1,11 +1,13 @@
 """The readable kernel's numbers, in numba's CUDA simulator: test_cuda.py sets NUMBA_ENABLE_CUDASIM=1 before the import."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pagedkv.kernels import cuda
 from pagedkv.kernels.contract import KernelError, check_call, narrowed
 from pagedkv.kernels.cuda import decode
 from pagedkv.kernels.reference import attend
@@ -56,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window": {"window_size": (5, 0)},
     "scales": {"softmax_scale": 0.4, "k_scale": 0.5, "v_scale": 2.0},
     "more outputs than threads": {"threads": 4},
+    "more heads than threads": {"heads": 20, "kv_heads": 1, "threads": 8},
 }
 
 
@@ -75,5 +78,51 @@ def test_several_tiles() -> None:
 
 def test_what_it_cannot_read() -> None:
     q, cache = np.zeros((1, 2, 6), np.float16), np.zeros((1, 4, 2, 6), np.float16)
+    tables = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
     with pytest.raises(KernelError, match="multiple of 4"):
-        decode(q, cache, cache, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+        decode(q, cache, cache, *tables)
+    many = np.zeros((1, 128, 128), np.float16), *[np.zeros((1, 4, 1, 128), np.float16)] * 2
+    with pytest.raises(KernelError, match=r"128 query heads of 128 per KV head: .* 48 KiB"):
+        decode(*many, *tables)
+    apart = np.zeros((1, 4, 2, 8, 2), np.float16)[..., 0]
+    with pytest.raises(KernelError, match="heads need to begin at multiples of 8 bytes"):
+        decode(np.zeros((1, 2, 8), np.float16), apart, apart, *tables)
+
+
+class Launched:
+    """In place of a kernel: how it is launched."""
+
+    def __init__(self) -> None:
+        self.configurations: list[Any] = []
+
+    def __getitem__(self, configuration: Any) -> Any:
+        self.configurations.append(configuration)
+        return lambda *_: None
+
+
+def test_grids_fit_a_gpu_however_large_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, merging = Launched(), Launched()
+    monkeypatch.setattr(cuda, "decode_kernel", lambda *_: decoding)
+    monkeypatch.setattr(cuda, "merge_kernel", lambda: merging)
+    q, cache = np.zeros((70_000, 2, 4), np.float16), np.zeros((1, 1, 1, 4), np.float16)
+    decode(q, cache, cache, np.zeros((70_000, 1), np.int32), np.ones(70_000, np.int32), num_splits=1_000)
+    (grid, _, _), (merge_grid, _, _) = *decoding.configurations, *merging.configurations
+    assert grid == (70_000, 128)  # y at most 65,535, x 2**31 - 1: CUDA C++ Programming Guide
+    assert merge_grid == 140_000
+
+
+def test_kernels_run_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere nothing would order them after the work that made their inputs."""
+    torch = pytest.importorskip("torch")
+    asked: list[Any] = []
+
+    def current(device: Any) -> Any:
+        asked.append(device)
+        return SimpleNamespace(cuda_stream=77)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(cuda, "is_torch", lambda _: True)
+    monkeypatch.setattr(cuda.cuda, "external_stream", lambda handle: f"stream {handle}", raising=False)
+    assert cuda._stream(SimpleNamespace(is_cuda=True, device="cuda:1")) == "stream 77"
+    assert asked == ["cuda:1"]
+    assert cuda._stream(SimpleNamespace(is_cuda=False)) == 0
