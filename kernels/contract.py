@@ -89,12 +89,39 @@ def host_array(array: Any) -> npt.NDArray[Any]:
     return viewed
 
 
+def number(name: str, value: Any) -> float:
+    """Return `value` as a float.
+
+    Raises:
+        KernelError: If it is a tensor on a GPU, for which each call would have to wait, or not finite.
+    """
+    if device_type(value) != "cpu":
+        raise KernelError(
+            f"{name} is a tensor on {value.device}: needs a number, or each call waits for the GPU; keep float({name})"
+        )
+    need(math.isfinite(float(value)), f"{name} is {value}: needs a finite number")
+    return float(value)
+
+
 def integers(numbers: Any, like: Any, *, bits: int = 32) -> Any:
     """Return `numbers` as int32, or with so many bits; a tensor on the device of `like` if that is one."""
     if is_torch(like):
         torch: Any = sys.modules["torch"]
         return torch.as_tensor(numbers, dtype=getattr(torch, f"int{bits}"), device=like.device)
     return np.asarray(host_array(numbers), f"int{bits}")
+
+
+def counting(count: int, like: Any) -> Any:
+    """Return 0, 1, 2 and so on, `count` of them, int32; a tensor made where `like` is, not sent there, if that is one."""
+    if is_torch(like):
+        torch: Any = sys.modules["torch"]
+        return torch.arange(count, dtype=torch.int32, device=like.device)
+    return np.arange(count, dtype=np.int32)
+
+
+def fetched(array: Any) -> Any:
+    """Return `array` as it is, or what lies on a GPU, brought to the CPU."""
+    return array.cpu() if is_torch(array) else array
 
 
 def nhd(cache: Any, kv_layout: str) -> Any:

@@ -19,7 +19,9 @@ from pagedkv.kernels.contract import (
     is_torch,
     narrowed,
     need,
+    number,
 )
+from pagedkv.kernels.gpu_arguments import check_devices, on_device_of
 
 HOST_BACKENDS = {"cpu": "pagedkv.kernels.cpu", "reference": "pagedkv.kernels.reference"}
 """Each has `attend(call)`, for arrays and tensors on the CPU."""
@@ -55,6 +57,10 @@ def simulated(backend: str) -> bool:
     if backend == "cuda":
         return bool(import_module("numba").config.ENABLE_CUDASIM)
     return backend == "triton" and bool(import_module("triton").knobs.runtime.interpret)
+
+
+NO_LIMIT = 1 << 30
+"""A window so wide is none; wider ones could pass 2**31 - 1 when a position is added on a GPU."""
 
 
 class CallOptions(AttentionOptions, total=False):
@@ -148,12 +154,12 @@ def paged_attention(
     arrays = (q, k_cache, v_cache, block_table, cache_seqlens)
     backend = choose(q, backend, decode=cu_seqlens_q is None)
     options: AttentionOptions = {
-        "softmax_scale": softmax_scale,
+        "softmax_scale": None if softmax_scale is None else number("softmax_scale", softmax_scale),
         "num_splits": num_splits,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
+        "k_scale": number("k_scale", k_scale),
+        "v_scale": number("v_scale", v_scale),
         "window_size": window_size,
-        "softcap": softcap,
+        "softcap": number("softcap", softcap),
         "sinks": sinks,
         "kv_layout": kv_layout,
     }
@@ -173,12 +179,15 @@ def paged_attention(
         sinks=sinks,
         kv_layout=kv_layout,
     )
-    if cu_seqlens_q is None:
-        return import_module(DEVICE_BACKENDS[backend]).decode(*arrays, out=out, return_lse=return_lse, **options)
-    del options["num_splits"]
-    prefill = import_module("pagedkv.kernels.triton_prefill").prefill
-    tables = block_table, cu_seqlens_q, cache_seqlens
-    return prefill(q, k_cache, v_cache, *tables, out=out, return_lse=return_lse, causal=causal, **options)
+    tables = {"block_table": block_table, "cu_seqlens_q": cu_seqlens_q, "cache_seqlens": cache_seqlens}
+    check_devices(q, tables, {"k_cache": k_cache, "v_cache": v_cache, "sinks": sinks, "out": out})
+    options["window_size"] = min(window_size[0], NO_LIMIT), min(window_size[1], NO_LIMIT)
+    with on_device_of(q):
+        if cu_seqlens_q is None:
+            return import_module(DEVICE_BACKENDS[backend]).decode(*arrays, out=out, return_lse=return_lse, **options)
+        del options["num_splits"]
+        prefill = import_module("pagedkv.kernels.triton_prefill").prefill
+        return prefill(q, k_cache, v_cache, *tables.values(), out=out, return_lse=return_lse, causal=causal, **options)
 
 
 def choose(q: Any, backend: str, *, decode: bool) -> str:

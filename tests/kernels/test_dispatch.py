@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pagedkv.errors import ConfigError
 from pagedkv.kernels.contract import KernelError, check_call, narrowed, widened
 from pagedkv.kernels.dispatch import available, paged_attention, paged_attention_decode, paged_attention_prefill
+from pagedkv.kernels.gpu_arguments import check_devices
 from pagedkv.kernels.reference import attend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,7 +161,7 @@ WRONG = [
     ({"window_size": (-2, 0)}, "needs \\(left, right\\)"),
     ({"softcap": -1.0}, "softcap is -1.0: needs 0"),
     ({"kv_layout": "HDN"}, "kv_layout is 'HDN': needs 'NHD' or 'HND'"),
-    ({"softmax_scale": float("nan")}, "need finite numbers"),
+    ({"softmax_scale": float("nan")}, "needs a finite number"),
     ({"out": np.ones((2, 8, 32), np.float32)}, "out has shape"),
     ({"out": np.ones((2, 8, 64), np.int32)}, "out is int32: needs a writable array of float32"),
 ]
@@ -194,3 +195,24 @@ def test_entries_that_no_visible_key_needs_are_not_looked_at() -> None:
     want = paged_attention_decode(**arrays, window_size=(20, -1))
     arrays["block_table"][0, :2] = 99  # positions 0 to 31, of which none is within 20 of position 63
     np.testing.assert_array_equal(paged_attention_decode(**arrays, window_size=(20, -1)), want)
+
+
+def test_what_lies_elsewhere_than_the_queries_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    here, there = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32, device="meta")
+    with pytest.raises(KernelError, match="block_table is on cpu, q is on meta: needs both in one place"):
+        check_devices(there, {"block_table": here, "cu_seqlens_q": None}, {})
+    with pytest.raises(KernelError, match="sinks is of numpy, q is on cpu"):
+        check_devices(here, {"block_table": here}, {"k_cache": here, "sinks": np.zeros(1)})
+    with pytest.raises(KernelError, match="cache_seqlens is float32: needs int32"):
+        check_devices(here, {"cache_seqlens": here.float()}, {})
+    check_devices(here, {"cache_seqlens": here, "cu_seqlens_q": None}, {"sinks": None, "out": here.float()})
+
+
+def test_scales_are_numbers_that_nobody_waits_for() -> None:
+    torch = pytest.importorskip("torch")
+    arrays = Case(lengths=(3,)).arrays()
+    want = paged_attention(**arrays, k_scale=0.5, v_scale=2.0)
+    np.testing.assert_array_equal(paged_attention(**arrays, k_scale=torch.tensor(0.5), v_scale=np.float32(2)), want)
+    with pytest.raises(KernelError, match=r"v_scale is a tensor on meta: needs a number, .* keep float\(v_scale\)"):
+        paged_attention(**arrays, v_scale=torch.ones((), device="meta"))
