@@ -10,7 +10,7 @@ import numpy as np
 
 from pagedkv.arrays import Int32Array
 from pagedkv.kernels.cache_ops import reshape_and_cache, slot_mapping_for
-from pagedkv.kernels.contract import AttentionOptions, host_array, integers, is_torch, need
+from pagedkv.kernels.contract import AttentionOptions, counting, device_type, fetched, host_array, integers, is_torch, need
 from pagedkv.kernels.dispatch import paged_attention
 
 _IDLE_INIT = ("use_tensor_cores",)
@@ -25,12 +25,12 @@ _IDLE_RUN = ("enable_pdl",)
 def block_table_to_csr(block_table: Any, cache_seqlens: Any, block_size: int) -> tuple[Int32Array, Int32Array, Int32Array]:
     """Return (indptr [batch + 1], indices [blocks], last_page_len [batch]) of a table [batch, max_blocks]. O(entries).
 
-    A sequence without keys has no blocks and a last_page_len of 0.
+    A sequence without keys has no blocks and a last_page_len of 0. What lies on a GPU is fetched from there.
 
     Raises:
         KernelError: If a sequence is longer than its table.
     """
-    table, seqlens = np.asarray(host_array(block_table), np.int32), np.asarray(host_array(cache_seqlens), np.int32)
+    table, seqlens = (np.asarray(host_array(fetched(array)), np.int32) for array in (block_table, cache_seqlens))
     fits = block_size > 0 and table.ndim == 2 and seqlens.shape == table.shape[:1]
     need(fits, f"shapes {table.shape} and {seqlens.shape}: need block_table [batch, max_blocks], cache_seqlens [batch]")
     counts = -(-seqlens // block_size)
@@ -45,10 +45,12 @@ def block_table_to_csr(block_table: Any, cache_seqlens: Any, block_size: int) ->
 def csr_to_block_table(indptr: Any, indices: Any, last_page_len: Any, block_size: int) -> tuple[Int32Array, Int32Array]:
     """Return (block_table [batch, max_blocks] padded with -1, cache_seqlens [batch]): back from `block_table_to_csr`. O(entries).
 
+    What lies on a GPU is fetched from there.
+
     Raises:
         KernelError: If the arrays do not fit together.
     """
-    starts, blocks, last = (np.asarray(host_array(array), np.int32) for array in (indptr, indices, last_page_len))
+    starts, blocks, last = (np.asarray(host_array(fetched(array)), np.int32) for array in (indptr, indices, last_page_len))
     need(starts.size == last.size + 1, f"indptr has {starts.size} entries: {last.size} sequences need {last.size + 1}")
     counts = np.diff(starts)
     rises = starts[0] == 0 and starts[-1] == blocks.size and counts.min(initial=0) >= 0
@@ -123,7 +125,7 @@ def flash_attn_with_kvcache(
     batch, seqlen_q, num_heads, head_dim = (int(size) for size in q.shape)
     block_size = int(k_cache.shape[1])
     if block_table is None:
-        rows = np.arange(batch) if cache_batch_idx is None else cache_batch_idx
+        rows = counting(batch, q) if cache_batch_idx is None else cache_batch_idx
         block_table = integers(rows, q).reshape(-1, 1)
         cache_seqlens = block_size if cache_seqlens is None else cache_seqlens
     else:
@@ -134,7 +136,7 @@ def flash_attn_with_kvcache(
         seqlens = _append(k, v, k_cache, v_cache, seqlens, block_table)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "num_splits": num_splits, "backend": backend}
     if seqlen_q > 1:
-        options |= {"cu_seqlens_q": integers(np.arange(batch + 1) * seqlen_q, q), "causal": causal}
+        options |= {"cu_seqlens_q": counting(batch + 1, q) * seqlen_q, "causal": causal}
     packed = q.reshape(batch * seqlen_q, num_heads, head_dim)
     out, lse = paged_attention(packed, k_cache, v_cache, block_table, seqlens, window_size=window_size, return_lse=True, **options)
     out = out.reshape(q.shape)
@@ -146,10 +148,11 @@ def _append(k: Any, v: Any, k_cache: Any, v_cache: Any, seqlens: Any, block_tabl
     alike = v is not None and len(k.shape) == 4 and tuple(k.shape) == tuple(v.shape)
     need(alike, "k and v: need [batch, seqlen_new, num_kv_heads, head_dim] each")
     batch, num_new, block_size = int(k.shape[0]), int(k.shape[1]), int(k_cache.shape[1])
-    longest, room = int(seqlens.max()) + num_new, int(block_table.shape[1]) * block_size
-    need(longest <= room, f"{num_new} new tokens make {longest}: the cache has room for {room} per sequence")
-    sequences = np.repeat(np.arange(batch), num_new)
-    positions = seqlens.reshape(-1, 1) + integers(np.arange(num_new), seqlens)
+    if batch and device_type(seqlens) == "cpu":  # on a GPU the host would wait for it
+        longest, room = int(seqlens.max()) + num_new, int(block_table.shape[1]) * block_size
+        need(longest <= room, f"{num_new} new tokens make {longest}: the cache has room for {room} per sequence")
+    sequences = counting(batch * num_new, seqlens) // max(num_new, 1)
+    positions = seqlens.reshape(-1, 1) + counting(num_new, seqlens)
     slots = slot_mapping_for(block_table, sequences, positions.reshape(-1), block_size)
     reshape_and_cache(k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:]), k_cache, v_cache, slots)
     return seqlens + num_new

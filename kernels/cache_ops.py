@@ -1,14 +1,30 @@
 """Writing to the cache: new keys and values into their slots, copies of blocks and slots. For numpy and torch on any device."""
 
+import sys
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from pagedkv.kernels.contract import KernelError, check_cache_pair, device_type, dtype_name, host_array, integers, need, nhd
+from pagedkv.kernels.contract import (
+    KernelError,
+    check_cache_pair,
+    device_type,
+    dtype_name,
+    host_array,
+    integers,
+    is_torch,
+    need,
+    nhd,
+)
+from pagedkv.kernels.dispatch import why_not
+from pagedkv.kernels.gpu_arguments import check_devices, on_device_of
 
 
 def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, kv_layout: str = "NHD") -> None:
     """Write key and value of each token to its slot, block * block_size + offset. O(tokens).
+
+    On a GPU with Triton this is one launch, which the host does not wait for, and which a CUDA graph can hold.
 
     Args:
         key: Keys [tokens, num_kv_heads, head_dim], of the cache's type.
@@ -22,7 +38,8 @@ def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_map
         KernelError: If shapes or types do not fit, or, on the CPU, a slot is outside or given twice. Nothing has changed then.
     """
     check_cache_pair(k_cache, v_cache, kv_layout)
-    caches = [nhd(cache, kv_layout) for cache in (k_cache, v_cache)]
+    check_devices(k_cache, {}, {"key": key, "value": value, "v_cache": v_cache}, name_of_q="k_cache")
+    caches = [nhd(_bits(cache), kv_layout) for cache in (k_cache, v_cache)]
     num_blocks, block_size, *head = caches[0].shape
     for name, new in (("key", key), ("value", value)):
         shape = tuple(new.shape)
@@ -32,8 +49,14 @@ def reshape_and_cache(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_map
     slots = integers(slot_mapping, k_cache, bits=64)
     same = tuple(slots.shape) == (len(key),) == (len(value),)
     need(same, f"{len(key)} keys, {len(value)} values, slots of shape {tuple(slots.shape)}: need one each")
+    key, value = _bits(key), _bits(value)
+    on_gpu = device_type(slots) != "cpu"
+    if on_gpu and why_not("triton") is None and caches[0].stride(-1) == caches[1].stride(-1) == 1:
+        with on_device_of(k_cache):
+            import_module("pagedkv.kernels.triton_cache").write_slots(key, value, *caches, slots)
+        return
     given = slots >= 0
-    if device_type(slots) == "cpu":
+    if not on_gpu:
         _check_places(host_array(slots)[host_array(given)], num_blocks * block_size, "slot_mapping")
         lowest = int(slots.min()) if len(slots) else -1
         need(lowest >= -1, f"slot_mapping holds {lowest}: needs slots, or -1 to skip a token")
@@ -50,7 +73,7 @@ def copy_blocks(k_cache: Any, v_cache: Any, pairs: Any, *, kv_layout: str = "NHD
     """
     check_cache_pair(k_cache, v_cache, kv_layout)
     moves = _pairs(pairs, k_cache, int(k_cache.shape[0]))
-    for cache in (k_cache, v_cache):
+    for cache in (_bits(k_cache), _bits(v_cache)):
         cache[moves[:, 1]] = cache[moves[:, 0]]
 
 
@@ -61,7 +84,7 @@ def copy_slots(k_cache: Any, v_cache: Any, pairs: Any, *, kv_layout: str = "NHD"
         KernelError: As `copy_blocks`.
     """
     check_cache_pair(k_cache, v_cache, kv_layout)
-    caches = [nhd(cache, kv_layout) for cache in (k_cache, v_cache)]
+    caches = [nhd(_bits(cache), kv_layout) for cache in (k_cache, v_cache)]
     num_blocks, block_size = (int(size) for size in caches[0].shape[:2])
     moves = _pairs(pairs, k_cache, num_blocks * block_size)
     blocks, offsets = moves // block_size, moves % block_size
@@ -82,6 +105,11 @@ def slot_mapping_for(block_table: Any, sequences: Any, positions: Any, block_siz
             where = f"position {int(positions[i])} of sequence {int(sequences[i])}"
             raise KernelError(f"the block table holds {int(blocks[i])} for {where}: needs a block there first")
     return blocks * block_size + positions % block_size
+
+
+def _bits(array: Any) -> Any:
+    """Return `array`, one of fp8 as bytes: not every operation of torch takes fp8, on every device."""
+    return array.view(sys.modules["torch"].uint8) if is_torch(array) and dtype_name(array).startswith("float8") else array
 
 
 def _pairs(pairs: Any, cache: Any, size: int) -> Any:

@@ -207,3 +207,13 @@ def test_tensors_go_through_the_adapters() -> None:
     flash_attn_with_kvcache(q[:, None], k=new, v=new, **arrays)
     assert int((arrays["k_cache"] != before).sum()) - int(before.isnan().sum()) <= 2 * 2 * 64
     assert torch.equal(arrays["k_cache"][arrays["block_table"][0, 2], 8], new[0, 0])
+
+
+def test_tables_on_a_gpu_are_fetched_for_a_plan() -> None:
+    """Tensors without data stand for those on a GPU: that there is none to fetch is as far as it gets."""
+    torch = pytest.importorskip("torch")
+    there = [torch.tensor(numbers, dtype=torch.int32, device="meta") for numbers in ([0, 1], [0], [3])]
+    with pytest.raises(NotImplementedError, match="out of meta tensor"):
+        BatchDecodeWithPagedKVCacheWrapper().plan(*there, 8, 2, 64, 16)
+    with pytest.raises(NotImplementedError, match="out of meta tensor"):
+        block_table_to_csr(there[1].reshape(1, 1), there[2], 16)
