@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from pagedkv.kernels.contract import nhd
-from pagedkv.kernels.split_heuristic import num_splits_for
+from pagedkv.kernels.split_heuristic import MAX_SPLITS, num_splits_for
 from pagedkv.kernels.triton_tile import LN2, LOG2E, check_rows, compute_dtype, load_rows, softmax_step
 
 TILE_BYTES = 8192
@@ -23,8 +23,12 @@ TILE_BYTES = 8192
 MERGE_ROWS = 16
 """Partial results that the merge reads at once."""
 
+VARYING = ("window_left", "tokens_per_split", "stride_table_row", "stride_lse_row", "stride_lse_head", "num_splits")
+"""What changes from step to step, or from layer to layer: the compiler must not make a version of the kernel for each that is 1, or
+a multiple of 16. Nothing is read 16 bytes at a time by these."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def decode_kernel(
     q,
     k_cache,
@@ -71,8 +75,8 @@ def decode_kernel(
     kv_head = tl.program_id(0) % num_kv_heads
     split = tl.program_id(1)
 
-    # This program's keys. Pieces have one size for all rows, so that thread blocks of rows of different lengths take the same time;
-    # a row longer than the host expected has larger ones.
+    # This program's keys. Pieces of the size that the host asks for take the same time, however long rows are; a row that is too
+    # long for them has larger ones.
     seqlen = tl.load(cache_seqlens + row)
     first = tl.where(window_left >= 0, tl.maximum(seqlen - 1 - window_left, 0), 0)
     piece = tl.maximum(tokens_per_split, tl.cdiv(tl.cdiv(seqlen - first, tl.num_programs(1)), BLOCK_N) * BLOCK_N)
@@ -114,7 +118,7 @@ def decode_kernel(
         tl.store(lse + row * stride_lse_row + heads * stride_lse_head + split, (row_max + tl.log2(row_sum)) * LN2, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_kernel(
     partial,
     partial_lse,
@@ -160,11 +164,16 @@ def decode_options(head_dim: int, group: int, kv_itemsize: int) -> dict[str, int
         group: Query heads per KV head.
         kv_itemsize: Bytes of a cache element.
     """
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = max(16, triton.next_power_of_2(head_dim))  # fewer columns the matrix units do not take
     block_m = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     block_n = min(128, max(16, TILE_BYTES // (block_d * kv_itemsize)))
     # The compiler counts the load of a block-table entry and the load of the tile behind it as two stages each.
-    return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 3 if block_m == 1 else 5, "num_warps": 4}
+    stages, num_warps = 3 if block_m == 1 else 5, 4
+    if block_n * block_d * kv_itemsize > 2 * TILE_BYTES:  # the smallest tile is that large: one at a time fits a DGX Spark
+        stages = 2
+    if block_m * block_d * kv_itemsize >= 1 << 16:  # so are the queries
+        stages, num_warps = 1, 8
+    return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": num_warps}
 
 
 @cache
@@ -210,7 +219,8 @@ def decode(
         softcap: Scores become softcap * tanh(score / softcap); 0 leaves them.
         sinks: One extra logit per query head [num_q_heads] that takes softmax mass and gives no value.
         kv_layout: "NHD" or "HND".
-        max_seqlen: Longest row, if the caller knows it; else the table's width counts. It only guides the splitting.
+        max_seqlen: Longest row, if the caller knows it: then pieces have one size for all rows. Else the table's width counts, that
+            may be far more, and each row is split into as many pieces. It only guides the splitting.
 
     Returns:
         out [batch, num_q_heads, head_dim], or (out, lse [batch, num_q_heads] fp32, natural log).
@@ -227,7 +237,7 @@ def decode(
     if window_size[0] >= 0:
         longest = min(longest, window_size[0] + 1)
     tiles = -(-longest // block_n)
-    splits = num_splits or num_splits_for(batch * num_kv_heads, tiles, _num_slots(q.device))
+    splits = min(num_splits, MAX_SPLITS) or num_splits_for(batch * num_kv_heads, tiles, _num_slots(q.device))
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if batch:
@@ -247,7 +257,7 @@ def decode(
             v_scale,
             softcap,
             window_size[0],
-            -(-tiles // splits) * block_n,
+            block_n if max_seqlen is None else -(-tiles // splits) * block_n,
             num_kv_heads,
             *q.stride()[:2],
             *k_view.stride()[:3],
@@ -277,7 +287,7 @@ def decode(
                 *out.stride()[:2],
                 HEAD_DIM=head_dim,
                 BLOCK_D=options["BLOCK_D"],
-                BLOCK_S=triton.next_power_of_2(splits),
+                BLOCK_S=MAX_SPLITS,
                 ROWS=MERGE_ROWS,
                 HAS_LSE=return_lse,
                 num_warps=4,

@@ -31,7 +31,11 @@ def find_sequence(cu_seqlens_q, tile, num_seqs, BLOCK_Q: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+VARYING = ("window_left", "window_right", "num_seqs", "stride_table_row")
+"""As in `triton_decode`: what the compiler must not make versions of the kernel for."""
+
+
+@triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
     q,
     k_cache,
@@ -138,15 +142,16 @@ def prefill_options(head_dim: int, group: int, q_itemsize: int, capability: int)
         q_itemsize: Bytes of an element in the products.
         capability: Compute capability times 10. Hopper (90) keeps operands of products in shared memory, others in registers.
     """
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = max(16, triton.next_power_of_2(head_dim))
     wide = q_itemsize == 4 or block_d > 128
-    rows = 32 if wide else 128 if capability // 10 == 9 else 64
+    huge = block_d * q_itemsize >= 2048  # the smallest tiles have 32 KiB: of keys and of values one at a time fits a DGX Spark
+    rows = 16 if huge else 32 if wide else 128 if capability // 10 == 9 else 64
     block_m = max(rows, triton.next_power_of_2(group))
     return {
         "BLOCK_D": block_d,
         "BLOCK_M": block_m,
         "BLOCK_N": max(16, 2048 // block_d) if wide else 64,
-        "STAGES": 3,
+        "STAGES": 2 if huge else 3,
         "num_warps": 8,
     }
 

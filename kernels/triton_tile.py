@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pagedkv.kernels.contract import need
+from pagedkv.kernels.contract import KernelError, need
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """True under TRITON_INTERPRET=1: kernels run as Python, on CPU tensors."""
@@ -26,7 +26,13 @@ def compute_dtype(q: torch.dtype, kv: torch.dtype) -> tl.dtype:
     """Return the type that the matrix units multiply in: the wider of the two, q's where the cache is fp8.
 
     The interpreter multiplies the raw bits of bf16 in `tl.dot`, so everything is fp32 there.
+
+    Raises:
+        KernelError: For a type that the kernels do not read, such as fp8 that is kept as uint8.
     """
+    if q not in _DTYPES or not (kv in _DTYPES or kv == FP8):
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*_DTYPES, FP8))
+        raise KernelError(f"queries of {q}, caches of {kv}: needs {kinds}, the last in caches only")
     if INTERPRETED:
         return tl.float32
     return _DTYPES[q if kv == FP8 else torch.promote_types(q, kv)]

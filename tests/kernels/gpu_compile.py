@@ -122,6 +122,7 @@ def launch_arguments(
     """Return the arguments of the kernel named "decode", "prefill" or "merge" as a launch gives them, for `compile_triton`."""
     import triton.language as tl  # noqa: PLC0415
 
+    from pagedkv.kernels.split_heuristic import MAX_SPLITS  # noqa: PLC0415
     from pagedkv.kernels.triton_decode import MERGE_ROWS, decode_options  # noqa: PLC0415
     from pagedkv.kernels.triton_prefill import prefill_options  # noqa: PLC0415
 
@@ -145,7 +146,7 @@ def launch_arguments(
         known |= {
             "HAS_LSE": True,
             "BLOCK_D": decode_options(head_dim, group, 2)["BLOCK_D"],
-            "BLOCK_S": 128,
+            "BLOCK_S": MAX_SPLITS,
             "ROWS": MERGE_ROWS,
             "num_warps": 4,
         }
@@ -168,14 +169,10 @@ def compile_kernel(kernel: str, capability: int, **shape: Any) -> Compiled:
 
 
 def compile_numba(capability: int, *, head_dim: int = 128, group: int = 4, kind: str = "bfloat16") -> Compiled:
-    """Compile the readable kernel to PTX, without a driver, and assemble it.
-
-    A device function makes numba ask the driver which device it is for; the answer is given here.
-    """
-    import numba.cuda.dispatcher  # noqa: PLC0415
+    """Compile the readable kernel to PTX, without a driver, and assemble it."""
     from numba import float32, int32, int64, types  # noqa: PLC0415
 
-    from pagedkv.kernels.cuda import FASTMATH, cuda, decode_kernel  # noqa: PLC0415
+    from pagedkv.kernels.cuda_kernel import decode_kernel  # noqa: PLC0415
 
     words, boolean = types.Array(int64, 4, "A"), types.boolean
     signature = types.void(
@@ -183,7 +180,32 @@ def compile_numba(capability: int, *, head_dim: int = 128, group: int = 4, kind:
         float32[:, :, :, ::1], float32[:, :, ::1], float32, float32, float32, int64,
     )  # fmt: skip
     decode_kernel.cache_clear()  # its device functions keep the code they were compiled to
-    kernel = decode_kernel(head_dim, group, kind).py_func
+    try:
+        kernel = decode_kernel(head_dim, group, kind).py_func
+        return _assembled(kernel, signature, capability, name=f"numba decode {kind} head_dim={head_dim} group={group}")
+    finally:
+        decode_kernel.cache_clear()
+
+
+def compile_numba_merge(capability: int) -> Compiled:
+    """Compile the kernel that merges the readable kernel's pieces."""
+    from numba import float32, types  # noqa: PLC0415
+
+    from pagedkv.kernels.cuda_kernel import merge_kernel  # noqa: PLC0415
+
+    signature = types.void(float32[:, :, :, ::1], float32[:, :, ::1], float32[:, :, ::1], float32[:, ::1])
+    return _assembled(merge_kernel().py_func, signature, capability, name="numba merge")
+
+
+def _assembled(kernel: Any, signature: Any, capability: int, *, name: str) -> Compiled:
+    """Compile a kernel of numba.
+
+    A device function makes numba ask the driver which device it is for; the answer is given here.
+    """
+    import numba.cuda.dispatcher  # noqa: PLC0415
+
+    from pagedkv.kernels.cuda_kernel import FASTMATH, cuda  # noqa: PLC0415
+
     target = divmod(capability, 10)
     numba_dispatcher: Any = numba.cuda.dispatcher
     asked = numba_dispatcher.get_current_device
@@ -192,10 +214,9 @@ def compile_numba(capability: int, *, head_dim: int = 128, group: int = 4, kind:
         ptx, _ = cuda.compile_ptx(kernel, signature, cc=target, fastmath=FASTMATH, abi="numba")
     finally:
         numba_dispatcher.get_current_device = asked
-        decode_kernel.cache_clear()
     report = _ptxas(ptx, capability)
     return Compiled(
-        name=f"numba decode {kind} head_dim={head_dim} group={group}",
+        name=name,
         capability=capability,
         registers=report["registers"],
         spilled_bytes=report["spilled_bytes"],

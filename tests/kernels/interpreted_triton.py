@@ -13,6 +13,7 @@ from pagedkv.kernels.adapters import flash_attn_with_kvcache
 from pagedkv.kernels.contract import KernelError, check_call
 from pagedkv.kernels.merge import cascade_attention
 from pagedkv.kernels.reference import attend
+from pagedkv.kernels.triton_cache import write_slots
 from pagedkv.kernels.triton_decode import decode
 from pagedkv.kernels.triton_prefill import prefill
 from pagedkv.kernels.triton_tile import INTERPRETED
@@ -187,6 +188,45 @@ def test_the_heuristic_splits_a_single_long_row() -> None:
 
 def test_a_row_longer_than_the_host_expected_is_read_whole() -> None:
     check_decode([300, 20], **USUAL, num_splits=3, max_seqlen=64)
+
+
+def test_a_table_far_wider_than_the_rows_does_not_leave_them_to_one_piece() -> None:
+    """Tables as wide as a sequence may become are usual: each piece still has its part of the keys."""
+    cache = cached([200, 75], block_size=16, kv_heads=2, dim=32, dtype=torch.float32, layout="NHD")
+    cache["block_table"] = torch.nn.functional.pad(cache["block_table"], (0, 1000), value=-1)
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pagedkv.kernels.triton_decode.merge_kernel", {(8,): lambda *given, **_: seen.append(given[1].clone())})
+        decode(torch.randn(2, 4, 32), **cache, num_splits=4)
+    assert torch.isfinite(seen[0][0]).all()  # the log-sum-exp of each piece of the longer row: it saw keys
+    check_decode([200, 75], **USUAL, num_splits=4)
+
+
+def test_numbers_that_are_no_known_type_are_refused() -> None:
+    cache = cached([21], block_size=16, kv_heads=2, dim=32, dtype=torch.float32, layout="NHD")
+    stored = {name: cache[name].to(torch.float8_e4m3fn).view(torch.uint8) for name in ("k_cache", "v_cache")}
+    with pytest.raises(KernelError, match=r"caches of torch.uint8: needs float32, .*float8_e4m3fn, the last in caches only"):
+        decode(torch.randn(1, 4, 32), **{**cache, **stored})
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_each_token_is_written_to_its_slot_and_padding_nowhere(layout: str, dtype: torch.dtype) -> None:
+    pool = torch.randint(0, 99, (7, 2, 4, 3, 24)).to(dtype)
+    if layout == "HND":
+        pool = pool.swapaxes(2, 3).contiguous().swapaxes(2, 3)
+    new = torch.randint(100, 199, (5, 2, 3, 24)).to(dtype)
+    slots = torch.tensor([27, -1, 3, 4, -1])
+    want = pool.clone()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            want[slot // 4, :, slot % 4] = new[token]
+    write_slots(new[:, 0], new[:, 1], pool[:, 0], pool[:, 1], slots)
+    assert (pool == want).all()
+    write_slots(new[:0, 0], new[:0, 1], pool[:, 0], pool[:, 1], slots[:0])
+    apart = torch.stack([new[:, 0], new[:, 1]], dim=-1)  # elements of a head do not lie side by side
+    write_slots(apart[..., 1], apart[..., 0], pool[:, 1], pool[:, 0], slots)
+    assert (pool == want).all()
 
 
 def test_out_may_be_a_view_and_queries_too() -> None:

@@ -24,6 +24,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "head of 80": {"head_dim": 80},
     "head of 256": {"head_dim": 256},
     "head of 256, fp8": {"head_dim": 256, "kv": "fp8e4nv"},
+    "head of 512": {"head_dim": 512},
+    "head of 512, fp32": {"head_dim": 512, "q": "fp32", "kv": "fp32"},
+    "head of 512, MHA, fp32": {"head_dim": 512, "group": 1, "q": "fp32", "kv": "fp32"},
+    "head of 8": {"head_dim": 8},
     "blocks of 7": {"block_size": 7},
     "blocks of 128": {"block_size": 128},
 }
@@ -49,6 +53,11 @@ def fits(built: gpu_compile.Compiled) -> bool:
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 def test_triton(kernel: str, shape: str, capability: int) -> None:
     assert fits(gpu_compile.compile_kernel(kernel, capability, **SHAPES[shape]))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_many_wide_heads_over_one_kv_head_decode(capability: int) -> None:
+    assert fits(gpu_compile.compile_kernel("decode", capability, head_dim=512, group=64))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -80,7 +89,13 @@ def test_a_kernel_that_spills_would_be_found() -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"kind": "float16", "group": 8}, {"head_dim": 256, "kind": "float32", "group": 1}],
+    [
+        {},
+        {"kind": "float16", "group": 8},
+        {"head_dim": 256, "kind": "float32", "group": 1},
+        {"group": 32},
+        {"group": 71, "head_dim": 64},
+    ],
     ids=str,
 )
 def test_numba(shape: dict[str, Any], capability: int) -> None:
@@ -88,6 +103,9 @@ def test_numba(shape: dict[str, Any], capability: int) -> None:
     pytest.importorskip("cuda.bindings", reason="compiling the readable kernel needs numba-cuda's NVVM")
     built = gpu_compile.compile_numba(capability, **shape)
     assert fits(built)
+    merge = gpu_compile.compile_numba_merge(capability)
+    assert fits(merge)
+    assert ".f64" not in merge.ptx
     assert built.shared_bytes <= 48 * 1024  # more would need an opt-in
     assert ".f64" not in built.ptx  # double precision is slow on a Spark
     assert len(re.findall(r"\bld\.(?:global\.)?[ub]64", built.ptx)) >= 2  # keys and values, 8 bytes at a time
