@@ -1,19 +1,22 @@
 """The kernel benchmark: how close to the memory's bandwidth decoding comes, and who is faster.
 
-`python -m pagedkv.kernels.bench [--dry-run] [--json FILE]` measures on the GPU, or on the CPU where there is none. It needs torch.
-Bandwidth is measured first, in the same run; every backend is checked against float64 before it is timed; wins and losses are both
-in the result. Times under 20 µs are reported as they are, without a share: they are overhead.
+`python -m pagedkv.kernels.bench [--quick] [--time-limit-s S] [--dry-run] [--json FILE]` measures on the GPU, or on the CPU where
+there is none. It needs torch. Bandwidth is measured first, in the same run; every backend is checked against float64 before and
+after it is timed; wins and losses are both in the result. Times under 20 µs are reported as they are, without a share: they are
+overhead.
+
+A backend that fails costs its own figures only, and the file holds what is known from the first row on.
 """
 
 import argparse
 import json
+import math
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,10 @@ try:
 except ImportError as absent:
     raise KernelError("the kernel benchmark measures with torch, which is not installed: pip install torch") from absent
 
-from pagedkv.kernels.bench_backends import BACKENDS, OURS
-from pagedkv.kernels.bench_problem import CPU_SHAPES, GPU_SHAPES, LARGE, TOLERANCE, Problem, Shape, tiny
+from pagedkv.kernels.bench_backends import BACKENDS, COMPILES_FOR_MINUTES, OURS
+from pagedkv.kernels.bench_problem import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, TOLERANCE, Problem, Shape, tiny
+from pagedkv.kernels.bench_report import against_others, among_shapes, found_wrong, render
+from pagedkv.kernels.bench_timing import cache_bytes, measure_bandwidth, time_s, told, wake
 
 SHARE_FROM_S = 20e-6
 """Shorter times are given without a share of the bandwidth."""
@@ -33,8 +38,11 @@ SHARE_FROM_S = 20e-6
 OWN = ("triton", "cuda", "cpu")
 """Backends of this project."""
 
-CALLS = 8
-"""Of a sample, at least: it is as many passes over all copies as this takes."""
+QUICK_REPEATS = 5
+"""Samples of a quick run."""
+
+SOFTWARE = ("torch", "triton", "numba", "numba-cuda", "flashinfer-python")
+"""Packages whose versions are in the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,210 +59,204 @@ class BenchOptions:
     """Samples; the median counts."""
     dry_run: bool = False
     """Run everything on tiny shapes: times mean nothing then, and no share is given."""
+    quick: bool = False
+    """A first look: three shapes, few samples, and nothing that compiles for minutes."""
+    time_limit_s: float | None = None
+    """Begin no further row after so many seconds; None: measure all."""
     seed: int = 0
 
 
-def run_bench(options: BenchOptions) -> dict[str, Any]:
+class EndedEarlyError(Exception):
+    """Nothing more can be measured, or may be: says why."""
+
+
+def run_bench(
+    options: BenchOptions,
+    *,
+    keep: Callable[[dict[str, Any]], object] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
     """Measure and return what `json.dumps` takes: the machine, its bandwidth, a row per shape and backend, and comparisons.
 
+    Args:
+        options: What to measure.
+        keep: Is given the result so far after each row: what it makes of that is left if this process is ended.
+        clock: What the time limit is measured by, in seconds.
+
     Raises:
-        KernelError: For a backend that is not known, or a GPU that is not there.
+        KernelError: For a backend that is not known, a GPU that is not there, or a time limit that is none.
     """
+    started = clock()
     unknown = sorted(set(options.backends) - set(BACKENDS))
     if unknown:
         raise KernelError(f"unknown backend {unknown[0]!r}: needs {', '.join(BACKENDS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise KernelError("device is 'cuda': torch finds no GPU; 'cpu' works")
+    limit_s = math.inf if options.time_limit_s is None else options.time_limit_s
+    if not limit_s > 0:
+        raise KernelError(f"the time limit is {limit_s} s: needs more than 0, or leave it out")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    device = torch.device(kind)
-    shapes = options.shapes or (GPU_SHAPES if kind == "cuda" or options.dry_run else CPU_SHAPES)
-    if options.dry_run:
-        options, shapes = replace(options, repeats=1), tuple(dict.fromkeys(tiny(shape) for shape in shapes))
-    cache_bytes = _cache_bytes(device)
-    bandwidth = measure_bandwidth(device, num_bytes=1 << 16 if options.dry_run else 4 * cache_bytes, repeats=options.repeats)
-    rows = []
-    for number, shape in enumerate(shapes):
-        problem = Problem(shape, device, cache_bytes=0 if options.dry_run else cache_bytes, seed=options.seed + number)
-        rows += [_measure(problem, backend, options, bandwidth) for backend in options.backends]
-    return {
-        "device": torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+    device, (options, shapes) = torch.device(kind), _chosen(options, kind)
+    enough = cache_bytes(device)
+    if not options.dry_run:
+        wake(device)
+    result: dict[str, Any] = {
+        **_machine(device),
         "dry_run": options.dry_run,
         "seed": options.seed,
-        **bandwidth,
-        "rows": rows,
-        "comparisons": [*_against_others(rows, OURS[kind]), *([] if options.dry_run else _among_shapes(rows))],
+        "ended_early": None,
+        **measure_bandwidth(device, num_bytes=1 << 16 if options.dry_run else 4 * enough, repeats=options.repeats),
+        "rows": [],
+        "comparisons": [],
     }
 
+    def still_time() -> None:
+        if clock() - started > limit_s:
+            raise EndedEarlyError(f"the time limit of {limit_s:g} s is over")
 
-def _cache_bytes(device: torch.device) -> int:
-    """Return twice the size of the GPU's L2 cache; 256 MiB on the CPU, where torch does not know it."""
-    return 2 * int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 256 << 20
-
-
-def measure_bandwidth(device: torch.device, *, num_bytes: int, repeats: int) -> dict[str, float]:
-    """Return what torch moves: "copy_bytes_per_s" (read and written) and "read_bytes_per_s" (summed), of `num_bytes` at a time."""
-    source, target = (torch.randn(num_bytes // 4, device=device) for _ in range(2))
-    parts = source.view(2, -1), target.view(2, -1)
-    copy_s, _ = time_s(lambda i: parts[1][i].copy_(parts[0][i]), 2, device, repeats=repeats)
-    read_s, _ = time_s(lambda i: parts[0][i].sum(), 2, device, repeats=repeats)
-    return {"copy_bytes_per_s": num_bytes / copy_s, "read_bytes_per_s": num_bytes / 2 / read_s}
-
-
-def time_s(run: Callable[[int], Any], copies: int, device: torch.device, *, repeats: int) -> tuple[float, str | None]:
-    """Return (median seconds of a call, why no CUDA graph launched it). Calls walk over all copies, once untimed.
-
-    The reason is None on the CPU, where there are no graphs.
-    """
-    order = list(range(copies)) * (-(-CALLS // copies) if repeats > 1 else 1)
-    for copy in range(copies):
-        run(copy)
-    if device.type != "cuda":
-        samples = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for copy in order:
-                run(copy)
-            samples.append((time.perf_counter() - start) / len(order))
-        return statistics.median(samples), None
-    torch.cuda.synchronize()
-    graph, no_graph = _captured(run, order)
-    samples, event = [], partial(torch.cuda.Event, enable_timing=True)
-    for _ in range(repeats):
-        start_event, end_event = event(), event()
-        start_event.record()
-        if graph is None:
-            for copy in order:
-                run(copy)
-        else:
-            graph.replay()
-        end_event.record()
-        torch.cuda.synchronize()
-        samples.append(start_event.elapsed_time(end_event) / 1e3 / len(order))
-    return statistics.median(samples), no_graph
-
-
-def _captured(run: Callable[[int], Any], order: list[int]) -> tuple[Any, str | None]:
-    """Return (the calls as a CUDA graph, which launches without Python between, None), or (None, why they cannot be captured)."""
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            for copy in order:
-                run(copy)
-        graph.replay()
-        torch.cuda.synchronize()
-    except Exception as failure:  # whatever a kernel does that a graph forbids: it is launched one by one then, and this is told
-        torch.cuda.synchronize()
-        return None, _told(failure)
-    return graph, None
+        for row in _rows(shapes, device, options, result, enough=0 if options.dry_run else enough, before_each=still_time):
+            result["rows"].append(row)
+            result["comparisons"] = against_others(result["rows"], OURS[kind])
+            result["comparisons"] += [] if options.dry_run else among_shapes(result["rows"])
+            keep(result)
+    except EndedEarlyError as why:
+        result["ended_early"] = f"{why}; what is not here was not measured"
+        keep(result)
+    return result
 
 
-def _told(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
+def _chosen(options: BenchOptions, kind: str) -> tuple[BenchOptions, tuple[Shape, ...]]:
+    """Return the options as they are meant, and the shapes."""
+    shapes = options.shapes or (GPU_SHAPES if kind == "cuda" or options.dry_run else CPU_SHAPES)
+    if options.quick:
+        shapes = options.shapes or (QUICK_SHAPES if kind == "cuda" else shapes)
+        backends = tuple(name for name in options.backends if name not in COMPILES_FOR_MINUTES)
+        options = replace(options, repeats=min(options.repeats, QUICK_REPEATS), backends=backends)
+    if options.dry_run:
+        options, shapes = replace(options, repeats=1), tuple(dict.fromkeys(tiny(shape) for shape in shapes))
+    return options, shapes
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Return what the figures depend on besides the code."""
+    found: dict[str, Any] = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "software": {}}
+    for name in SOFTWARE:
+        try:
+            found["software"][name] = version(name)
+        except PackageNotFoundError:
+            found["software"][name] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "cuda": torch.version.cuda,
+            "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+        }
+    return found
+
+
+def _rows(
+    shapes: Sequence[Shape],
+    device: torch.device,
+    options: BenchOptions,
+    bandwidth: dict[str, float],
+    *,
+    enough: int,
+    before_each: Callable[[], object],
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of every shape and backend, those of backends that compile for minutes last.
+
+    Raises:
+        EndedEarlyError: If a backend has left the GPU unusable, or by `before_each`.
+    """
+    patient = [name for name in options.backends if name in COMPILES_FOR_MINUTES]
+    for backends in ([name for name in options.backends if name not in patient], patient):
+        for number, shape in enumerate(shapes if backends else ()):
+            before_each()
+            try:
+                problem = Problem(shape, device, cache_bytes=enough, seed=options.seed + number)
+            except Exception as failure:  # too little memory, or a type that torch does not make here
+                yield from ({**_row(shape, backend), "reason": told(failure)} for backend in backends)
+                continue
+            for backend in backends:
+                before_each()
+                yield (row := _measure(problem, backend, options, bandwidth))
+                if "us" not in row:
+                    _check_gpu(device, f"{backend} on {shape.name}")
+            del problem  # before the next one is made
+
+
+def _row(shape: Shape, backend: str) -> dict[str, Any]:
+    return {"shape": asdict(shape), "name": shape.name, "backend": backend}
 
 
 def _measure(problem: Problem, backend: str, options: BenchOptions, bandwidth: dict[str, float]) -> dict[str, Any]:
     """Return the row of one backend: its error and time, or the reason why there is none.
 
-    Only a KernelError, a refusal, is such a reason for this project's backends: whatever else they raise is a bug, and is raised.
+    A refusal is such a reason, and too little memory, and how a foreign backend fails; if one of this project's does, it "failed".
     """
-    shape = problem.shape
-    row: dict[str, Any] = {"shape": asdict(shape), "name": shape.name, "backend": backend, "floor_bytes": problem.floor_bytes}
+    row = _row(problem.shape, backend) | {"floor_bytes": problem.floor_bytes}
     try:
         run = BACKENDS[backend](problem)
-        row["error"] = problem.error(run(0))
-        row["correct"] = row["error"] <= TOLERANCE[problem.q_dtype]
+        errors = [problem.error(run(0))]
         seconds, no_graph = time_s(run, problem.copies, problem.device, repeats=options.repeats)
+        errors.append(problem.error(run(0)))  # nothing that ran at the same time has spoiled it
+        row["error"] = max(errors) if all(map(math.isfinite, errors)) else None
+        row["correct"] = row["error"] is not None and row["error"] <= TOLERANCE[problem.q_dtype]
         row |= {} if no_graph is None else {"no_graph": no_graph}
-        row |= {"us": seconds * 1e6, "tokens_per_s": shape.batch / seconds}
+        row |= {"us": seconds * 1e6, "tokens_per_s": problem.shape.batch / seconds}
         if seconds >= SHARE_FROM_S and not options.dry_run:
             row["share_of_copy"] = problem.floor_bytes / seconds / bandwidth["copy_bytes_per_s"]
             row["share_of_read"] = problem.floor_bytes / seconds / bandwidth["read_bytes_per_s"]
-    except Exception as failure:  # a foreign backend may fail in its own way: say how and go on
-        if backend in OWN and not isinstance(failure, KernelError):
-            raise
-        row["reason"] = _told(failure)
+    except Exception as failure:  # each in its own way: say how and go on
+        expected = backend not in OWN or isinstance(failure, KernelError | torch.OutOfMemoryError)
+        row["reason" if expected else "failed"] = told(failure)
     return row
 
 
-def _timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row.get("correct") and "us" in row]
+def _check_gpu(device: torch.device, after: str) -> None:
+    """Raise EndedEarlyError if the GPU takes no more work from this process, as after a wild pointer."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as lost:
+            raise EndedEarlyError(f"the GPU takes no more work from this process after {after}: {told(lost)}") from lost
 
 
-def _against_others(rows: list[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
-    """Compare, by shape, the backend `ours` with every other: a ratio above 1 is a win; "no figure" if ours has no right one."""
-    found = []
-    for name in dict.fromkeys(row["name"] for row in rows if row["backend"] == ours):
-        timed = {row["backend"]: row["us"] for row in _timed(rows) if row["name"] == name}
-        mine = timed.pop(ours, None)
-        for backend, us in timed.items():
-            ratio = None if mine is None else us / mine
-            verdict = "no figure" if ratio is None else "win" if ratio > 1 else "loss"
-            found.append({"name": name, "ours": ours, "against": backend, "ratio": ratio, "result": verdict})
-    return found
-
-
-def _among_shapes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare the large shape's variants with it, by backend: fp8 in tokens per second, the others in shares."""
-    found = []
-    for row in _timed(rows):
-        variants = {"dtype": "tokens_per_s", "ragged": "share_of_copy", "block_size": "share_of_copy"}
-        for field, measure in variants.items():
-            plain = replace(Shape(**row["shape"]), **{field: getattr(LARGE, field)})
-            bases = [base for base in _timed(rows) if base["shape"] == asdict(plain) and base["backend"] == row["backend"]]
-            if row["shape"][field] != getattr(LARGE, field) and bases and measure in row and measure in bases[0]:
-                ratio = row[measure] / bases[0][measure]
-                found.append(
-                    {"name": row["name"], "ours": row["backend"], "against": bases[0]["name"], "ratio": ratio, "result": measure}
-                )
-    return found
-
-
-def render(result: dict[str, Any]) -> str:
-    """Return the result as text: bandwidth, a table by shape, comparisons."""
-    copy, read = (result[key] / 1e9 for key in ("copy_bytes_per_s", "read_bytes_per_s"))
-    lines = [f"{result['device']}, torch {result['torch']}: copy {copy:.1f} GB/s, read {read:.1f} GB/s"]
-    if result["dry_run"]:
-        lines[0] += "; dry run, times mean nothing"
-    for name in dict.fromkeys(row["name"] for row in result["rows"]):
-        lines += ["", name]
-        for row in result["rows"]:
-            if row["name"] != name:
-                continue
-            if "us" not in row:
-                lines.append(f"  {row['backend']:26} {row.get('reason', '')}")
-                continue
-            share = f"{row['share_of_copy']:6.1%} of copy" if "share_of_copy" in row else ""
-            wrong = "" if row["correct"] else f"  WRONG: error {row['error']:.1e}"
-            singly = f"  launched one by one, no graph: {row['no_graph']}" if "no_graph" in row else ""
-            lines.append(f"  {row['backend']:26} {row['us']:10.1f} µs  {share}{wrong}{singly}")
-    lines += ["", "Comparisons (above 1: ours is faster)"]
-    for c in result["comparisons"]:
-        verdict = c["result"] if c["ratio"] is None else f"{c['ratio']:.2f} ({c['result']})"
-        lines.append(f"  {c['name']}: {c['ours']} against {c['against']}: {verdict}")
-    return "\n".join(lines)
-
-
-def bench_kernels(*, dry_run: bool = False, json_file: Path | str | None = None) -> str:
-    """Run the benchmark and return its report; write the whole result to `json_file` if given.
+def bench_kernels(options: BenchOptions, json_file: Path | str | None = None) -> tuple[str, bool]:
+    """Run the benchmark and return (its report, whether something is wrong or failed).
 
     Args:
-        dry_run: Run everything on tiny shapes; times mean nothing then.
-        json_file: Where the result of `run_bench` goes.
+        options: What to measure.
+        json_file: Where the result of `run_bench` goes, from the first row on.
     """
-    result = run_bench(BenchOptions(dry_run=dry_run))
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return render(result)
+
+    def keep(result: dict[str, Any]) -> None:
+        if json_file is not None:
+            part = Path(f"{json_file}.part")
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            part.replace(json_file)
+
+    result = run_bench(options, keep=keep)
+    return render(result), found_wrong(result["rows"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure and print. Exit status 1 if a result is wrong or a backend of this project failed."""
     parser = argparse.ArgumentParser(prog="python -m pagedkv.kernels.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that everything runs; times mean nothing")
-    parser.add_argument("--json", metavar="FILE", help="write the whole result there")
+    parser.add_argument("--quick", action="store_true", help="a first look: three shapes, nothing that compiles for minutes")
+    parser.add_argument("--time-limit-s", type=float, metavar="S", help="begin no further row after so many seconds")
+    parser.add_argument("--json", metavar="FILE", help="write the whole result there, from the first row on")
     given = parser.parse_args(arguments)
-    sys.stdout.write(bench_kernels(dry_run=given.dry_run, json_file=given.json) + "\n")
+    options = BenchOptions(dry_run=given.dry_run, quick=given.quick, time_limit_s=given.time_limit_s)
+    report, wrong = bench_kernels(options, given.json)
+    sys.stdout.write(report + "\n")
+    sys.exit(int(wrong))
 
 
 if __name__ == "__main__":

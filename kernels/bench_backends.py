@@ -42,7 +42,8 @@ def cuda(problem: Problem) -> Run:
     """Return this project's readable kernel."""
     _need_device(problem, "cuda", "NUMBA_ENABLE_CUDASIM")
     need(problem.shape.dtype != "fp8", "reads no fp8")
-    from pagedkv.kernels.cuda import THREADS, decode  # noqa: PLC0415
+    from pagedkv.kernels.cuda import decode  # noqa: PLC0415
+    from pagedkv.kernels.cuda_kernel import THREADS  # noqa: PLC0415
 
     arguments, threads = _arguments(problem), 16 if simulated("cuda") else THREADS
     return lambda copy: torch.as_tensor(decode(*arguments(copy), threads=threads))
@@ -111,17 +112,17 @@ def varlen(problem: Problem) -> Run:
 
 def _flashinfer(problem: Problem, *, use_tensor_cores: bool) -> Run:
     need(problem.device.type == "cuda", "no GPU")
+    shape = problem.shape
+    need(shape.head_dim in (64, 128, 256), f"compiles no heads of {shape.head_dim}")
     import flashinfer  # noqa: PLC0415
 
-    shape = problem.shape
     lengths = torch.tensor(problem.lengths, dtype=torch.int32)
     counts = (lengths + shape.block_size - 1) // shape.block_size
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)]).to(problem.device)
     last = (lengths - (counts - 1) * shape.block_size).to(problem.device)
-    planned = []
+    planned, workspace = [], torch.empty(128 << 20, dtype=torch.uint8, device=problem.device)  # one for all: they run in turn
     for copy in range(problem.copies):
         table = problem.block_tables[copy]
-        workspace = torch.empty(128 << 20, dtype=torch.uint8, device=problem.device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=use_tensor_cores)
         wrapper.plan(
             starts, table[table >= 0], last, shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.block_size,
@@ -151,5 +152,8 @@ BACKENDS: dict[str, Callable[[Problem], Run]] = {
     "FlashInfer": flashinfer_cuda_cores,
     "FlashInfer, tensor cores": flashinfer_tensor_cores,
 }
+COMPILES_FOR_MINUTES = ("FlashInfer", "FlashInfer, tensor cores")
+"""Backends that call nvcc when a shape is first used."""
+
 OURS = {"cuda": "triton", "cpu": "cpu"}
 """By the kind of device: the backend of this project that is compared with the others."""

@@ -66,6 +66,9 @@ GPU_SHAPES = (
 )
 """The shapes that the project's goals name, one without shared heads, and one so small that its time is overhead."""
 
+QUICK_SHAPES = (LARGE, replace(LARGE, dtype="fp8"), Shape(batch=1, context=32768))
+"""The shapes of a first look: the goal, fp8, and one that is split."""
+
 CPU_SHAPES = tuple(Shape(batch=4, context=4096, dtype=dtype) for dtype in ("float32", "bfloat16"))
 
 
@@ -131,9 +134,10 @@ class Problem:
         tokens = torch.arange(self.lengths[row], device=self.device)
         blocks = self.block_tables[0, row, tokens // self.shape.block_size].long()
         group = self.shape.num_q_heads // self.shape.num_kv_heads
+        stored = (cache.view(torch.uint8) if self.shape.dtype == "fp8" else cache for cache in (self.k_cache, self.v_cache))
         keys, values = (
-            cache[blocks, tokens % self.shape.block_size].double().repeat_interleave(group, dim=1)
-            for cache in (self.k_cache, self.v_cache)
+            cache[blocks, tokens % self.shape.block_size].view(self.k_cache.dtype).double().repeat_interleave(group, dim=1)
+            for cache in stored  # bytes of fp8, which torch does not index everywhere
         )
         scores = torch.einsum("hd,nhd->hn", self.queries[0, row].double(), keys) * self.shape.head_dim**-0.5
         return torch.einsum("hn,nhd->hd", scores.softmax(dim=1), values)

@@ -8,9 +8,9 @@ try:
 except ImportError as absent:
     raise KernelError("measuring a GPU needs torch: pip install 'pagedkv[kernels]'") from absent
 
-from pagedkv.kernels.bench import measure_bandwidth, time_s
 from pagedkv.kernels.bench_backends import BACKENDS, OURS
 from pagedkv.kernels.bench_problem import LARGE, Problem, Shape
+from pagedkv.kernels.bench_timing import measure_bandwidth, time_s
 
 _REPEATS = 3
 """Samples behind each value: their median."""

@@ -15,7 +15,7 @@ try:
 except ImportError as absent:
     raise KernelError("measuring products by rows needs torch: pip install 'pagedkv[kernels]'") from absent
 
-from pagedkv.kernels.bench import time_s
+from pagedkv.kernels.bench_timing import time_s
 
 ROWS = (*range(1, 33), 40, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows on a processor: each number of a batch that decodes, where kernels change, then those of prompts."""

@@ -180,23 +180,29 @@ def from_vllm(
 def bench_kernels(
     *,
     dry_run: bool = False,
+    quick: bool = False,
+    time_limit_s: float | None = None,
     json: Annotated[str | None, Parameter(group=OUTPUT, allow_leading_hyphen=True)] = None,
 ) -> None:
     """Measure the attention kernels against the memory's bandwidth and against others, losses too. Exit status 1 if one is wrong.
 
     Args:
         dry_run: Run everything on tiny shapes: says that it works, the times mean nothing.
-        json: Write the result document to this file; - prints it, and nothing else, to stdout.
+        quick: A first look on a GPU: three shapes, few samples, and nothing that compiles for minutes.
+        time_limit_s: Begin no further row after so many seconds.
+        json: Write the result document to this file, from the first row on; - prints it, and nothing else, to stdout.
     """
-    from pagedkv.kernels.bench import BenchOptions, render, run_bench
+    from pagedkv.kernels.bench import BenchOptions, run_bench
+    from pagedkv.kernels.bench_report import found_wrong, render
 
     check_json(json)
-    result = run_bench(BenchOptions(dry_run=dry_run))
+    options = BenchOptions(dry_run=dry_run, quick=quick, time_limit_s=time_limit_s)
+    result = run_bench(options, keep=lambda so_far: write_json(so_far, json) if json not in (None, "-") else None)
     if json is None:
         print(render(result))  # noqa: T201
-    else:
+    elif json == "-":
         write_json(result, json)
-    if not all(row.get("correct", True) for row in result["rows"]):
+    if found_wrong(result["rows"]):
         sys.exit(1)
 
 

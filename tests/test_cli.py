@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,20 +247,27 @@ def test_that_it_cannot_be_written_is_said_before_the_work(
 def bench(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for the benchmark, whatever is installed: its rows."""
     rows: list[dict[str, Any]] = [{"correct": True}, {"reason": "not there"}]
-    stand_in: Any = SimpleNamespace(
-        BenchOptions=SimpleNamespace,
-        run_bench=lambda options: {"dry_run": options.dry_run, "rows": rows},
+
+    def run_bench(options: Any, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        result = {"dry_run": options.dry_run, "quick": options.quick, "rows": rows}
+        keep(result)
+        return result
+
+    stand_in: Any = SimpleNamespace(BenchOptions=SimpleNamespace, run_bench=run_bench)
+    report: Any = SimpleNamespace(
+        found_wrong=lambda rows: any(row.get("correct") is False for row in rows),
         render=lambda result: f"{len(result['rows'])} rows",
     )
     monkeypatch.setitem(sys.modules, "pagedkv.kernels.bench", stand_in)
+    monkeypatch.setitem(sys.modules, "pagedkv.kernels.bench_report", report)
     return rows
 
 
 def test_the_benchmark_is_shown_and_written(bench: list[dict[str, Any]], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stdout(capsys, "bench-kernels") == "2 rows\n"
-    assert document(stdout(capsys, "bench-kernels --dry-run --json -")) == {"dry_run": True, "rows": bench}
-    assert stdout(capsys, "bench-kernels --json x.json") == ""
-    assert document((folder / "x.json").read_text()) == {"dry_run": False, "rows": bench}
+    assert document(stdout(capsys, "bench-kernels --dry-run --json -")) == {"dry_run": True, "quick": False, "rows": bench}
+    assert stdout(capsys, "bench-kernels --quick --time-limit-s 60 --json x.json") == ""
+    assert document((folder / "x.json").read_text()) == {"dry_run": False, "quick": True, "rows": bench}
     bench.append({"correct": False})
     with pytest.raises(SystemExit) as exit:
         main(["bench-kernels"])

@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the kernel benchmark compares with torch")
 
-from pagedkv.kernels import bench, bench_backends  # noqa: E402  after the skip
+from pagedkv.kernels import bench, bench_backends, bench_timing  # noqa: E402  after the skip
 from pagedkv.kernels.bench_problem import LARGE, Problem, tiny  # noqa: E402
 from pagedkv.kernels.contract import KernelError  # noqa: E402
 
@@ -83,7 +83,7 @@ def broken(problem: Problem) -> Any:
     raise RuntimeError("no kernel image")
 
 
-def test_a_crash_of_an_own_backend_is_raised_and_a_refusal_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_an_own_backend_is_told_apart_from_a_refusal_and_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def refusing(problem: Problem) -> Any:
         raise KernelError("not today")
 
@@ -93,15 +93,24 @@ def test_a_crash_of_an_own_backend_is_raised_and_a_refusal_told(monkeypatch: pyt
     assert [row.get("reason") for row in result["rows"]] == ["KernelError: not today", None]
     assert [(c["ratio"], c["result"]) for c in result["comparisons"]] == [(None, "no figure")]
     assert "cpu against torch gather + SDPA: no figure" in bench.render(result)
+    assert not bench.found_wrong(result["rows"])
     monkeypatch.setitem(bench_backends.BACKENDS, "cpu", broken)
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        bench.run_bench(options)
+    crashed, measured = bench.run_bench(options)["rows"]
+    assert crashed["failed"] == "RuntimeError: no kernel image"
+    assert measured["correct"]
+    assert bench.found_wrong([crashed, measured])
+    assert not bench.found_wrong([measured])
+    assert "cpu                        FAILED: RuntimeError: no kernel image" in bench.render(bench.run_bench(options))
+    monkeypatch.setattr(bench, "BenchOptions", lambda **_: options)
+    with pytest.raises(SystemExit) as ended:
+        bench.main([])
+    assert ended.value.code == 1
 
 
 def test_a_launch_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "time_s", lambda *_, **__: (30e-6, "RuntimeError: not permitted"))
     monkeypatch.setattr(bench, "measure_bandwidth", lambda *_, **__: {"copy_bytes_per_s": 1e9, "read_bytes_per_s": 1e9})
-    monkeypatch.setattr(bench, "_cache_bytes", lambda _: 1 << 16)
+    monkeypatch.setattr(bench, "cache_bytes", lambda _: 1 << 16)
     result = bench.run_bench(bench.BenchOptions(device="cpu", shapes=(tiny(LARGE),), backends=("cpu",)))
     assert "launched one by one, no graph: RuntimeError: not permitted" in bench.render(result)
 
@@ -110,10 +119,11 @@ def test_a_failed_capture_is_told_and_the_calls_are_timed_one_by_one(monkeypatch
     def refuses(_: Any) -> Any:
         raise RuntimeError("stream is capturing\nand more")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("CUDAGraph", "synchronize", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "graph", refuses)
-    assert bench._captured(lambda _: None, [0]) == (None, "RuntimeError: stream is capturing")
+    assert bench_timing.captured(lambda _: None, [0]) == (None, "RuntimeError: stream is capturing")
 
 
 def test_a_wrong_backend_is_called_wrong_and_takes_no_part_in_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +146,8 @@ def test_a_wrong_backend_is_called_wrong_and_takes_no_part_in_comparisons(monkey
 
 def test_shares_follow_from_bytes_time_and_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "time_s", lambda *_, **__: (30e-6, None))
-    monkeypatch.setattr(bench, "_cache_bytes", lambda _: 1 << 16)
+    monkeypatch.setattr(bench_timing, "time_s", lambda *_, **__: (30e-6, None))
+    monkeypatch.setattr(bench, "cache_bytes", lambda _: 1 << 16)
     options = bench.BenchOptions(device="cpu", shapes=(tiny(LARGE),), backends=("cpu",))
     row = bench.run_bench(options)["rows"][0]
     bandwidth = 4 * (1 << 16) / 30e-6
@@ -146,13 +157,17 @@ def test_shares_follow_from_bytes_time_and_bandwidth(monkeypatch: pytest.MonkeyP
 
 
 def test_bandwidth_is_plausible() -> None:
-    found = bench.measure_bandwidth(CPU, num_bytes=64 << 20, repeats=3)
+    found = bench_timing.measure_bandwidth(CPU, num_bytes=64 << 20, repeats=3)
     assert all(1e8 < value < 1e13 and math.isfinite(value) for value in found.values())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"backends": ("tritn",)}, "unknown backend 'tritn': needs triton"), ({"device": "cuda"}, "torch finds no GPU; 'cpu' works")],
+    [
+        ({"backends": ("tritn",)}, "unknown backend 'tritn': needs triton"),
+        ({"device": "cuda"}, "torch finds no GPU; 'cpu' works"),
+        ({"time_limit_s": 0}, "the time limit is 0 s"),
+    ],
 )
 def test_what_cannot_be_measured(options: dict[str, Any], message: str) -> None:
     if "device" in options and torch.cuda.is_available():
