@@ -49,7 +49,9 @@ def why_not(backend: str) -> str | None:
         return None
     if not (find_spec("torch") and import_module("torch").cuda.is_available()):
         return "torch finds no CUDA GPU"
-    return None if backend == "triton" or import_module("numba.cuda").is_available() else "numba finds no CUDA driver"
+    if backend == "triton" or import_module("numba.cuda").is_available():
+        return None
+    return "numba finds no CUDA driver, or no NVVM, which is in CUDA's toolkit and in pip install 'numba-cuda[cu13]'"
 
 
 def simulated(backend: str) -> bool:

@@ -26,7 +26,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "head of 256, fp8": {"head_dim": 256, "kv": "fp8e4nv"},
     "head of 512": {"head_dim": 512},
     "head of 512, fp32": {"head_dim": 512, "q": "fp32", "kv": "fp32"},
-    "head of 512, MHA, fp32": {"head_dim": 512, "group": 1, "q": "fp32", "kv": "fp32"},
     "head of 8": {"head_dim": 8},
     "blocks of 7": {"block_size": 7},
     "blocks of 128": {"block_size": 128},
@@ -56,8 +55,9 @@ def test_triton(kernel: str, shape: str, capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_many_wide_heads_over_one_kv_head_decode(capability: int) -> None:
-    assert fits(gpu_compile.compile_kernel("decode", capability, head_dim=512, group=64))
+@pytest.mark.parametrize("shape", [{"group": 64}, {"group": 1, "q": "fp32", "kv": "fp32"}], ids=str)
+def test_the_widest_heads_decode(shape: dict[str, Any], capability: int) -> None:
+    assert fits(gpu_compile.compile_kernel("decode", capability, head_dim=512, **shape))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
