@@ -131,7 +131,7 @@ def flash_attn_with_kvcache(
     else:
         need(cache_batch_idx is None, "cache_batch_idx and block_table both say where a sequence lies: leave one out")
         need(cache_seqlens is not None, "cache_seqlens is None: a block table needs the lengths")
-    seqlens = integers(cache_seqlens if np.ndim(cache_seqlens) else np.full(batch, cache_seqlens), q)
+    seqlens = integers(cache_seqlens if np.ndim(cache_seqlens) else 0 * counting(batch, q) + cache_seqlens, q)
     if k is not None:
         seqlens = _append(k, v, k_cache, v_cache, seqlens, block_table)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "num_splits": num_splits, "backend": backend}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.kernels.contract import device_type, host_array, integers, is_torch, narrowed, need, nhd, widened
+from pagedkv.kernels.contract import counting, device_type, host_array, is_torch, narrowed, need, nhd, widened
 from pagedkv.kernels.dispatch import paged_attention
 
 
@@ -90,8 +90,8 @@ def cascade_attention(
     caches: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "kv_layout": kv_layout, "return_lse": True, **options}
     prefix = paged_attention(
         block_table=block_table[:1, :blocks],
-        cache_seqlens=integers([num_shared_tokens], block_table),
-        cu_seqlens_q=integers([0, len(q)], block_table),
+        cache_seqlens=counting(1, block_table) + num_shared_tokens,
+        cu_seqlens_q=counting(2, block_table) * len(q),
         causal=False,
         **caches,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from thread_turns import in_turns
 
 from pagedkv.kernels import cuda
 from pagedkv.kernels.contract import KernelError, check_call, narrowed
@@ -74,6 +75,13 @@ def test_pieces_are_merged(variant: str) -> None:
 
 def test_several_tiles() -> None:
     check([150], heads=2, kv_heads=1, threads=32, num_splits=2)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("variant", ["usual", "sinks", "more heads than threads", "more outputs than threads"])
+def test_no_thread_reads_what_another_may_not_have_written(variant: str, backwards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_turns(monkeypatch, backwards=backwards):
+        check([150, 9, 0], **{"kv_heads": 1, **VARIANTS[variant]}, num_splits=2)  # several tiles
 
 
 def test_what_it_cannot_read() -> None:

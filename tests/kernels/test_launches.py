@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from pagedkv.kernels import cache_ops, dispatch  # noqa: E402
 from pagedkv.kernels.adapters import BatchDecodeWithPagedKVCacheWrapper, flash_attn_with_kvcache  # noqa: E402
+from pagedkv.kernels.merge import cascade_attention  # noqa: E402
 from pagedkv.kernels.triton_cache import write_slots  # noqa: E402
 from pagedkv.kernels.triton_decode import decode  # noqa: E402
 from pagedkv.kernels.triton_prefill import prefill  # noqa: E402
@@ -127,6 +128,20 @@ def test_flash_attention_waits_for_nothing(gpu: list[tuple[str, Any, Any]], seql
     names = [name for name, _, _ in gpu]
     assert names[0] == "write_kernel"
     assert names[1] == ("decode_kernel" if seqlen_q == 1 else "prefill_kernel")
+
+
+def test_a_full_cache_and_one_of_one_length_wait_for_nothing(gpu: list[tuple[str, Any, Any]]) -> None:
+    cache = torch.empty(2, 4, 256, 8, 128, dtype=torch.bfloat16)
+    for cache_seqlens in (None, 9):
+        flash_attn_with_kvcache(torch.empty(4, 1, 32, 128, dtype=torch.bfloat16), *cache, cache_seqlens=cache_seqlens)
+    assert {name for name, _, _ in gpu} == {"decode_kernel"}
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_cascade_waits_for_nothing(gpu: list[tuple[str, Any, Any]], chunks: bool) -> None:
+    starts = {"cu_seqlens_q": torch.empty(5, dtype=torch.int32)} if chunks else {}
+    cascade_attention(**step(4, 9), **starts, num_shared_tokens=48)
+    assert gpu[0][0] == "prefill_kernel"
 
 
 def test_runs_after_the_first_of_a_plan_wait_for_nothing(
