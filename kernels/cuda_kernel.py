@@ -135,13 +135,12 @@ def decode_kernel(head_dim: int, group: int, kind: str, threads: int = THREADS) 
 
         for start in range(begin, end, tile):
             present = min(tile, end - start)
-            cuda.syncthreads()  # everyone is done with the tile before
 
             # 2. From position to place. Only tokens that are there: padding in the table is never looked at.
             for t in range(me, present, threads):
                 blocks[t] = block_table[row, (start + t) // block_size]
                 slots[t] = (start + t) % block_size
-            cuda.syncthreads()
+            cuda.syncthreads()  # everyone is done with the tile before, too
 
             # 3. The tile, 8 bytes at a time.
             for i in range(me, present * words, threads):
