@@ -1,6 +1,7 @@
 """Keys and values in torch tensors, in blocks, as an allocator hands them out."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
@@ -88,9 +89,7 @@ class PagedKVStorage:
         self.block_bytes: int = sum(layout.tensor_elements) * self.dtype.itemsize
         """Bytes of one block in all tensors."""
         self.num_blocks = _num_blocks(num_blocks, budget_bytes, self.block_bytes)
-        self._tensors = [
-            torch.empty(self.num_blocks, size, dtype=self.dtype, device=self.device) for size in layout.tensor_elements
-        ]
+        self._tensors = self._take()
         self._pools = [self._pool(layer) for layer in range(len(layout.places))]
         self._widest = layout.widest_layers
 
@@ -186,6 +185,16 @@ class PagedKVStorage:
             for layer in range(len(self._pools)):
                 copy_slots(self.keys(layer), self.values(layer), batch, kv_layout=self.kv_layout)
 
+    def _take(self) -> list[torch.Tensor]:
+        sizes = self.layout.tensor_elements
+        try:
+            return [torch.empty(self.num_blocks, size, dtype=self.dtype, device=self.device) for size in sizes]
+        except RuntimeError as shortage:  # torch has no class for it that CPUs and GPUs share
+            raise ConfigError(
+                f"{self.num_blocks} blocks of {self.block_bytes} bytes take {self.num_blocks * self.block_bytes} bytes, which "
+                f"{self.device} does not give: take fewer by num_blocks or budget_bytes, or a narrower dtype ({shortage})"
+            ) from shortage
+
     def _pool(self, layer: int) -> torch.Tensor:
         place = self.layout.places[layer]
         slots = (place.block_size, place.num_kv_heads) if self.kv_layout == "NHD" else (place.num_kv_heads, place.block_size)
@@ -195,6 +204,9 @@ class PagedKVStorage:
 def _num_blocks(num_blocks: int | None, budget_bytes: int | None, block_bytes: int) -> int:
     if (num_blocks is None) == (budget_bytes is None):
         raise ConfigError(f"num_blocks is {num_blocks}, budget_bytes {budget_bytes}: needs one of them")
+    for name, number in (("num_blocks", num_blocks), ("budget_bytes", budget_bytes)):
+        if number is not None and not isinstance(number, Integral):
+            raise ConfigError(f"{name} is {number!r}: needs a whole number")
     if budget_bytes is not None:
         num_blocks = budget_bytes // block_bytes
         if num_blocks < 2:

@@ -6,6 +6,7 @@ take any block, and a block's bytes are those of one layer times the layers of t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from pagedkv.errors import ConfigError
 from pagedkv.kv_spec import LayerGroup
@@ -88,8 +89,8 @@ def plan_storage(layers: Sequence[LayerGroup], *, block_size: int = 16, share_wi
     Raises:
         ConfigError: If a layer keeps something else than a key and a value of one size per token and head.
     """
-    if not layers or block_size < 1:
-        raise ConfigError(f"{len(layers)} layers, blocks of {block_size} tokens: needs 1 or more of each")
+    if not layers or not isinstance(block_size, Integral) or block_size < 1:
+        raise ConfigError(f"{len(layers)} layers, blocks of {block_size!r} tokens: needs 1 or more of each, whole numbers")
     for i, layer in enumerate(layers):
         fits = layer.kind in ("full", "sliding_window") and layer.key_dim == layer.value_dim and layer.compression == 1
         if not fits or layer.num_layers != 1:

@@ -103,6 +103,12 @@ def test_copies_are_made_in_order() -> None:
         two.apply_copies(copies)
 
 
+@pytest.mark.parametrize("block_size", [0, 2.5, "16"])
+def test_blocks_hold_whole_tokens(block_size: object) -> None:
+    with pytest.raises(ConfigError, match="needs 1 or more of each, whole numbers"):
+        plan_storage([FULL], block_size=block_size)
+
+
 def test_a_budget_is_kept() -> None:
     layout = plan_storage([FULL] * 3, block_size=16)
     for budget in (99_999, 49_152, 24_576):
@@ -117,6 +123,9 @@ def test_a_budget_is_kept() -> None:
         ({"budget_bytes": -5}, "needs 24576"),
         ({"num_blocks": 1}, "needs 2 or more"),
         ({}, "needs one of them"),
+        ({"num_blocks": 9.0}, "num_blocks is 9.0: needs a whole number"),
+        ({"budget_bytes": "1GiB"}, "budget_bytes is '1GiB': needs a whole number"),
+        ({"budget_bytes": 10**15}, "bytes, which cpu does not give: take fewer"),
         ({"num_blocks": 4, "budget_bytes": 99_999}, "needs one of them"),
         ({"num_blocks": 4, "dtype": "int4"}, "float32"),
         ({"num_blocks": 4, "dtype": "float64"}, "bfloat16"),
