@@ -8,10 +8,8 @@ from pagedkv.errors import ConfigError
 from pagedkv.kernels.simd import LANES
 from pagedkv.kv_spec import LayerGroup
 
-_WORKS = (
-    "pagedkv serves decoder-only models with full and sliding-window attention, such as Llama, Qwen3, Gemma 3, gpt-oss, Mixtral"
-)
-
+WORKS = "pagedkv serves decoder-only models with full and sliding-window attention, such as Llama, Qwen3, Gemma 3, gpt-oss, Mixtral"
+"""What to say to whoever has another."""
 
 LINEAR = "linear_attention"
 """What transformers calls layers that have a state of fixed size instead of keys and values."""
@@ -81,5 +79,5 @@ def check_model(model: Any, *, with_states: bool = False) -> None:
         raise _refused(model.config, "computes attention in code of its own, which cannot be replaced")
 
 
-def _refused(config: Any, problem: str, works: str = _WORKS) -> ConfigError:
+def _refused(config: Any, problem: str, works: str = WORKS) -> ConfigError:
     return ConfigError(f"{type(config).__name__}: {config.model_type} {problem}: {works}")

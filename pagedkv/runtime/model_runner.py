@@ -45,7 +45,7 @@ class StepCache(Cache):
         self._plan, self.spans = plan, spans
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
-                layer.num_columns = 0
+                layer.begin(0)
 
     def fork(self, row: int, child_row: int) -> None:
         """Copy the states of a row of the running batch to another row."""

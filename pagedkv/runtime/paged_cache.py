@@ -90,7 +90,7 @@ class PagedCache(Cache):
             num_blocks=self.storage.num_blocks,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len or room,
+            max_model_len=room if max_model_len is None else max_model_len,
             layer_groups=layers,
         )
         self.allocator: PagedAllocator | HybridAllocator = HybridAllocator(settings) if hybrid else PagedAllocator(settings)
@@ -128,6 +128,15 @@ class PagedCache(Cache):
             self.peak_blocks_held = max(self.peak_blocks_held, self.num_blocks_held)
         return plan
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See `PagedLayer.update`."""
+        if layer_idx >= len(self.layers):
+            raise ConfigError(
+                f"layer {layer_idx} of a model, in a cache made for {len(self.layers)} layers, by {type(self.config).__name__}: "
+                "make one by PagedCache of this very model"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def reset(self) -> None:
         """Give all blocks back."""
         self.sequences.close()
@@ -163,7 +172,7 @@ class PagedCache(Cache):
     def _set_columns(self) -> None:
         self._plan = None
         for layer in self.layers:
-            layer.num_columns = self.sequences.num_columns
+            layer.begin(self.sequences.num_columns)
 
     def _new_columns(self, first_column: int, columns: int, attention_mask: torch.Tensor | None) -> BoolArray:
         """Return which of the new columns hold tokens [batch, columns]."""
@@ -175,7 +184,6 @@ class PagedCache(Cache):
         mask: BoolArray = attention_mask.detach().cpu().numpy().astype(np.bool_)
         shape = batch, first_column + columns
         if mask.shape != shape or (mask[:, :first_column] != before).any():
-            raise ConfigError(
-                f"an attention mask of shape {mask.shape}: needs {shape}, and what it was in the first {first_column}"
-            )
+            beside = f", and what it was in the first {first_column}, which this cache holds: or reset() it for another batch"
+            raise ConfigError(f"an attention mask of shape {mask.shape}: needs {shape}{beside if first_column else ''}")
         return mask[:, first_column:]

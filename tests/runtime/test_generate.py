@@ -3,6 +3,7 @@
 import re
 import sys
 
+import numpy as np
 import pytest
 
 from pagedkv.errors import ConfigError
@@ -11,9 +12,11 @@ torch = pytest.importorskip("torch", reason="the runtime needs torch")
 pytest.importorskip("pagedkv.runtime")
 transformers = pytest.importorskip("transformers", reason="the runtime's models are transformers'")
 
-from tiny_models import MODELS, WINDOW, Answer, build, distinct, generate, paged, poison, prompts, shuffle, ties
+from tiny_models import COMMON, MODELS, WINDOW, Answer, build, distinct, generate, paged, poison, prompts, shuffle, ties
 
-from pagedkv.runtime import PagedCache, use_paged_attention
+from pagedkv.runtime import LLMEngine, PagedCache, use_paged_attention
+from pagedkv.runtime.attention import padding_mask, paged_attention_forward
+from pagedkv.runtime.paged_layer import PagedLayer
 
 
 @pytest.mark.parametrize("block_size", [16, 5])
@@ -31,6 +34,50 @@ def test_greedy_tokens_are_those_of_the_contiguous_cache(name: str, block_size: 
     cache.allocator.check_integrity()
     cache.reset()
     assert cache.num_blocks_held == 0
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_window_may_be_known_to_the_mask_alone(padded: bool) -> None:
+    """Phimoe does not name its window to the attention function."""
+    config = transformers.PhimoeConfig(**COMMON, sliding_window=WINDOW, num_local_experts=4, experts_implementation="eager")
+    torch.manual_seed(0)
+    model, inputs = transformers.PhimoeForCausalLM(config).eval(), prompts(6)
+    model.set_attn_implementation("eager")
+    if not padded:
+        inputs = {"input_ids": inputs["input_ids"].clamp(min=2)}
+    expected = generate(model, inputs)
+    ties(expected, paged(model, inputs, PagedCache(model, num_blocks=100, block_size=4)))
+    engine = LLMEngine(model, num_blocks=100, block_size=4)
+    ids, real = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    texts = engine.generate([row[there > 0].tolist() for row, there in zip(ids, real, strict=True)], max_tokens=24)
+    assert [text.tokens for text in texts] == expected.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+def test_rows_with_padding_anywhere_are_what_they_are_alone(name: str) -> None:
+    """A window counts tokens; that of transformers' own caches counts the padding inside it too."""
+    model, ids = build(name), torch.from_numpy(np.random.default_rng(5).integers(2, 97, (4, 40)))
+    real = torch.from_numpy(np.random.default_rng(6).random((4, 40)) < 0.5).long()
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        alone = [model(ids[row, real[row] > 0][None]).logits[0] for row in range(4)]
+        use_paged_attention(model)
+        cache = PagedCache(model, num_blocks=100, block_size=3)
+        poison(cache)
+        for first, last in ((0, 23), (23, 24), (24, 40)):
+            new = {"input_ids": ids[:, first:last], "position_ids": positions[:, first:last], "attention_mask": real[:, :last]}
+            logits = model(**new, past_key_values=cache).logits
+            for row, expected in enumerate(alone):
+                there = real[row, first:last] > 0
+                before = int(real[row, :first].sum())
+                given = logits[row, there]
+                torch.testing.assert_close(given, expected[before : before + len(given)], rtol=1e-3, atol=2e-3)
+
+
+def test_torch_compile_leaves_alone_what_gives_blocks() -> None:
+    """To compile even one small model takes longer than all tests here together: so this looks for the marks."""
+    for function in (paged_attention_forward, padding_mask, PagedLayer.update):
+        assert getattr(function, "_torchdynamo_disable", False)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])

@@ -64,8 +64,9 @@ def test_misuse_says_what_works() -> None:
     use_paged_attention(model)
     with pytest.raises(ConfigError, match="PagedCache"):
         call(model, None)
-    with pytest.raises(ConfigError, match="no_grad"):
-        model(**prompts(2, longest=6), past_key_values=cache)
+    for given in (cache, None):  # gradient checkpointing takes the cache away
+        with pytest.raises(ConfigError, match="no_grad"):
+            model(**prompts(2, longest=6), past_key_values=given)
     with pytest.raises(ConfigError, match="attention mask"):
         call(model, cache, attention_mask=torch.ones(2, 2, 6, 6))
     with pytest.raises(ConfigError, match="attention mask"):
@@ -76,6 +77,8 @@ def test_misuse_says_what_works() -> None:
         call(model, cache, **prompts(3, longest=12))
     with pytest.raises(ConfigError, match="what it was in the first 6"):
         call(model, cache, attention_mask=torch.ones(2, 12))
+    with pytest.raises(ConfigError, match=r"reset\(\) it for another batch"):
+        call(model, cache)
     with pytest.raises(ConfigError, match="0 to -6"):
         cache.crop(-7)
     cache.reset()
@@ -111,10 +114,58 @@ def test_other_masks_and_settings_are_refused() -> None:
         PagedCache(model, num_blocks=20, allocator="radix")
     use_paged_attention(model)
     model.model.layers[0].self_attn.sliding_window = 5
-    with pytest.raises(ConfigError, match="window of 5 in layer 0, by the model's configuration 9"):
+    with pytest.raises(ConfigError, match="layer 0 attends to a window of 5, and its cache keeps a window of 9"):
         call(model, PagedCache(model, num_blocks=60))
     with pytest.raises(ConfigError, match="holds 0 blocks"):
         PagedCache(model, budget_bytes=100)
+    with pytest.raises(ConfigError, match="max-model-len is 0"):
+        PagedCache(model, num_blocks=20, max_model_len=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("DiffLlama", {}, "attends twice"),
+        ("JetMoe", {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, "changes keys after"),
+        ("MiMoV2Flash", {"n_routed_experts": 4, "v_head_dim": 32}, "values of 2 of 32; its cache was made for 2 heads of 16"),
+        ("Llama", {"sliding_window": 9}, "layer 0 attends to all tokens, and its cache keeps a window of 9"),
+    ],
+)
+def test_what_a_configuration_does_not_say_is_found_out_in_the_first_pass(name: str, options: dict[str, Any], message: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**COMMON | options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    use_paged_attention(model)
+    with pytest.raises(ConfigError, match=message):
+        call(model, PagedCache(model, num_blocks=40))
+
+
+@pytest.mark.parametrize(
+    ("made_for", "message"),
+    [
+        ("gemma3", "attends to all tokens, and its cache keeps a window of 9"),
+        ({"num_key_value_heads": 4}, "keys of 2 heads of 16 .* made for 4 heads of 16"),
+        ({"head_dim": 32}, "keys of 2 heads of 16 .* made for 2 heads of 32"),
+        ({"num_hidden_layers": 2}, "layer 2 of a model, in a cache made for 2 layers"),
+    ],
+)
+def test_the_cache_of_another_model_is_refused(made_for: str | dict[str, int], message: str) -> None:
+    model, config = build("llama"), transformers.LlamaConfig
+    other = build(made_for) if isinstance(made_for, str) else transformers.LlamaForCausalLM(config(**COMMON | made_for))
+    use_paged_attention(model)
+    use_paged_attention(other)
+    with pytest.raises(ConfigError, match=f"{message}.* of this very model"):
+        call(model, PagedCache(other, num_blocks=60))
+
+
+def test_a_layer_that_attends_past_the_cache_is_found_out_at_the_next_token() -> None:
+    model = build("llama")
+    use_paged_attention(model)
+    cache, new = PagedCache(model, num_blocks=20), torch.ones(1, 2, 3, 16)
+    cache.update(new, new, 0)
+    with pytest.raises(ConfigError, match="layer 0 attends in code of its own"):
+        cache.update(new, new, 0)
+    cache.reset()
+    call(model, cache)
 
 
 def test_a_sequence_may_be_all_padding() -> None:
