@@ -1,4 +1,4 @@
-"""Published rows: how a file is read, what a row becomes, what is refused, and what the committed constants say of all of them."""
+"""Published rows: how a file is read, what a row becomes, what is refused, and how one's own are scored."""
 
 import json
 import math
@@ -6,38 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from row_files import SPARK, csv_of
 
-from pagedkv.catalogue import load_hardware
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
-from pagedkv.sims.validation.benchmark_rows import COLUMNS, FURTHER, read_rows
-from pagedkv.sims.validation.checks import Section
+from pagedkv.sims.validation.benchmark_rows import COLUMNS, read_rows
 from pagedkv.sims.validation.points import Point, points_of
-from pagedkv.sims.validation.published import MEAN_BARS, Published, compare_rows, mean_error
-from pagedkv.sims.validation.published_section import section
-
-SPARK = load_hardware("dgx-spark")
-ROW = {
-    "source": "me",
-    "engine": "vLLM 0.33",
-    "model": "llama-3.1-8b",
-    "weight_dtype": "bf16",
-    "batch": "1",
-    "prompt_tokens": "2048",
-    "context_depth": "0",
-    "prefill_tok_s": "5000",
-    "decode_tok_s": "13",
-    "note": "tg128",
-    "verified": "yes",
-}
-
-
-def csv_of(folder: Path, *rows: dict[str, str], drop: str = "") -> Path:
-    columns = [column for column in COLUMNS if column != drop]
-    lines = [",".join(columns), *(",".join((ROW | row)[column] for column in columns) for row in rows)]
-    path = folder / "rows.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+from pagedkv.sims.validation.published import compare_rows, mean_error
 
 
 def points(folder: Path, **cells: str) -> list[Point]:
@@ -135,90 +110,6 @@ def test_an_impossible_rate_says_which_weights_it_assumes_and_which_would_do(tmp
     assert "it could be of weights in mxfp4+fp8, mxfp4-all" in reason
     assert "q8_0" not in reason  # vLLM reads no GGUF
     assert [each.point.subject.weight_format.name for each in published.residuals] == ["mxfp4-all"]
-
-
-def test_no_published_row_is_flagged_but_the_one_that_its_collector_doubts(shared_data: Path) -> None:
-    published = compare_rows(shared_data / "dgx_spark_benchmarks.csv", SPARK, leave_out=False)
-    assert not [each for each in published.not_compared if "impossible" in each.reason]
-    assert [each.row.line for each in published.not_compared if "verified=no" in each.reason] == [139, 139]
-
-
-@pytest.fixture(scope="module")
-def published(shared_data: Path) -> Published:
-    return compare_rows(shared_data / "dgx_spark_benchmarks.csv", SPARK, further=read_rows(FURTHER))
-
-
-def outcomes(shown: Section) -> dict[str, str]:
-    return {check.what: check.outcome for check in shown.checks}
-
-
-def test_llama_cpp_meets_its_bars(published: Published) -> None:
-    found = outcomes(section(published))
-    for kind, figures in (("decode", 157), ("prefill", 112)):
-        assert found[f"llama-cpp, {kind}: mean error of {figures} figures"] == "holds"
-        assert found[f"llama-cpp, {kind}: largest error without a stated reason"] == "holds"
-        assert found[f"llama-cpp, {kind}: mean error of models left out"] == "holds"
-    assert found["rows left out, with reasons"] == "holds"
-    assert found["left-out figures within their interval"] == "holds"
-
-
-def test_the_bars_that_are_missed_are_those_that_the_page_names(published: Published) -> None:
-    missed = {what for what, outcome in outcomes(section(published)).items() if outcome == "fails"}
-    assert missed == {
-        "sglang, prefill: mean error of 4 figures",
-        "sglang, prefill: mean error of models left out",
-        "sglang, decode: mean error of 5 figures",
-    }
-
-
-def test_where_a_bar_is_missed_the_page_says_what_the_best_constants_would_leave(published: Published) -> None:
-    assert set(published.least) == {("sglang", "prefill"), ("sglang", "decode")}
-    for (engine, kind), least in published.least.items():
-        assert MEAN_BARS[kind] < least <= mean_error(published.of(engine, kind)) * 1.02  # the search steps by 3 %
-
-
-def test_further_rows_are_the_other_halves_of_what_the_file_quotes(published: Published) -> None:
-    further = read_rows(FURTHER)
-    quoted = {row.model for row in published.rows if row.source in {each.source for each in further}}
-    assert quoted
-    assert not quoted & {row.model for row in further}
-    assert (
-        len({(row.source, row.model, row.weight_dtype, row.batch, row.prompt_tokens, row.context_depth) for row in further}) > 100
-    )
-    assert {row.verified for row in further} == {True}
-    left_out = [each for each in published.not_compared if each.row.file == FURTHER.name]
-    assert len(published.further) == sum((row.prefill_tok_s is not None) + (row.decode_tok_s is not None) for row in further) - 1
-    assert [each.reason.partition(":")[0] for each in left_out] == ["the first prompt of a run"]
-    assert all(each.left_out_tok_s is not None for each in published.further)
-
-
-def test_no_bar_counts_further_rows(published: Published) -> None:
-    assert not {residual.point.row.file for residual in published.residuals} & {FURTHER.name}
-    shown = [check for check in section(published).checks if "further" in check.what]
-    assert shown
-    assert {check.outcome for check in shown} == {"no bar"}
-
-
-def test_engines_with_few_rows_or_a_single_model_are_not_validated(published: Published) -> None:
-    doubts = {status.engine: status.doubts for status in published.engines}
-    assert doubts["llama-cpp"] == doubts["sglang"] == ""
-    assert doubts["vllm"] == "not validated: scored rows of a single model"
-    assert "1 row, too few" in doubts["tensorrt-llm"]
-    assert "2 rows, too few" in doubts["ollama"]
-
-
-def test_every_kind_of_model_is_among_the_rows(published: Published) -> None:
-    models = {residual.point.subject.model.name: residual.point.subject.model for residual in published.residuals}
-    kinds = {group.kind for model in models.values() for group in model.layer_groups}
-    assert {"full", "sliding_window", "mla", "state"} <= kinds
-    assert {bool(model.num_experts) for model in models.values()} == {True, False}
-
-
-def test_a_left_out_model_is_predicted_without_its_rows(published: Published) -> None:
-    own = published.of("llama-cpp", "decode")
-    assert all(residual.left_out_tok_s not in (None, residual.simulated_tok_s) for residual in own)
-    assert mean_error(own) < mean_error(own, left_out=True) < 0.25
-    assert all(residual.left_out_tok_s is None for residual in published.of("ollama", "decode"))
 
 
 def test_a_users_own_rows_are_scored_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
