@@ -3,8 +3,9 @@
 Rows of dense models say nothing of a mixture's experts. How many experts a batch touches is a property of models and texts, and
 that products with gathered experts are slower than others holds of every engine that was measured: what no row of a group
 identifies of these is taken from the nearest group whose rows do: the same engine's on the same machine, else that of an engine
-with the same kernels there, else that with rows of most models. An engine with the kernels of another takes from that, on the same
-machine, what else its rows tell. All other constants that no row identifies are the machine's figures, or the formula without them.
+with the same kernels there, else those on other machines, else that with rows of most models. An engine with the kernels of
+another takes from that, on the same machine, what else its rows tell. All other constants that no row identifies are the machine's
+figures, or the formula without them.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -66,9 +67,9 @@ def carried_constants(groups: Iterable[Mapping[str, Any]], machines: Collection[
     base = engine.partition("@")[0]
     alike = SAME_KERNELS.get(base, base)
 
-    def nearness(group: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    def nearness(group: Mapping[str, Any]) -> tuple[bool, bool, bool, int]:
         here, its = group["machine"] in machines, group["engine"].partition("@")[0]
-        return here and its == base, here and its == alike, group["num_models"]
+        return here and its == base, here and its == alike, its in (base, alike), group["num_models"]
 
     kept = {name for group in told if alike != base and nearness(group)[1] for name in group.get("fitted", ())}
     found: dict[str, Carried] = {}

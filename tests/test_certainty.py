@@ -83,28 +83,36 @@ def test_no_model_is_known_better_than_one_that_was_measured(own: float, spread:
     assert widths == sorted(widths)
 
 
-def test_a_mixture_under_an_engine_without_rows_of_one_is_doubted_and_takes_its_routing_from_rows_of_mixtures() -> None:
+def test_a_mixture_under_an_engine_without_rows_of_one_is_doubted_and_takes_its_routing_from_kernels_alike() -> None:
     groups = {each["engine"]: each for each in fitted_groups()}
     dense, mixture = (known(SPARK, "sglang", "fp8", load_model(name)) for name in ("qwen3-14b", "qwen3-30b-a3b"))
     assert dense.status == "validated"
     assert mixture.status == "not validated"
     assert "its rows have no mixture of experts" in mixture.why
     assert mixture.decode_spread >= 2 * dense.decode_spread
-    for name in CARRIED:
-        assert getattr(mixture.constants, name) == groups["llama-cpp"]["constants"][name] < 1
-        assert "as of llama-cpp on dgx-spark" in groups["sglang"]["assumed"][name]
+    assert groups["vllm"]["constants"]["routing_exponent"] > groups["llama-cpp"]["constants"]["routing_exponent"]
+    for name in groups["vllm"]["fitted"]:
+        if name in groups["sglang"]["assumed"]:
+            assert getattr(mixture.constants, name) == groups["vllm"]["constants"][name]
+            assert "as of vllm on dgx-spark" in groups["sglang"]["assumed"][name]
+    assert set(CARRIED) < set(groups["sglang"]["assumed"])
 
 
-@pytest.mark.parametrize(("hardware", "engine", "weights"), [("h100", "vllm", "fp8"), ("dgx-spark", "tensorrt-llm", "nvfp4")])
-def test_without_rows_a_mixture_takes_its_routing_from_the_engine_with_rows_of_most_models(
-    hardware: str, engine: str, weights: str
+@pytest.mark.parametrize(
+    ("hardware", "engine", "weights", "whose"),
+    [("h100", "vllm", "fp8", "vllm"), ("h100", "sglang", "fp8", "vllm"), ("dgx-spark", "tensorrt-llm", "nvfp4", "llama-cpp")],
+)
+def test_without_rows_a_mixture_takes_its_routing_from_its_kernels_elsewhere_or_from_rows_of_most_models(
+    hardware: str, engine: str, weights: str, whose: str
 ) -> None:
     machine = load_hardware(hardware)
     mixture, dense = (known(machine, engine, weights, load_model(name)) for name in ("qwen3-30b-a3b", "qwen3-8b"))
     groups = {each["engine"]: each for each in fitted_groups()}
-    assert mixture.constants.routing_exponent == groups["llama-cpp"]["constants"]["routing_exponent"]
-    assert "routing_exponent as of llama-cpp on dgx-spark" in mixture.why
+    assert mixture.constants.routing_exponent == groups[whose]["constants"]["routing_exponent"]
+    assert f"routing_exponent as of {whose} on dgx-spark" in mixture.why
     assert "routing_exponent" not in dense.why
+    unshared = {name for name in groups["vllm"]["fitted"] if name not in CARRIED}
+    assert all(f"{name} as of" not in mixture.why for name in unshared), "another machine's rates are not this one's"
 
 
 def test_rows_of_the_same_engine_on_the_machine_come_first() -> None:
@@ -112,7 +120,8 @@ def test_rows_of_the_same_engine_on_the_machine_come_first() -> None:
     told = carried_constants(groups, ("dgx-spark",), "vllm@0.19")
     assert {each.whose for each in told.values()} == {"vllm on dgx-spark"}
     elsewhere = carried_constants(groups, ("h100", ""), "vllm")
-    assert {each.whose for each in elsewhere.values()} == {"llama-cpp on dgx-spark"}
+    assert set(elsewhere) == set(CARRIED)
+    assert {each.whose for each in elsewhere.values()} == {"vllm on dgx-spark"}
 
 
 def test_every_constant_of_a_group_is_told_by_its_rows_or_has_an_origin() -> None:

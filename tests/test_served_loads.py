@@ -54,7 +54,7 @@ def test_arrivals_have_the_rate_and_the_burstiness(load: ServedLoad) -> None:
     [
         "qwen-3.6/qwen-3.6-27b/fp8/10-monday-peak",
         "qwen-3.5/qwen-3.5-9b/bf16/07-office-baseline",
-        "gemma-4/gemma-4-31b-it/bf16/08-sharegpt",
+        "qwen-3.5/qwen-3.5-9b/bf16/08-sharegpt",
     ],
 )
 def test_what_comes_out_is_near_and_within_its_interval(source: str) -> None:

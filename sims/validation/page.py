@@ -1,6 +1,6 @@
 """docs/validation.md: what stands between its marks is written from a validation; the rest of the page is by hand.
 
-`python -m pagedkv.sims.validation.page ../shared/data docs` rewrites the page, docs/validation/rows.md and the pictures.
+`python -m pagedkv.sims.validation.page ../shared/data docs` rewrites it, the pages of single rows and the pictures.
 """
 
 import sys
@@ -10,7 +10,12 @@ from pathlib import Path
 from pagedkv.sims.validation.checks import Section, Table
 from pagedkv.sims.validation.run import Validation, validate
 
-PAGE, ROWS_PAGE = "validation.md", "validation/rows.md"
+PAGE = "validation.md"
+DETAILS = {
+    "published_rows": ("validation/rows.md", "Every published row"),
+    "served_loads": ("validation/loads.md", "Every served load"),
+}
+"""By section: the page of its tables of single rows, and its heading."""
 _MARK = "<!-- simulate validate --sections {name} -->\n"
 _END = "<!-- end -->\n"
 
@@ -53,10 +58,10 @@ def markdown(section: Section) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def rows_page(section: Section) -> str:
-    """Return the page of every row."""
+def details_page(section: Section) -> str:
+    """Return the page of a section's tables of single rows."""
     written = "Written by `python -m pagedkv.sims.validation.page`; [validation.md](../validation.md) says what it means."
-    lines = ["# Every published row", "", written, ""]
+    lines = [f"# {DETAILS[section.name][1]}", "", written, ""]
     for table in section.tables:
         if table.detail:
             lines += [f"{table.title}:", "", *_table(table), ""]
@@ -78,8 +83,8 @@ def write(validation: Validation, docs: Path) -> None:
     for section in sections.values():
         for name, picture in section.pictures.items():
             (docs / "validation" / name).write_text(picture, encoding="utf-8")
-    if "published_rows" in sections:
-        (docs / ROWS_PAGE).write_text(rows_page(sections["published_rows"]), encoding="utf-8")
+    for name in DETAILS.keys() & sections.keys():
+        (docs / DETAILS[name][0]).write_text(details_page(sections[name]), encoding="utf-8")
 
 
 def main() -> None:

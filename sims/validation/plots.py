@@ -1,51 +1,56 @@
-"""Two pictures of a validation as SVG: published rates against simulated ones, and a real run's seconds."""
+"""Pictures of a validation as SVG: measured figures against simulated ones, and a real run's seconds."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from pagedkv.arrays import Float64Array
-from pagedkv.sims.validation.published import Published
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 420, 64, 44, 28, 150
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
-def rows_picture(published: Published) -> str:
-    """Return measured against simulated tokens/s, both on logarithmic axes, one colour per engine."""
-    engines = sorted({residual.point.engine for residual in published.residuals})
-    rates = [rate for r in published.residuals for rate in (r.point.measured_tok_s, r.simulated_tok_s)]
-    low, high = math.floor(math.log10(min(rates))), math.ceil(math.log10(max(rates)))
+def scatter_picture(
+    title: str, points: Mapping[str, Sequence[tuple[float, float, bool]]], *, axes: tuple[str, str], marks: tuple[str, str]
+) -> str:
+    """Return measured against simulated figures, both on logarithmic axes, one colour per entry of `points`.
 
-    def x(rate: float) -> float:
-        return _LEFT + (math.log10(rate) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+    Args:
+        title: What is shown.
+        points: By name: (measured, simulated, whether its mark is filled).
+        axes: What the horizontal and the vertical axis show, with units.
+        marks: What filled and hollow marks are.
+    """
+    figures = [figure for its in points.values() for measured, simulated, _ in its for figure in (measured, simulated)]
+    low, high = math.floor(math.log10(min(figures))), math.ceil(math.log10(max(figures)))
 
-    def y(rate: float) -> float:
-        return _HEIGHT - _BOTTOM - (math.log10(rate) - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
+    def x(figure: float) -> float:
+        return _LEFT + (math.log10(figure) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(figure: float) -> float:
+        return _HEIGHT - _BOTTOM - (math.log10(figure) - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
 
     def body() -> Iterator[str]:
         for power in range(low, high + 1):
-            rate = 10.0**power
-            yield _line(x(rate), y(10.0**low), x(rate), y(10.0**high), "#ddd")
-            yield _line(x(10.0**low), y(rate), x(10.0**high), y(rate), "#ddd")
-            yield _text(x(rate), _HEIGHT - _BOTTOM + 16, f"{rate:,.0f}", anchor="middle")
-            yield _text(_LEFT - 6, y(rate) + 4, f"{rate:,.0f}", anchor="end")
+            figure = 10.0**power
+            label = f"{figure:,.0f}" if power >= 0 else f"{figure:g}"
+            yield _line(x(figure), y(10.0**low), x(figure), y(10.0**high), "#ddd")
+            yield _line(x(10.0**low), y(figure), x(10.0**high), y(figure), "#ddd")
+            yield _text(x(figure), _HEIGHT - _BOTTOM + 16, label, anchor="middle")
+            yield _text(_LEFT - 6, y(figure) + 4, label, anchor="end")
         yield _line(x(10.0**low), y(10.0**low), x(10.0**high), y(10.0**high), "#888")
-        for i, engine in enumerate(engines):
-            for residual in published.residuals:
-                if residual.point.engine != engine:
-                    continue
-                at = f'cx="{x(residual.point.measured_tok_s):.1f}" cy="{y(residual.simulated_tok_s):.1f}"'
-                fill = _COLOURS[i] if residual.point.kind == "decode" else "none"
-                yield f'<circle {at} r="3" fill="{fill}" stroke="{_COLOURS[i]}"/>'
+        for i, (name, its) in enumerate(points.items()):
+            for measured, simulated, filled in its:
+                at = f'cx="{x(measured):.1f}" cy="{y(simulated):.1f}"'
+                yield f'<circle {at} r="3" fill="{_COLOURS[i] if filled else "none"}" stroke="{_COLOURS[i]}"/>'
             yield f'<circle cx="{_WIDTH - _RIGHT + 20}" cy="{_TOP + 20 * i}" r="4" fill="{_COLOURS[i]}"/>'
-            yield _text(_WIDTH - _RIGHT + 30, _TOP + 20 * i + 4, engine)
-        yield _text(_WIDTH - _RIGHT + 14, _TOP + 20 * len(engines) + 10, "filled: decode")
-        yield _text(_WIDTH - _RIGHT + 14, _TOP + 20 * len(engines) + 26, "hollow: prefill")
-        yield _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, "published, tokens/s", anchor="middle")
-        yield _text(_LEFT, _TOP - 10, "simulated, tokens/s")
+            yield _text(_WIDTH - _RIGHT + 30, _TOP + 20 * i + 4, name)
+        yield _text(_WIDTH - _RIGHT + 14, _TOP + 20 * len(points) + 10, f"filled: {marks[0]}")
+        yield _text(_WIDTH - _RIGHT + 14, _TOP + 20 * len(points) + 26, f"hollow: {marks[1]}")
+        yield _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, axes[0], anchor="middle")
+        yield _text(_LEFT, _TOP - 10, axes[1])
 
-    return _svg("Published and simulated tokens per second", body())
+    return _svg(title, body())
 
 
 def seconds_picture(lines: Mapping[str, Sequence[tuple[str, Float64Array]]], fitted_s: float) -> str:

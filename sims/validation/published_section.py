@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from pagedkv.sims.validation.benchmark_rows import BenchmarkRow
 from pagedkv.sims.validation.checks import Check, Section, Table, at_most, reported
-from pagedkv.sims.validation.plots import rows_picture
+from pagedkv.sims.validation.plots import scatter_picture
 from pagedkv.sims.validation.points import KINDS, Kind
 from pagedkv.sims.validation.published import (
     COVERAGE_BAR,
@@ -43,7 +43,7 @@ def section(published: Published) -> Section:
         source=f"{published.path.name}: {len(published.rows)} rows, {len(published.residuals)} figures compared",
         checks=tuple(checks),
         tables=tuple(_tables(published)),
-        pictures={"published-rows.svg": rows_picture(published)},
+        pictures={"published-rows.svg": _picture(published)},
         details={
             "engines": [
                 {
@@ -130,6 +130,23 @@ def _tables(published: Published) -> Iterator[Table]:
         header=("line", "engine", "model", "figure", "batch", "prompt", "depth", "measured", "simulated", "error", "left out", ""),
         rows=tuple(_by_row(published)),
         detail=True,
+    )
+
+
+def _picture(published: Published) -> str:
+    points = {
+        engine: [
+            (residual.point.measured_tok_s, residual.simulated_tok_s, residual.point.kind == "decode")
+            for residual in published.residuals
+            if residual.point.engine == engine
+        ]
+        for engine in sorted({residual.point.engine for residual in published.residuals})
+    }
+    return scatter_picture(
+        "Published and simulated tokens per second",
+        points,
+        axes=("published, tokens/s", "simulated, tokens/s"),
+        marks=("decode", "prefill"),
     )
 
 

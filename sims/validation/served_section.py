@@ -18,6 +18,7 @@ from pagedkv.sims.simulation import run
 from pagedkv.sims.step_constants import StepConstants
 from pagedkv.sims.step_time import RooflineStepTime
 from pagedkv.sims.validation.checks import Check, Section, Table, at_most, reported
+from pagedkv.sims.validation.plots import scatter_picture
 from pagedkv.sims.validation.row_models import RowModel, model_of
 from pagedkv.sims.validation.served_loads import FILE, ServedLoad, requests_of, served_loads
 from pagedkv.weight_format import WEIGHT_FORMATS
@@ -72,6 +73,7 @@ def section(hardware: HardwareSpec, loads: Sequence[ServedLoad] | None = None) -
         checks=tuple(_checks(random, real, compared)),
         notes=tuple(_notes(why_not)),
         tables=tuple(_tables(compared)),
+        pictures={"served-loads.svg": _picture(compared)},
         details={"loads": [_document(each) for each in compared], "not_compared": why_not},
     )
 
@@ -202,6 +204,21 @@ def _tables(compared: Sequence[Compared]) -> Iterator[Table]:
     )
 
 
+def _picture(compared: Sequence[Compared]) -> str:
+    """Return measured and simulated TPOT by kind of model."""
+    points: dict[str, list[tuple[float, float, bool]]] = {"dense": [], "with states": [], "mixture of experts": []}
+    for each in compared:
+        families = families_of(each.subject.model)
+        kind = "mixture of experts" if "experts" in families else "with states" if "states" in families else "dense"
+        points[kind].append((1e3 * each.load.tpot_s, 1e3 * each.tpot_s, each.load.input_len is not None))
+    return scatter_picture(
+        "Measured and simulated time per output token of loads served by vLLM",
+        points,
+        axes=("measured mean TPOT, ms", "simulated mean TPOT, ms"),
+        marks=("random prompts", "ShareGPT"),
+    )
+
+
 def _by_model(by_model: Mapping[tuple[str, str], Sequence[Compared]]) -> Iterator[tuple[str, ...]]:
     for (title, fmt), its in sorted(by_model.items()):
         errors = mean_errors(its)
@@ -214,8 +231,8 @@ def _by_model(by_model: Mapping[tuple[str, str], Sequence[Compared]]) -> Iterato
             f"{title}{mixture}",
             fmt,
             str(len(its)),
-            *(f"{errors[name]:.0%}" for name in ("tpot_s", "ttft_s", "e2e_s")),
-            *(f"{np.mean(values):+.0%}" if values else "–" for values in signed),
+            *(f"{errors[name]:.1%}" for name in ("tpot_s", "ttft_s", "e2e_s")),
+            *(f"{np.mean(values):+.1%}" if values else "–" for values in signed),
         )
 
 
@@ -225,9 +242,9 @@ def _by_load(compared: Sequence[Compared]) -> Iterator[tuple[str, ...]]:
         yield (
             load.source,
             f"{load.request_rate_per_s:g}" + (f", at most {load.max_concurrency}" if load.max_concurrency else ""),
-            *(f"{1e3 * load.tpot_s:,.0f}", f"{1e3 * each.tpot_s:,.0f}", f"{errors['tpot_s']:+.0%}"),
-            *(f"{load.ttft_s:,.2f}", f"{each.ttft_s:,.2f}", f"{errors['ttft_s']:+.0%}"),
-            *(f"{load.e2e_s:,.1f}", f"{each.e2e_s:,.1f}", f"{errors['e2e_s']:+.0%}"),
+            *(f"{1e3 * load.tpot_s:,.0f}", f"{1e3 * each.tpot_s:,.0f}", f"{errors['tpot_s']:+.1%}"),
+            *(f"{load.ttft_s:,.2f}", f"{each.ttft_s:,.2f}", f"{errors['ttft_s']:+.1%}"),
+            *(f"{load.e2e_s:,.1f}", f"{each.e2e_s:,.1f}", f"{errors['e2e_s']:+.1%}"),
         )
 
 

@@ -8,7 +8,7 @@ from page_texts import DOCS, same
 
 from pagedkv.sims.validation.benchmark_rows import FURTHER, read_rows
 from pagedkv.sims.validation.checks import Section
-from pagedkv.sims.validation.page import PAGE, ROWS_PAGE, between_marks, markdown, rows_page
+from pagedkv.sims.validation.page import DETAILS, PAGE, between_marks, details_page, markdown
 from pagedkv.sims.validation.published import MEAN_BARS, Published, compare_rows, mean_error
 from pagedkv.sims.validation.published_section import NAME
 from pagedkv.sims.validation.run import validate
@@ -47,11 +47,11 @@ def test_the_page_is_what_comes_out(shown: Section) -> None:
 
 
 def test_the_page_of_rows_is_what_comes_out(shown: Section) -> None:
-    same((DOCS / ROWS_PAGE).read_text(encoding="utf-8"), rows_page(shown))
+    same((DOCS / DETAILS[NAME][0]).read_text(encoding="utf-8"), details_page(shown))
 
 
 def test_every_figure_compared_has_a_line_on_the_page_of_rows() -> None:
-    lines = (DOCS / ROWS_PAGE).read_text(encoding="utf-8").splitlines()
+    lines = (DOCS / DETAILS[NAME][0]).read_text(encoding="utf-8").splitlines()
     assert sum(line.startswith("| ") for line in lines) > 290
 
 

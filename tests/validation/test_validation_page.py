@@ -15,7 +15,7 @@ from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.config_file import read_settings
 from pagedkv.sims.console_validate import show_sections
 from pagedkv.sims.validation.checks import Check, Section, at_most, within
-from pagedkv.sims.validation.page import PAGE, between_marks, markdown, rewritten
+from pagedkv.sims.validation.page import DETAILS, PAGE, between_marks, details_page, markdown, rewritten
 from pagedkv.sims.validation.run import SECTIONS, Validation, validate
 from pagedkv.sims.validation.studies import SOSP, WATERMARK
 
@@ -39,9 +39,11 @@ def test_the_page_is_what_comes_out(name: str, shared_data: Path) -> None:
     same(between_marks((DOCS / PAGE).read_text(encoding="utf-8"), name), markdown(found))
     for picture in found.pictures:
         assert (DOCS / "validation" / picture).is_file()
+    if name in DETAILS:
+        same((DOCS / DETAILS[name][0]).read_text(encoding="utf-8"), details_page(found))
 
 
-@pytest.mark.parametrize("name", ["vllm_log", "sosp23", "mooncake"])
+@pytest.mark.parametrize("name", ["served_loads", "vllm_log", "sosp23", "mooncake"])
 def test_studies_and_the_log_hold_their_bars(name: str, shared_data: Path) -> None:
     assert section(name, shared_data).holds
 
