@@ -2,17 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from row_files import SPARK, csv_of
 
 from pagedkv.errors import ConfigError
 from pagedkv.sims.cli import main
-from pagedkv.sims.validation.benchmark_rows import COLUMNS, read_rows
-from pagedkv.sims.validation.points import Point, points_of
+from pagedkv.sims.step_constants import catalogue_constants
+from pagedkv.sims.validation.benchmark_rows import COLUMNS, FURTHER, BenchmarkRow, read_rows
+from pagedkv.sims.validation.points import ASSUMED_OUTPUT, Point, points_of
 from pagedkv.sims.validation.published import compare_rows, mean_error
+from pagedkv.sims.validation.row_models import is_burst
+from pagedkv.sims.validation.work import Work, as_row
+from pagedkv.weight_format import WEIGHT_FORMATS
 
 
 def points(folder: Path, **cells: str) -> list[Point]:
@@ -119,9 +125,57 @@ def test_a_users_own_rows_are_scored_by_the_command(tmp_path: Path, capsys: pyte
     (rows,) = document["sections"]
     assert document["holds"]
     assert [residual["line"] for residual in rows["residuals"]] == [2, 2, 3]
-    assert all(residual["calibration"] == "not validated" for residual in rows["residuals"])
+    assert all(residual["calibration"] == "validated" for residual in rows["residuals"]), "by the rows that are shipped"
     assert all(abs(residual["error"]) < 0.5 for residual in rows["residuals"])
     assert all("not validated" in check["why"] for check in rows["checks"] if "mean error" in check["what"])
+
+
+def test_what_requests_sent_at_once_make_has_the_prompts_of_the_late_ones_in_it() -> None:
+    source = next(row.source for row in read_rows(FURTHER) if is_burst(row))
+    row = BenchmarkRow(
+        line=2,
+        source=source,
+        engine="vLLM 0.33",
+        model="llama-3.1-8b",
+        weight_dtype="bf16",
+        batch=8,
+        prompt_tokens=512,
+        context_depth=0,
+        prefill_tok_s=None,
+        decode_tok_s=100.0,
+        note="tg128",
+        verified=True,
+    )
+
+    def rate(row: BenchmarkRow) -> float:
+        (points, left_out) = points_of([row])
+        assert not left_out
+        constants = as_row(catalogue_constants(SPARK, WEIGHT_FORMATS["bf16"]))
+        return float(Work.of(points).rates(constants[np.newaxis])[0])
+
+    def both(**changes: int) -> tuple[float, float]:
+        return rate(replace(row, **changes)), rate(replace(row, source="somebody", **changes))
+
+    burst, steady = both(prompt_tokens=2048)
+    assert burst < 0.9 * steady, "2,048 tokens a step: seven of eight prompts are left when the first token comes"
+    burst, steady = both(prompt_tokens=512)
+    assert 0.9 * steady < burst < steady, "four of eight"
+    for changes in ({"batch": 4}, {"batch": 1}):
+        burst, steady = both(**changes)
+        assert burst == pytest.approx(steady), "none"
+
+
+def test_columns_that_a_file_may_have_are_read(tmp_path: Path) -> None:
+    lines = csv_of(tmp_path, {}, {}).read_text().splitlines()
+    (tmp_path / "rows.csv").write_text(
+        "\n".join([f"{lines[0]},output_tokens,kv_cache_dtype", f"{lines[1]},400,fp8", f"{lines[2]},,"]) + "\n"
+    )
+    said, unsaid = read_rows(tmp_path / "rows.csv")
+    assert (said.output_tokens, said.kv_cache_dtype, unsaid.output_tokens, unsaid.kv_cache_dtype) == (400, "fp8", None, "")
+    ours, usual = (next(p for p in points_of([row])[0] if p.kind == "decode") for row in (said, unsaid))
+    longer = int(ours.steps[0].batch["num_slots_needed"][0] - usual.steps[0].batch["num_slots_needed"][0])
+    assert longer == (400 - ASSUMED_OUTPUT) // 2
+    assert (ours.kv_cache_dtype, usual.kv_cache_dtype) == ("fp8", "auto")
 
 
 def test_a_missed_bar_is_exit_status_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
