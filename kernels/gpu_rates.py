@@ -10,7 +10,7 @@ except ImportError as absent:
 
 from pagedkv.kernels.bench_backends import BACKENDS, OURS
 from pagedkv.kernels.bench_problem import LARGE, Problem, Shape
-from pagedkv.kernels.bench_timing import measure_bandwidth, time_s
+from pagedkv.kernels.bench_timing import measure_bandwidth, time_s, wake
 
 _REPEATS = 3
 """Samples behind each value: their median."""
@@ -42,6 +42,7 @@ def measure_gpu(
     a, b = (torch.randn(size, size, device=where, dtype=torch.bfloat16) for _ in range(2))
     problem = Problem(shape, where, cache_bytes=num_bytes // 2, seed=0)
     decode = BACKENDS[OURS[device]](problem)
+    wake(where)
     read, copy, kv_read, product = [], [], [], []
     for _ in range(rounds):
         moved = measure_bandwidth(where, num_bytes=num_bytes, repeats=_REPEATS)
