@@ -4,6 +4,7 @@ Tensors that have no data ("meta") stand for those on a GPU: whatever would fetc
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from pagedkv.kernels import cache_ops, dispatch  # noqa: E402
 from pagedkv.kernels.adapters import BatchDecodeWithPagedKVCacheWrapper, flash_attn_with_kvcache  # noqa: E402
+from pagedkv.kernels.contract import KernelError  # noqa: E402
 from pagedkv.kernels.merge import cascade_attention  # noqa: E402
 from pagedkv.kernels.triton_cache import write_slots  # noqa: E402
 from pagedkv.kernels.triton_decode import decode  # noqa: E402
@@ -115,6 +117,39 @@ def gpu(launches: list[tuple[str, Any, Any]], monkeypatch: pytest.MonkeyPatch) -
 def test_a_decode_step_waits_for_nothing(gpu: list[tuple[str, Any, Any]]) -> None:
     dispatch.paged_attention(**step(4, 9), return_lse=True, sinks=torch.empty(32), window_size=(2**40, -1), num_splits=2)
     assert [name for name, _, _ in gpu] == ["decode_kernel", "merge_kernel"]
+
+
+def test_a_kernel_is_launched_on_the_gpu_of_its_queries(gpu: list[tuple[str, Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    at: list[tuple[Any, int]] = []
+
+    @contextmanager
+    def device_of(array: Any) -> Iterator[None]:
+        before = len(gpu)
+        yield
+        at.append((array, len(gpu) - before))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    arrays = step(4, 9)
+    dispatch.paged_attention(**arrays, num_splits=2)
+    assert [(array is arrays["q"], launched) for array, launched in at] == [(True, 2)]
+    new = torch.empty(3, 8, 128, dtype=torch.bfloat16)
+    cache_ops.reshape_and_cache(new, new, arrays["k_cache"], arrays["v_cache"], torch.empty(3, dtype=torch.int64))
+    assert at[1][1] == 1
+
+
+def test_what_lies_elsewhere_is_refused(gpu: list[tuple[str, Any, Any]]) -> None:
+    for name in ("block_table", "cache_seqlens", "k_cache"):
+        arrays = step(4, 9)
+        arrays[name] = torch.zeros(arrays[name].shape, dtype=arrays[name].dtype, device="cpu")
+        with pytest.raises(KernelError, match=f"{name} is on cpu, q is on meta"):
+            dispatch.paged_attention(**arrays)
+    assert not gpu
+
+
+def test_a_window_wider_than_32_bits_is_no_new_version(gpu: list[tuple[str, Any, Any]]) -> None:
+    for left in (5, 2**31 - 1, 2**40):
+        dispatch.paged_attention(**step(4, 9), window_size=(left, -1))
+    assert len({key for _, key, _ in gpu}) == 1
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 5])
