@@ -197,7 +197,13 @@ def bench_kernels(
 
     check_json(json)
     options = BenchOptions(dry_run=dry_run, quick=quick, time_limit_s=time_limit_s)
-    result = run_bench(options, keep=lambda so_far: write_json(so_far, json) if json not in (None, "-") else None)
+    file = None if json == "-" else json
+    try:
+        result = run_bench(options, keep=lambda so_far: write_json(so_far, file) if file is not None else None)
+    except KeyboardInterrupt:
+        if file is not None:
+            _exit(f"interrupted: {file} holds what was measured, if anything was", INTERRUPTED)
+        raise
     if json is None:
         print(render(result))  # noqa: T201
     elif json == "-":

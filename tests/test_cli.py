@@ -251,6 +251,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def run_bench(options: Any, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         result = {"dry_run": options.dry_run, "quick": options.quick, "rows": rows}
         keep(result)
+        if "interrupted" in rows[-1]:
+            raise KeyboardInterrupt
         return result
 
     stand_in: Any = SimpleNamespace(BenchOptions=SimpleNamespace, run_bench=run_bench)
@@ -268,7 +270,14 @@ def test_the_benchmark_is_shown_and_written(bench: list[dict[str, Any]], folder:
     assert document(stdout(capsys, "bench-kernels --dry-run --json -")) == {"dry_run": True, "quick": False, "rows": bench}
     assert stdout(capsys, "bench-kernels --quick --time-limit-s 60 --json x.json") == ""
     assert document((folder / "x.json").read_text()) == {"dry_run": False, "quick": True, "rows": bench}
-    bench.append({"correct": False})
+    bench.append({"interrupted": True})
+    for command, said in (("--json y.json", "y.json holds what was measured"), ("", "nothing was written")):
+        with pytest.raises(SystemExit) as exit:
+            main(["bench-kernels", *command.split()])
+        assert exit.value.code == 130
+        assert said in capsys.readouterr().err
+    assert len(document((folder / "y.json").read_text())["rows"]) == 3
+    bench[-1] = {"correct": False}
     with pytest.raises(SystemExit) as exit:
         main(["bench-kernels"])
     assert exit.value.code == 1

@@ -1,6 +1,7 @@
 """The readable kernel's numbers, in numba's CUDA simulator: test_cuda.py sets NUMBA_ENABLE_CUDASIM=1 before the import."""
 
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,14 +122,13 @@ def test_grids_fit_a_gpu_however_large_the_batch(monkeypatch: pytest.MonkeyPatch
 
 def test_kernels_run_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere nothing would order them after the work that made their inputs."""
-    torch = pytest.importorskip("torch")
     asked: list[Any] = []
 
     def current(device: Any) -> Any:
         asked.append(device)
         return SimpleNamespace(cuda_stream=77)
 
-    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(current_stream=current)))
     monkeypatch.setattr(cuda, "is_torch", lambda _: True)
     monkeypatch.setattr(cuda.cuda, "external_stream", lambda handle: f"stream {handle}", raising=False)
     assert cuda._stream(SimpleNamespace(is_cuda=True, device="cuda:1")) == "stream 77"
