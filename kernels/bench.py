@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def _rows(
     Raises:
         EndedEarlyError: If a backend has left the GPU unusable, or by `before_each`.
     """
-    patient = [name for name in options.backends if name in COMPILES_FOR_MINUTES]
+    patient = [name for name in options.backends if name in COMPILES_FOR_MINUTES and find_spec("flashinfer") is not None]
     for backends in ([name for name in options.backends if name not in patient], patient):
         for number, shape in enumerate(shapes if backends else ()):
             before_each()

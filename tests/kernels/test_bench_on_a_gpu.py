@@ -41,7 +41,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         workspaces.append(workspace)
         return BatchDecodeWithPagedKVCacheWrapper(workspace, kv_layout, backend="reference", **options)
 
-    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=wrapper))
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=wrapper, __spec__=object()))
     return workspaces
 
 
