@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
-from pagedkv.hybrid_layout import hybrid_layout
 from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.paged_steps import PagedStepAllocator
 from pagedkv.runtime.model_pair import ModelPair
@@ -41,32 +40,26 @@ def engine_memory(
             f"enable_prefix_caching with {models.runner.model.config.model_type}: blocks keep no state of linear attention, so "
             "nobody could go on from them; leave it out"
         )
-    num_blocks = models.storage.num_blocks
+    if max_model_len is not None and models.max_positions is not None and max_model_len > models.max_positions:
+        who = "the model takes" if models.drafter is None else "the model and its draft model take"
+        raise ConfigError(f"max_model_len is {max_model_len}: {who} {models.max_positions} tokens at most")
+    storage = models.storage
+    longest = models.max_positions or storage.num_blocks * max(storage.layout.block_sizes)
     settings = KVPoolSettings(
-        num_blocks=num_blocks,
+        num_blocks=storage.num_blocks,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
-        max_model_len=models.max_positions or (num_blocks - 1) * max(models.storage.layout.block_sizes),
+        max_model_len=longest if max_model_len is None else max_model_len,
         watermark=watermark,
         lookahead_slots=lookahead_slots,
         enable_prefix_caching=not models.has_states if enable_prefix_caching is None else enable_prefix_caching,
         layer_groups=models.layers if models.layers_apart else (),
         max_num_batched_tokens=max_num_batched_tokens,
     )
-    if max_model_len is not None and max_model_len > settings.max_model_len:
-        who = "the model takes" if models.drafter is None else "the model and its draft model take"
-        raise ConfigError(f"max_model_len is {max_model_len}: {who} {settings.max_model_len} tokens at most")
-    if max_model_len is None:  # the last token needs no slot, but drafts behind it do
-        room = _room(settings)
-        max_model_len = min(settings.max_model_len, room if lookahead_slots else room + 1)
-    settings = replace(settings, max_model_len=max_model_len)
-    return HybridStepAllocator(settings) if settings.layer_groups else PagedStepAllocator(settings)
-
-
-def _room(settings: KVPoolSettings) -> int:
-    """Return the longest request that all blocks hold together, in tokens that have a slot."""
-    usable = settings.num_blocks - 1
-    if not settings.layer_groups:
-        return usable * settings.block_size
-    most, longest = settings.max_num_batched_tokens, settings.max_model_len
-    return hybrid_layout(settings).most_tokens(usable, longest if most is None else most, longest)
+    memory = HybridStepAllocator if settings.layer_groups else PagedStepAllocator
+    allocator = memory(settings)
+    if max_model_len is not None:
+        return allocator
+    room = allocator.most_tokens(settings.num_blocks - 1)
+    room += not lookahead_slots  # the last token needs no slot, but drafts behind it do
+    return memory(replace(settings, max_model_len=min(longest, room)))

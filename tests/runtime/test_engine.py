@@ -216,7 +216,44 @@ def test_misuse_says_what_works() -> None:
     assert engine.step() == []
     assert len(engine.generate([[5] * 80], max_tokens=5)[0].tokens) == 5
     with pytest.raises(ConfigError, match="the model takes 512"):
-        tight(model, max_model_len=600)
+        tight(model, max_model_len=513)
+    assert tight(model, max_model_len=512).allocator.max_model_len == 512
+
+
+@pytest.mark.parametrize(("name", "one_table"), [("llama", True), ("gemma3", True), ("gemma3", False)])
+@pytest.mark.parametrize("limit", [512, 0])  # 0: none
+@pytest.mark.parametrize("most_tokens", [5, 40])
+def test_the_longest_text_is_what_the_pool_holds(name: str, limit: int, most_tokens: int, *, one_table: bool) -> None:
+    """Whoever asks for the longest text gets it, and for one token more is refused, whether or not the model has a limit."""
+    model = build(name)
+    model.config.max_position_embeddings = limit
+    sizes = {"num_blocks": 23, "block_size": 4, "max_num_batched_tokens": most_tokens}
+    engine = LLMEngine(model, disable_hybrid_kv_cache_manager=one_table, **sizes)
+    most = engine.allocator.max_model_len
+    assert engine.add_request([5] * (most - 3), max_tokens=4) is None
+    assert len(engine.generate([[5] * (most - 3)], max_tokens=3)[0].tokens) == 3
+    longer = LLMEngine(model, disable_hybrid_kv_cache_manager=one_table, max_model_len=500, **sizes)
+    assert longer.allocator.max_model_len == 500
+    assert longer.add_request([5] * (most - 3), max_tokens=4) is None
+    assert longer.add_request([5] * (most - 3), max_tokens=3) is not None
+
+
+def test_a_window_leaves_more_room_to_prompts_that_come_in_chunks() -> None:
+    model, most = build("gemma3"), []
+    for most_tokens in (40, 5):
+        most.append(LLMEngine(model, num_blocks=43, block_size=4, max_num_batched_tokens=most_tokens).allocator.max_model_len)
+    assert most[1] > most[0]
+
+
+def test_an_admission_leaves_the_watermark_free_while_something_runs() -> None:
+    model, running = build("llama"), {}
+    for watermark in (0.0, 0.5):
+        engine = LLMEngine(model, num_blocks=17, block_size=4, watermark=watermark, enable_prefix_caching=False)
+        for _ in range(2):
+            engine.add_request([5] * 20, max_tokens=8)
+        engine.step()
+        running[watermark] = engine.scheduler.num_running
+    assert running == {0.0: 2, 0.5: 1}
 
 
 @pytest.mark.parametrize(
