@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.block_hash import BlockHashChain
 from pagedkv.errors import ConfigError
+from pagedkv.free_queue import NULL_BLOCK
 from pagedkv.group_rules import GroupRule
 from pagedkv.hybrid_steps import HybridStepAllocator
 from pagedkv.kv_spec import LayerGroup
@@ -123,14 +124,14 @@ class Forking:
         keys = chain.keys if self.scheduler.caches_prefixes else None
         child = self.scheduler.fork(parent, keys=keys)
         self.chains[child] = chain
-        self.scheduler.check_integrity()
+        self.check()
         return child
 
     def take_over(self, request: int, parent: int) -> None:
         chain = self.replaced(parent)
         self.scheduler.take_over(request, parent, keys=chain.keys if self.scheduler.caches_prefixes else None)
         self.chains[request] = chain
-        self.scheduler.check_integrity()
+        self.check()
 
     def step(self, *, held: float = 0.0) -> None:
         """Do a step: copy, write, look at what everybody reads, draw new tokens."""
@@ -169,7 +170,21 @@ class Forking:
                 chain.extend([*tokens[before[request] :][: gained - 1].tolist(), int(self.rng.integers(5))])
                 if request not in scheduler.finished and scheduler.caches_prefixes and len(chain.keys) > old:
                     scheduler.add_keys(request, chain.keys[old:])
-        scheduler.check_integrity()
+        self.check()
+
+    def check(self) -> None:
+        """Hold what the memory says of itself against its tables, block by block."""
+        self.scheduler.check_integrity()
+        allocator, rows = self.allocator, np.arange(self.scheduler.settings.max_num_seqs, dtype=np.int32)
+        padded, held = allocator.padded_tables(rows), []
+        for group in range(len(self.rules)):
+            for row, table in zip(rows.tolist(), padded[group], strict=True):
+                blocks = allocator.block_table(row, group)
+                assert table.tolist() == [*blocks.tolist(), *[-1] * (table.size - blocks.size)]
+                held += blocks[blocks != NULL_BLOCK].tolist()
+        keyed = np.count_nonzero(allocator.pool.blocks["next_same"][allocator.pool.free_queue()])
+        assert allocator.shared_slots == (len(held) - len(set(held))) * allocator.unit_slots
+        assert allocator.cached_slots == keyed * allocator.unit_slots
 
     def finish(self) -> None:
         for _ in range(2000):
@@ -217,7 +232,7 @@ def test_each_request_reads_its_own_tokens(
             one.step(held=0.5)
         elif kind == "abort" and one.chains:
             one.scheduler.abort(number % one.scheduler.requests.size)
-            one.scheduler.check_integrity()
+            one.check()
     one.finish()
 
 
@@ -241,6 +256,17 @@ def test_all_but_the_last_of_those_who_share_a_tail_copy_it(*, caches: bool) -> 
     assert one.allocator.free_slots == one.allocator.usable_slots - (2 + 4) * BLOCK
     one.step()
     assert not one.allocator.copies.size
+    one.finish()
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_all_rows_may_copy_in_all_groups_at_once(model: str) -> None:
+    one = Forking.of(model=model, num_blocks=90)
+    parent = decode(one, 10)
+    for _ in range(5):
+        one.fork(parent)
+    one.step()
+    assert one.allocator.copies.shape == (5 * len(one.rules), 2)
     one.finish()
 
 
