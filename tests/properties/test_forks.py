@@ -260,9 +260,12 @@ def test_all_but_the_last_of_those_who_share_a_tail_copy_it(*, caches: bool) -> 
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_all_rows_may_copy_in_all_groups_at_once(model: str) -> None:
+@pytest.mark.parametrize("steps_before", [0, 8])
+def test_all_rows_may_copy_in_all_groups_at_once(model: str, steps_before: int) -> None:
     one = Forking.of(model=model, num_blocks=90)
     parent = decode(one, 10)
+    for _ in range(steps_before):  # windows leave blocks behind
+        one.step()
     for _ in range(5):
         one.fork(parent)
     one.step()
@@ -270,14 +273,39 @@ def test_all_rows_may_copy_in_all_groups_at_once(model: str) -> None:
     one.finish()
 
 
-def test_a_tail_that_a_held_step_has_filled_is_not_what_its_fork_will_write() -> None:
-    one = Forking.of()
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_who_takes_a_new_block_copies_nothing_whatever_lay_there_in_the_table(model: str) -> None:
+    one = Forking.of(caches=False, model=model)
+    one.scheduler.abort(decode(one, 19))  # leaves block numbers in the row
+    one.add([1] * (2 * BLOCK - 1), 20)
+    parent = decode(one, 2 * BLOCK + 2)
+    for _ in range(2):
+        one.fork(parent)
+    for _ in range(2 * BLOCK):
+        one.step()
+    one.finish()
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_who_takes_over_full_blocks_holds_no_more_than_these(model: str) -> None:
+    one = Forking.of(model=model)
+    parent = decode(one, 2 * BLOCK)
+    child = one.fork(parent)
+    held = one.allocator.free_slots
+    one.take_over(child, parent)
+    assert one.allocator.free_slots == held
+    one.finish()
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_a_tail_that_a_held_step_has_filled_is_not_what_its_fork_will_write(model: str) -> None:
+    one = Forking.of(model=model)
     parent = decode(one, BLOCK - 1)  # the next token fills the block, which is keyed with it
     one.step(held=1.0)
     while one.chains[(child := one.fork(parent))].token_ids[-1] == one.chains[parent].token_ids[-1]:
         one.scheduler.abort(child)
     one.step()
-    assert one.allocator.copies.shape == (1, 2)
+    assert one.allocator.copies.size
     one.finish()
 
 
@@ -363,6 +391,30 @@ def test_misuse_says_what_works_and_changes_nothing() -> None:
     one.scheduler.schedule()
     with pytest.raises(ConfigError, match="between steps"):
         one.scheduler.fork(parent, keys=keys)
+
+
+def test_who_lacks_the_last_token_of_its_prompt_cannot_be_forked() -> None:
+    one = Forking.of()
+    request = one.add(list(range(25)), 4)
+    assert request is not None
+    one.step()  # of 24 tokens
+    with pytest.raises(ConfigError, match="needs one that decodes"):
+        one.fork(request)
+    one.finish()
+
+
+def test_who_has_keys_and_who_is_known_by_its_number_do_not_take_each_other_over() -> None:
+    one = Forking.of()
+    known_by_keys = one.add([1] * BLOCK, 9)
+    known_by_number = one.scheduler.add(prompt_tokens=BLOCK, output_tokens=9)
+    assert known_by_keys is not None
+    assert known_by_number is not None
+    one.scheduler.schedule()
+    one.scheduler.complete()
+    one.chains[known_by_keys].extend([1])
+    for request, parent in ((known_by_keys, known_by_number), (known_by_number, known_by_keys)):
+        with pytest.raises(ConfigError, match="cannot go on from"):
+            one.scheduler.take_over(request, parent, keys=one.chains[known_by_keys].keys)
 
 
 @pytest.mark.parametrize("caches", [True, False])
