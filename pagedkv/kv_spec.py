@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -39,6 +40,7 @@ Source: llama.cpp, ggml-common.h: a block of 32 elements has a 16-bit scale (`_1
 """
 
 
+@cache
 def kv_element_pair_bytes(dtype_name: str) -> tuple[float, float]:
     """Return the bytes of one element of a key and of a value; `q8_0/q4_0` names them apart.
 
