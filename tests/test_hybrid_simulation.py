@@ -38,16 +38,16 @@ def occupied(scheduler: StepScheduler, decided: Step, final: dict[int | str, int
     """Slots with tokens, those that await some, and others, from what a memory map says of each slot; shared ones count once."""
     memory = memory_of(scheduler)
     bound = {int(entry["request"]): int(entry["num_slots_needed"]) for entry in decided.batch[: decided.num_entries]}
-    tokens, reserved, held = set[int](), set[int](), set[int]()
+    tokens, reserved, held = np.zeros((3, memory.num_slots), np.bool_)
     for request in memory.live_requests():
         computed = bound.get(int(request.request_id), request.num_computed_tokens)
         for group in range(memory.num_groups):
             slots = memory.slots_held(request, group)
-            own = slots[: final[request.request_id]]
-            held |= set(slots[slots != NO_SLOT].tolist())
-            tokens |= set(own[:computed][own[:computed] != NO_SLOT].tolist())
-            reserved |= set(own[computed:][own[computed:] != NO_SLOT].tolist())
-    return len(tokens), len(reserved), len(held) - len(tokens) - len(reserved)
+            end = final[request.request_id]
+            for kind, some in ((held, slots), (tokens, slots[: min(computed, end)]), (reserved, slots[computed:end])):
+                kind[some[some != NO_SLOT]] = True
+    num_tokens, num_reserved = int(tokens.sum()), int(reserved.sum())
+    return num_tokens, num_reserved, int(held.sum()) - num_tokens - num_reserved
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from pagedkv.sims.attainment import attained, terms
 from pagedkv.sims.bisection import largest
+from pagedkv.sims.capacity_answer import CapacityAnswer
 from pagedkv.sims.cli import main
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import ATTAIN, LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
@@ -34,6 +36,12 @@ FLAGS = (
     "--num-gpu-blocks-override 200 --max-model-len 1024 --duration 20s --warmup 4s"
 )
 SAME_LENGTH = changed(TINY, random_input_len=None, random_output_len=60, random_range_ratio=None, max_model_len=None)
+
+
+@cache
+def answer(config: SimulationConfig, allocator: str) -> CapacityAnswer:
+    """What `max_users` finds, found once."""
+    return max_users(config, allocator, attain=ATTAIN)
 
 
 # --- the search itself ----------------------------------------------------------------------------------------------
@@ -76,7 +84,7 @@ def test_what_passes_above_the_answer_is_reported() -> None:
 @pytest.mark.parametrize("allocator", ["paged", "contiguous-max", "contiguous-oracle"])
 def test_it_fits_by_the_verdict_and_one_more_does_not(allocator: str, goals: tuple[str, ...]) -> None:
     config = changed(TINY, goodput=goals)
-    found = max_users(config, allocator, attain=ATTAIN)
+    found = answer(config, allocator)
     assert found.value > 1
     assert found.interval == (found.value, found.value + 1)
     assert not found.anomalies
@@ -119,13 +127,13 @@ def test_the_verdict_judges_by_the_share_that_is_wanted(attain: float) -> None:
 
 
 def test_paging_serves_more() -> None:
-    paged, contiguous = (max_users(TINY, name, attain=ATTAIN).value for name in ("paged", "contiguous-max"))
+    paged, contiguous = (answer(TINY, name).value for name in ("paged", "contiguous-max"))
     assert paged > contiguous
 
 
 def test_what_the_allocators_of_the_configuration_are_does_not_matter() -> None:
     other = changed(TINY, allocator=("contiguous-pow2",))
-    assert max_users(other, "paged", attain=ATTAIN) == max_users(TINY, "paged", attain=ATTAIN)
+    assert max_users(other, "paged", attain=ATTAIN) == answer(TINY, "paged")
 
 
 def test_a_lower_share_lets_more_in() -> None:
@@ -135,13 +143,13 @@ def test_a_lower_share_lets_more_in() -> None:
 
 
 def test_preemption_sets_in_where_it_says() -> None:
-    found = max_users(TINY, "paged", attain=ATTAIN)
+    found = answer(TINY, "paged")
     assert found.preemption_from is not None
     for row in found.tried:
         assert row.num_preemptions is not None
         assert (row.num_preemptions > 0) <= (row.value >= found.preemption_from)
     assert probe(changed(TINY, users=found.preemption_from), "paged", attain=ATTAIN).figures["num_preemptions"] > 0
-    never = max_users(TINY, "contiguous-max", attain=ATTAIN)
+    never = answer(TINY, "contiguous-max")
     assert (never.preemption_from, never.preemption_tried) == (None, 512)
 
 
@@ -262,7 +270,7 @@ def answers(capsys: pytest.CaptureFixture[str], command: str) -> Any:
 def test_the_commands_answer_as_the_functions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = f"max-users {FLAGS} --goodput ttft:400 tpot:40"
     document = answers(capsys, command)
-    found = max_users(TINY, "paged", attain=ATTAIN)
+    found = answer(TINY, "paged")
     assert document["answers"] == json.loads(json.dumps([found.document()]))
     main(shlex.split(f"{command} --json {tmp_path}/x.json"))
     assert json.loads((tmp_path / "x.json").read_text()) == document
@@ -274,14 +282,14 @@ def test_the_commands_answer_as_the_functions(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("width", [36, 40, 50, 60, 80, 120])
 def test_every_number_of_users_that_was_tried_is_whole_on_a_narrow_terminal(width: int) -> None:
-    answer = max_users(TINY, "paged", attain=ATTAIN)
+    found = answer(TINY, "paged")
     file = io.StringIO()
-    show_max_users([answer], Console(file=file, width=width), attain=ATTAIN)
+    show_max_users([found], Console(file=file, width=width), attain=ATTAIN)
     shown = [line.split() for line in file.getvalue().splitlines() if re.match(r" *[0-9,]+ +(yes|no) ", line)]
-    assert [int(row[0].replace(",", "")) for row in shown] == [row.value for row in answer.tried]
-    assert [row[2] for row in shown] == [row.status for row in answer.tried]
+    assert [int(row[0].replace(",", "")) for row in shown] == [row.value for row in found.tried]
+    assert [row[2] for row in shown] == [row.status for row in found.tried]
     assert [row[-1] for row in shown] == [
-        "–" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s:,.0f}" for row in answer.tried
+        "–" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s:,.0f}" for row in found.tried
     ]
     assert "…" not in file.getvalue()
 

@@ -121,22 +121,22 @@ def by_slot(allocator: Any) -> tuple[list[set[int]], list[bool]]:
     return holders, filled
 
 
-def check(allocator: Any, now: MemorySnapshot) -> None:
-    holders, filled = by_slot(allocator)
+def check(allocator: Any, now: MemorySnapshot, holders: list[set[int]], filled: list[bool]) -> None:
     cached = set(allocator.cached_slots().tolist())
     size = now.unit_slots
-    for unit in range(len(now.states)):
+    tables = [set(np.concatenate(groups).tolist()) for groups in now.tables]
+    columns = (now.ref_counts, now.owners, now.tokens, now.unfilled, now.states)
+    for unit, (ref_count, owner, num_tokens, unfilled, state) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         slots = range(unit * size, min((unit + 1) * size, allocator.num_slots))
         who = set().union(*(holders[slot] for slot in slots))
         tokens = sum(filled[slot] for slot in slots)
-        assert now.ref_counts[unit] == len(who)
-        assert now.owners[unit] == min(who, default=NOBODY)
-        assert now.tokens[unit] == tokens
-        assert now.unfilled[unit] == sum(bool(holders[slot]) for slot in slots) - tokens
-        assert (now.states[unit] == HELD) == bool(who)
-        assert (now.states[unit] == CACHED) == (not who and not cached.isdisjoint(slots))
-        for i, groups in enumerate(now.tables):
-            assert (unit in np.concatenate(groups)) == (i in who)
+        assert ref_count == len(who)
+        assert owner == min(who, default=NOBODY)
+        assert num_tokens == tokens
+        assert unfilled == sum(bool(holders[slot]) for slot in slots) - tokens
+        assert (state == HELD) == bool(who)
+        assert (state == CACHED) == (not who and not cached.isdisjoint(slots))
+        assert who == {i for i, table in enumerate(tables) if unit in table}
     assert all(len(set(table.tolist())) == len(table) for groups in now.tables for table in groups)
     assert now.parts.usable == allocator.usable_slots
     assert min(now.parts.free, now.parts.unfilled, now.parts.tokens) >= 0
@@ -175,7 +175,8 @@ def test_every_allocator_is_mapped_slot_by_slot(name: str, pool: KVPoolSettings)
             else:
                 owner.free(one)
                 running.remove(one)
+        walked = by_slot(owner.allocator)
         for unit_slots in (None, 1, 3):
-            check(owner.allocator, snapshot(owner.allocator, unit_slots))
+            check(owner.allocator, snapshot(owner.allocator, unit_slots), *walked)
         held += len(running)
     assert held
