@@ -162,8 +162,9 @@ def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[An
 @cache
 def _package_digest() -> str:
     package, *checkout = (Path(folder) for folder in pagedkv.__path__)
+    folders = {package: package, **{root / part: root for root in checkout for part in ("sims", "kernels")}}
+    files = {file.relative_to(root).as_posix(): file for folder, root in folders.items() for file in folder.rglob("*.py")}
     digest = hashlib.sha256()
-    for folder in (package, *(root / part for root in checkout for part in ("sims", "kernels"))):
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(file.read_bytes())
+    for name in sorted(files):  # the same in a checkout and installed: what one has compiled may be copied to the other
+        digest.update(files[name].read_bytes())
     return digest.hexdigest()

@@ -91,6 +91,17 @@ def test_the_digest_is_the_same_in_a_checkout_named_like_the_package(tmp_path: P
     assert run(checkout, DIGEST) == before
 
 
+def test_an_installed_package_finds_what_a_checkout_has_compiled(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "pagedkv" / "caller.py").write_text(CALLER)
+    (checkout / "pagedkv" / "callee.py").write_text(CALLEE.format(21))
+    assert run(checkout, DOUBLED) == ["42", "0"]
+    installed = tmp_path / "installed" / "pagedkv"
+    shutil.copytree(checkout / "pagedkv", installed)
+    shutil.copytree(checkout / "sims", installed / "sims")
+    assert run(installed.parent, DIGEST) == run(checkout, DIGEST)
+    assert run(installed.parent, DOUBLED) == ["42", "1"]
+
+
 @lean_jit
 def _scaled(values: Any, factor: int) -> int:
     for i in range(values.size):
