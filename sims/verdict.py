@@ -1,6 +1,6 @@
 """What the figures mean: does the load fit, what binds first, and what to try next."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from pagedkv.sims.closed_loop import people
 from pagedkv.sims.command import command_line
 from pagedkv.sims.config import ATTAIN
 from pagedkv.sims.limits import Binding, limit_words, memory_limit, queue_blocker, step_limit
+from pagedkv.sims.load import OpenLoop, TraceReplay
 from pagedkv.sims.mean_waits import MeanWaits
 from pagedkv.sims.missed_goal import missed_goal
 from pagedkv.sims.next_command import next_settings
@@ -23,6 +24,8 @@ from pagedkv.sims.unmeasured import unmeasured
 Status = Literal["stable", "saturated", "rejecting", "failed", "unmeasured"]
 
 _FITTING = {"saturated": "within the goals, slower than alone", "failed": "within the goals, though some failed"}
+_HELD_BACK = 1.05
+"""A client that sends its last request so much later than it is due is held back by its limit, and not by how gaps were drawn."""
 NEARLY_FULL = 0.1
 """With less than this share of the KV pool or of the running batch free, it is the nearest limit."""
 
@@ -77,20 +80,12 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
     tolerated = status in ("stable", "saturated") or (status == "failed" and bool(scenario.replication.faults))  # those are misses
     served = status == "stable" if share is None else tolerated and not missed and not rising
     fits = served and figures["num_injected"] > 0
-    reasons = []
-    if figures["num_injected"] == 0:
-        reasons.append("no request arrived after the warm-up")
-    if status == "rejecting":
-        why_not = "are turned away" if scenario.model_serving is not None else "can never run here"
-        reasons.append(f"{figures['num_rejected']:,} of {figures['num_injected']:,} requests {why_not}")
-    if status == "failed":
-        how = "failed when a replica was down" if scenario.replication.faults else "were given up"
-        how += " when the KV cache was full" if given_up else ""
-        reasons.append(f"{figures['num_failed']:,} of {figures['num_injected']:,} requests {how}")
+    reasons = [*_troubles(scenario, figures, status, given_up=given_up)]
     if queueing:
         reasons.append(_waiting(scenario, runs, waiting_share) if closed else "more and more requests are there")
     if slow:
         reasons.append(f"{ideal_share:.0%} of the throughput that these users would get from an unloaded machine")
+    reasons += _held_back(scenario, runs)
     if share is not None:
         reasons.append(f"{share_words(share, attain)} of requests meet the goals")
     if why is not None:
@@ -124,6 +119,30 @@ def _waiting(scenario: Scenario, runs: list[Run], share: float) -> str:
     blocker = queue_blocker(runs)
     what = "" if blocker is None else f" for {limit_words(scenario, blocker)}"
     return f"requests wait{what} {share:.0%} of the time, which no goal looks at: add ttft"
+
+
+def _troubles(scenario: Scenario, figures: dict[str, Any], status: Status, *, given_up: bool) -> Iterator[str]:
+    """Yield what became of requests that were not served, if there are any; and that there are none at all."""
+    if figures["num_injected"] == 0:
+        yield "no request arrived after the warm-up"
+    if status == "rejecting":
+        why_not = "are turned away" if scenario.model_serving is not None else "can never run here"
+        yield f"{figures['num_rejected']:,} of {figures['num_injected']:,} requests {why_not}"
+    if status == "failed":
+        how = "failed when a replica was down" if scenario.replication.faults else "were given up"
+        how += " when the KV cache was full" if given_up else ""
+        yield f"{figures['num_failed']:,} of {figures['num_injected']:,} requests {how}"
+
+
+def _held_back(scenario: Scenario, runs: list[Run]) -> Iterator[str]:
+    """Yield how many requests a client sends that may have only so many under way, if that holds it back."""
+    load = scenario.load
+    if not isinstance(load, OpenLoop | TraceReplay) or load.max_concurrency is None or any(len(run.log) == 0 for run in runs):
+        return
+    sent, until_s = np.mean([(len(run.log), run.log.arrival_s.max()) for run in runs], axis=0).tolist()
+    due_s = sent / load.request_rate_per_s if isinstance(load, OpenLoop) else float(load.trace.arrival_s[round(sent) - 1])
+    if until_s > _HELD_BACK * due_s:
+        yield f"the client waits for answers, and sends {sent / until_s:.3g} requests/s"
 
 
 def _of_nothing(scenario: Scenario, runs: list[Run]) -> Verdict:

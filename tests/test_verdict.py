@@ -1,6 +1,7 @@
 """Each status and each limit is reached by a small run, and what the verdict proposes can be run."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -124,6 +125,19 @@ def test_one_user_alone_always_fits(seed: int, capsys: pytest.CaptureFixture[str
     """Nobody shares the machine: whatever lengths the user draws, they get all its throughput."""
     verdict = run(f"--users 1 --duration 100s --warmup 0 --allocator paged --seed {seed}", capsys)["verdict"]
     assert (verdict["status"], verdict["fits"]) == ("stable", True)
+
+
+@pytest.mark.parametrize(("limit", "held_back"), [("", False), ("--max-concurrency 200", False), ("--max-concurrency 2", True)])
+def test_a_client_that_its_limit_holds_back_says_how_much_it_sends(
+    limit: str, held_back: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = "--request-rate 10 --num-prompts 60 --random-input-len 200 --random-output-len 50 --hardware h100-80gb --allocator paged"
+    result = run(f"{load} {limit}", capsys)
+    found = re.search(r"the client waits for answers, and sends ([0-9.]+) requests/s", result["verdict"]["text"])
+    assert (found is not None) == held_back
+    assert result["running_max"] <= (2 if held_back else 60)
+    if found is not None:
+        assert 0.5 * result["request_throughput_per_s"] < float(found.group(1)) < 9
 
 
 def test_goals_decide_whether_a_stable_load_fits(capsys: pytest.CaptureFixture[str]) -> None:
