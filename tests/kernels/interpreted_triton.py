@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_checks import watch
 from numpy.random import default_rng
 
 from pagedkv.kernels.adapters import flash_attn_with_kvcache
@@ -19,6 +20,7 @@ from pagedkv.kernels.triton_prefill import prefill
 from pagedkv.kernels.triton_tile import INTERPRETED
 
 assert INTERPRETED
+watch()
 
 TOLERANCE = {
     torch.float32: {"atol": 2e-6, "rtol": 1e-5},
@@ -223,6 +225,10 @@ def test_each_token_is_written_to_its_slot_and_padding_nowhere(layout: str, dtyp
             want[slot // 4, :, slot % 4] = new[token]
     write_slots(new[:, 0], new[:, 1], pool[:, 0], pool[:, 1], slots)
     assert (pool == want).all()
+    k_cache, v_cache = torch.zeros(7, 4, 3, 24, dtype=dtype), pool[:, 1]
+    write_slots(new[:, 0], new[:, 1], k_cache, v_cache, slots)  # strides need not be the same
+    assert (k_cache.flatten(0, 1)[[27, 3, 4]] == new[[0, 2, 3], 0]).all()
+    assert (pool == want).all()
     write_slots(new[:0, 0], new[:0, 1], pool[:, 0], pool[:, 1], slots[:0])
     apart = torch.stack([new[:, 0], new[:, 1]], dim=-1)  # elements of a head do not lie side by side
     write_slots(apart[..., 1], apart[..., 0], pool[:, 1], pool[:, 0], slots)
@@ -251,7 +257,12 @@ def test_a_pool_of_interleaved_keys_and_values() -> None:
     cache = cached([21, 40], block_size=16, kv_heads=2, dim=32, dtype=torch.float32, layout="NHD")
     pool = torch.stack([cache["k_cache"], cache["v_cache"]], dim=1)
     q = torch.randn(2, 4, 32)
-    torch.testing.assert_close(decode(q, **{**cache, "k_cache": pool[:, 0], "v_cache": pool[:, 1]}), decode(q, **cache))
+    want = decode(q, **cache)
+    torch.testing.assert_close(decode(q, **{**cache, "k_cache": pool[:, 0], "v_cache": pool[:, 1]}), want)
+    torch.testing.assert_close(decode(q, **{**cache, "v_cache": pool[:, 1]}), want)  # strides need not be the same
+    chunk, starts = torch.randn(9, 4, 32), torch.tensor([0, 2, 9], dtype=torch.int32)
+    want = prefill(chunk, **cache, cu_seqlens_q=starts)
+    torch.testing.assert_close(prefill(chunk, **{**cache, "k_cache": pool[:, 0]}, cu_seqlens_q=starts), want)
 
 
 @st.composite

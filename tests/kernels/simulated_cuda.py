@@ -74,6 +74,15 @@ def test_pieces_are_merged(variant: str) -> None:
     check([9, 1, 0], **VARIANTS[variant], num_splits=3)
 
 
+def test_keys_and_values_may_have_other_strides() -> None:
+    rng = np.random.default_rng(0)
+    pool = rng.standard_normal((5, 2, 4, 2, 8)).astype(np.float32)
+    q, tables = rng.standard_normal((1, 4, 8)).astype(np.float32), (np.array([[3, 1, 4]], np.int32), np.array([11], np.int32))
+    want = decode(q, pool[:, 0].copy(), pool[:, 1].copy(), *tables, threads=16, num_splits=1)
+    np.testing.assert_array_equal(decode(q, pool[:, 0].copy(), pool[:, 1], *tables, threads=16, num_splits=1), want)
+    np.testing.assert_array_equal(decode(q, pool[:, 0], pool[:, 1].copy(), *tables, threads=16, num_splits=1), want)
+
+
 def test_several_tiles() -> None:
     check([150], heads=2, kv_heads=1, threads=32, num_splits=2)
 
