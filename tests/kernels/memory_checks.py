@@ -1,7 +1,7 @@
 """Triton's interpreter, watching memory: every address is in a tensor of the launch, and none is written twice.
 
-The interpreter runs one program after the other, so that what two of them write, a race on a GPU, ends right; and what lies behind a
-tensor is mostly memory too.
+The interpreter runs one program after the other, so that what two of them write, a race on a GPU, ends right; and what lies behind
+a tensor is mostly memory too.
 """
 
 from typing import Any
