@@ -248,9 +248,10 @@ def decode(one: Forking, prompt_tokens: int, output_tokens: int = 20) -> int:
 def test_all_but_the_last_of_those_who_share_a_tail_copy_it(*, caches: bool) -> None:
     one = Forking.of(caches=caches)
     parent = decode(one, 10)  # two blocks and a half
-    for _ in range(3):
-        one.fork(parent)
+    children = [one.fork(parent) for _ in range(3)]
     assert one.allocator.free_slots == one.allocator.usable_slots - 3 * BLOCK
+    for name in ("num_computed_tokens", "num_cached_tokens", "num_hit_tokens"):  # what it finds is what a cache would have given
+        assert one.scheduler.requests.arrays[name][children].tolist() == [10] * 3
     one.step()
     assert one.allocator.copies.shape == (3, 2)
     assert one.allocator.free_slots == one.allocator.usable_slots - (2 + 4) * BLOCK

@@ -339,3 +339,6 @@ def test_beams_that_never_fit_at_once_are_refused_with_what_would() -> None:
     with pytest.raises(ConfigError, match="room for 21 together in each of 4 beams"):
         engine.generate([[5] * 12], max_tokens=10, beams=beams)
     assert len(engine.generate([[5] * 12], max_tokens=9, beams=beams)[0].tokens) == 9
+    watched = tight(build("llama"), watermark=0.25)  # 5 blocks must be left free: 4 for each beam
+    assert watched.add_request([5] * 12, max_tokens=6, beams=beams) is None
+    assert len(watched.generate([[5] * 12], max_tokens=5, beams=beams)[0].tokens) == 5
