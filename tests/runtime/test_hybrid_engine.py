@@ -68,6 +68,24 @@ def test_greedy_tokens_are_those_of_the_contiguous_cache(name: str, most_tokens:
     engine.scheduler.check_integrity()
 
 
+def test_mamba_layers_beside_attention_are_layers_with_states() -> None:
+    more = {
+        "layer_types": ["mamba", "attention"],
+        "num_hidden_layers": 2,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 16,
+        "num_local_experts": 0,
+    }
+    torch.manual_seed(0)
+    model = transformers.GraniteMoeHybridForCausalLM(transformers.GraniteMoeHybridConfig(**COMMON | more)).eval()
+    model.set_attn_implementation("eager")
+    prompts = ragged_prompts(6)
+    expected = [alone(model, prompt, 6).tokens[0].tolist() for prompt in prompts]
+    given = tight(model, max_num_batched_tokens=7).generate(prompts, max_tokens=6)
+    assert [text.tokens for text in given] == expected
+    assert len({token for tokens in expected for token in tokens}) > 10
+
+
 def test_whoever_leaves_leaves_no_state_to_the_next_in_the_row() -> None:
     model, prompts = build("qwen3_next"), ragged_prompts(8)
     expected = [alone(model, prompt, 6).tokens[0].tolist() for prompt in prompts]
