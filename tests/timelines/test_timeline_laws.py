@@ -1,5 +1,6 @@
 """Laws of every timeline of a start, and of what is advised for it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from starts import phase, request
 
+from pagedkv.budget_advice import Suggestions
 from pagedkv.catalogue import hardware_names, model_names
 from pagedkv.errors import ConfigError
 from pagedkv.memory_request import MemoryRequest
@@ -39,6 +41,14 @@ OPTIONS = st.builds(
     host_tier_bytes=SIZES,
     guests=st.lists(GUESTS, max_size=2).map(tuple),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def refusals_without_proposals() -> Iterator[None]:
+    """What does not fit is passed over here: looking for what would takes longer than all else, and has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pagedkv.memory_plan.settings_that_fit", lambda request: Suggestions(fit=(), dangerous=None))
+        yield
 
 
 def told_or_none(asked: MemoryRequest, options: StartOptions) -> MemoryTimeline | None:
