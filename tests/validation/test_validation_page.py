@@ -90,7 +90,11 @@ def test_a_mistake_says_what_is_needed(words: str, complaint: str, tmp_path: Pat
     assert complaint in capsys.readouterr().err
 
 
-def test_the_command_prints_bars_and_json(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_bars_and_json(
+    shared_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = section("mooncake", shared_data)
+    monkeypatch.setattr("pagedkv.sims.validation.run.mooncake_section", lambda folder: found)
     words = ["validate", "--data", str(shared_data), "--sections", "mooncake"]
     main(words)
     shown = capsys.readouterr().out
