@@ -24,8 +24,6 @@ from pagedkv.sims.unmeasured import unmeasured
 Status = Literal["stable", "saturated", "rejecting", "failed", "unmeasured"]
 
 _FITTING = {"saturated": "within the goals, slower than alone", "failed": "within the goals, though some failed"}
-_HELD_BACK = 1.05
-"""A client that sends its last request so much later than it is due is held back by its limit, and not by how gaps were drawn."""
 NEARLY_FULL = 0.1
 """With less than this share of the KV pool or of the running batch free, it is the nearest limit."""
 
@@ -135,14 +133,19 @@ def _troubles(scenario: Scenario, figures: dict[str, Any], status: Status, *, gi
 
 
 def _held_back(scenario: Scenario, runs: list[Run]) -> Iterator[str]:
-    """Yield how many requests a client sends that may have only so many under way, if that holds it back."""
+    """Yield how many requests a client sends that may have only so many under way, if most of them are sent at that limit."""
     load = scenario.load
     if not isinstance(load, OpenLoop | TraceReplay) or load.max_concurrency is None or any(len(run.log) == 0 for run in runs):
         return
-    sent, until_s = np.mean([(len(run.log), run.log.arrival_s.max()) for run in runs], axis=0).tolist()
-    due_s = sent / load.request_rate_per_s if isinstance(load, OpenLoop) else float(load.trace.arrival_s[round(sent) - 1])
-    if until_s > _HELD_BACK * due_s:
-        yield f"the client waits for answers, and sends {sent / until_s:.3g} requests/s"
+    at_limit, per_s = [], []
+    for run in runs:
+        sent_s = run.log.arrival_s
+        ended_s = np.sort(np.nan_to_num(run.log.last_token_s, nan=np.inf))
+        under_way = np.arange(1, sent_s.size + 1) - np.searchsorted(ended_s, sent_s, side="right")
+        at_limit.append(np.mean(under_way >= load.max_concurrency))
+        per_s.append(sent_s.size / sent_s[-1])
+    if np.mean(at_limit) > 1 / 2:
+        yield f"the client waits for answers, and sends {np.mean(per_s):.3g} requests/s"
 
 
 def _of_nothing(scenario: Scenario, runs: list[Run]) -> Verdict:
