@@ -74,6 +74,8 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     for name, value in {
         "is_available": lambda: True,
         "get_device_properties": lambda _: PROPERTIES,
+        "get_device_name": lambda _: PROPERTIES.name,
+        "mem_get_info": lambda _: (1 << 29, PROPERTIES.total_memory),
         "synchronize": gpu.synchronize,
         "current_stream": lambda: gpu.stream,
         "set_stream": gpu.set_stream,

@@ -16,6 +16,8 @@ from fake_gpu import Gpu, fake_gpu  # noqa: E402  after the skip
 from pagedkv.kernels import bench, bench_backends, bench_timing  # noqa: E402
 from pagedkv.kernels.adapters import BatchDecodeWithPagedKVCacheWrapper  # noqa: E402
 from pagedkv.kernels.bench_problem import LARGE, QUICK_SHAPES, Shape, tiny  # noqa: E402
+from pagedkv.kernels.gpu_rates import measure_gpu  # noqa: E402
+from pagedkv.kernels.linear_rates import measure_rows  # noqa: E402
 
 SMALL = Shape(batch=3, context=40, num_q_heads=4, num_kv_heads=2, head_dim=64)
 OTHER = Shape(batch=2, context=40, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="fp8", ragged=True)
@@ -160,6 +162,15 @@ def test_results_that_are_not_numbers_or_go_wrong_later_are_wrong(gpu: Gpu, monk
     assert [(row["error"], row["correct"]) for row in result["rows"]] == [(None, False)] * 2
     assert "WRONG: error not finite" in bench.render(result)
     json.dumps(result, allow_nan=False)
+
+
+def test_rates_of_a_gpu_are_measured(gpu: Gpu) -> None:
+    found = measure_gpu(num_bytes=1 << 16, size=32, shape=SMALL, rounds=2)
+    assert (found.device, found.memory_bytes) == ("Fake GPU", 1 << 30)
+    assert [len(samples.values) for samples in (found.read, found.copy, found.kv_read, found.product)] == [2] * 4
+    rows = measure_rows("cuda", "bf16", rows=(1, 2, 40), num_bytes=1 << 14, size=32, rounds=2)
+    assert [len(samples.values) for samples in rows.flops] == [2] * 3
+    assert gpu.stream == "main"
 
 
 def test_the_faster_way_to_copy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
