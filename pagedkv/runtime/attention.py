@@ -87,7 +87,8 @@ def paged_attention_forward(
     if window != layer.window:
         raise ConfigError(
             f"layer {layer.index} attends to {_seen(window)}, and its cache keeps {_seen(layer.window)}: make the cache by "
-            "PagedCache of this very model, whose configuration says which layers have a window"
+            "PagedCache of this very model. If it is, the model does as its configuration does not say: set sliding_window or "
+            "layer_types there to what it does"
         )
     if attention_mask is not None and not attention_mask.numel():
         attention_mask = None
