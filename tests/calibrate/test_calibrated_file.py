@@ -103,12 +103,12 @@ def test_a_machine_of_ones_own_keeps_its_figures(tmp_path: Path) -> None:
     [
         (("weight_read_bytes_per_s = ", "weight_read_bytes_per_s = -"), r"weights\.fp8\.weight_read_bytes_per_s is -"),
         (("kv_read_bytes_per_s = ", "kv_raed_bytes_per_s = "), r"constants\.kv_read_bytes_per_s is missing"),
-        (("overlap = inf", 'overlap = "inf"'), r"constants\.overlap is 'inf': it must be a number"),
-        (("attention_flops = 86000000000000.0", "attention_flops = 0"), r"attention_flops is 0: it must be above 0"),
+        (("overlap = ", 'overlap = "inf"  # '), r"constants\.overlap is 'inf': it must be a number"),
+        (("attention_flops = ", "attention_flops = 0  # "), r"attention_flops is 0: it must be above 0"),
         (('engine = "vllm"', "engine = 3"), r"step_constants\[0\]\.engine is 3: it must be text"),
         (('date = "2026-11-29"\n', ""), r"step_constants\[0\]\.date is missing"),
         (
-            ("overlap = inf", "overlap = inf\ngravity = 1.0"),
+            ("overlap = ", "gravity = 1.0\noverlap = "),
             r"unknown constant 'mine\.toml\.step_constants\[0\]\.constants\.gravity'",
         ),
     ],

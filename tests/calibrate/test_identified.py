@@ -106,7 +106,7 @@ def test_batches_of_a_mixture_say_how_many_experts_they_touch(weights: str) -> N
     assert "routing_exponent" in fitted(found)
     assert found.speed is not None
     assert 0.5 < found.speed.found.constants.routing_exponent < 0.85
-    assert found.speed.found.at_the_peak == ()
+    assert set(found.speed.found.at_the_peak) <= {"weight_read_bytes_per_s"}  # 16 bits beside the experts would be read at 290 GB/s
     assert max(map(abs, found.speed.errors)) < 0.12
 
 

@@ -123,7 +123,7 @@ def test_the_screen_shows_rates_whole_and_reasons_once(shared_data: Path, capsys
     main(["calibrate", str(shared_data / "dgx_spark_benchmarks.csv"), "--engine", "vllm", "--quantization", "fp8"])
     shown = capsys.readouterr().out
     assert shown.startswith("Qwen3.6 27B in fp8 on NVIDIA DGX Spark")  # the model of the rows, not of --model
-    assert "decode, batch 10, context 2,112, Qwen3.8-27B (hybrid GDN, dense)" in shown
+    assert "decode, batch 10, context 2,048, Qwen3.8-27B (hybrid GDN, dense)" in shown
     assert shown.count("speculative decoding, whose acceptance was not published") == 1
     assert "…" not in shown
     found = study(serving=replace(SERVING, engine="vllm"), files=(shared_data / "dgx_spark_benchmarks.csv",))
