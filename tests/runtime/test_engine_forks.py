@@ -17,6 +17,7 @@ from tiny_models import TIE, build, draft_of
 from pagedkv.allocation import KVPoolSettings
 from pagedkv.errors import ConfigError
 from pagedkv.runtime import BeamParams
+from pagedkv.runtime.beam_search import BeamSearch
 from pagedkv.runtime.engine import LLMEngine
 from pagedkv.runtime.sampling import SamplingParams
 from pagedkv.scheduling.content import shared_segments
@@ -292,6 +293,15 @@ def test_beams_that_hold_room_for_each_other_are_untangled() -> None:
     assert [texts[number, 0] for number in plain] == greedy  # type: ignore[index]
     sys.stdout.write(f"untangled {len(untangled)} times\n")
     assert untangled
+
+
+def test_all_beams_go_on_though_most_of_the_best_continuations_end() -> None:
+    search = BeamSearch(params=BeamParams(width=2), ends=frozenset(range(5)), max_tokens=9)
+    logits = torch.full((1, 40), -50.0)
+    logits[0, [0, 5, 1, 2, 3, 6]] = -torch.arange(6.0)
+    assert search.advance(logits) == [0, 0]
+    assert search.texts == [[5], [6]]
+    assert [each.tokens for each in search.finished] == [[0]]
 
 
 def test_beams_share_blocks() -> None:
