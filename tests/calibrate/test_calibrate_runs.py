@@ -28,7 +28,7 @@ num_models = 2
 num_constants = 2
 [step_constants.constants]
 kv_read_bytes_per_s = 170e9
-attention_flops = 80e12
+attention_flops = 35e12
 step_overhead_s = 0.003
 layer_overhead_s = 0.0
 batched_layer_overhead_s = 0.0
@@ -36,7 +36,7 @@ sequence_overhead_s = 0.0003
 state_bytes_per_s = 190e9
 further_state_bytes_per_s = 190e9
 state_scan_bytes_per_s = inf
-overlap = inf
+overlap = 8.6
 routing_exponent = 1.0
 [step_constants.spread]
 decode = 0.2
