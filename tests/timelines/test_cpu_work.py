@@ -14,7 +14,8 @@ def deployed(engine: str, quantization: str, work: str | None) -> Deployment:
 
 
 @pytest.mark.parametrize(
-    ("engine", "quantization", "basis"), [("vllm", "bf16", "the catalogue"), ("llama-cpp", "q8_0", "llama-cpp on")]
+    ("engine", "quantization", "basis"),
+    [("vllm", "int8", "the catalogue"), ("vllm", "bf16", "vllm on"), ("llama-cpp", "q8_0", "llama-cpp on")],
 )
 def test_work_of_the_processor_slows_decoding_by_its_share(engine: str, quantization: str, basis: str) -> None:
     alone, beside = (deployed(engine, quantization, work) for work in (None, "58GB/s"))
