@@ -119,7 +119,7 @@ def test_a_slower_clock_slows_prefill_and_not_a_small_decode(hardware: str, shar
     before, after = (cost(one, new=2048, context=2048) for one in (usual, slow))
     assert before.compute_s > 0.9 * before.total_s
     assert after.compute_s == pytest.approx(before.compute_s / share, rel=0.02)
-    assert cost(slow, new=1, context=4000) == cost(usual, new=1, context=4000)
+    assert cost(slow, new=1, context=4000) == pytest.approx(cost(usual, new=1, context=4000), rel=1e-6)
     assert slow.budget == usual.budget
     assert f"{share:.0%} of its clock" in slow.hardware.title
 
@@ -160,8 +160,11 @@ def test_a_machine_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert fitted["kv_tokens"] == (mine["budget"]["num_blocks"] - 1) * mine["budget"]["block_size"]
     ours, sparks = load_hardware("mine.toml"), load_hardware("dgx-spark")
     ratio = ours.read_bandwidth_bytes_per_s / sparks.read_bandwidth_bytes_per_s
-    spark = document(SHORT, capsys)["results"][0]
-    assert spark["itl_s"]["p50"] / mine["results"][0]["itl_s"]["p50"] == pytest.approx(ratio, rel=0.1)
+    pauses_s = [
+        document(f"{SHORT} --quantization int8 --hardware {machine}", capsys)["results"][0]["itl_s"]["p50"]
+        for machine in ("mine.toml", "dgx-spark")  # weights of which no rows tell: both have their own figures
+    ]
+    assert pauses_s[1] / pauses_s[0] == pytest.approx(ratio, rel=0.1)
 
 
 CONFIGS = {

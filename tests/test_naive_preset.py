@@ -47,7 +47,8 @@ def test_one_request_at_a_time_up_to_the_length_that_the_model_allows() -> None:
 
 
 def test_kernels_are_launched_one_by_one() -> None:
-    naive, vllm = deploy(ServingConfig(engine="naive")), deploy(ServingConfig(enforce_eager=True))
+    naive = deploy(ServingConfig(engine="naive", quantization="int8"))
+    vllm = deploy(ServingConfig(enforce_eager=True, quantization="int8"))  # of which no rows tell
     assert naive.step_time.coefficients.model.step_overhead_s == vllm.step_time.coefficients.model.step_overhead_s
     assert naive.budget.cuda_graphs == 0
 
