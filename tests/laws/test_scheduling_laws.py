@@ -34,9 +34,9 @@ def busy(load: str, folder: Path) -> Scenario:
     """Each kind of load. Those that never end are cut off in the middle of their work."""
     match load:
         case "closed loop":
-            return scenario(LoadConfig(users=12, think_time="2s", lengths="azure-conv"), duration="40s")
+            return scenario(LoadConfig(users=12, think_time="2s", lengths="azure-conv"), duration="50s")
         case "open loop":
-            return scenario(LoadConfig(request_rate=1.5, burstiness=0.5, lengths="azure-conv"), duration="40s")
+            return scenario(LoadConfig(request_rate=1.5, burstiness=0.5, lengths="azure-conv"), duration="50s")
         case "open loop that ends":
             return scenario(LoadConfig(request_rate=1.5, num_prompts=60, **LENGTHS))
         case "idle at the end":
