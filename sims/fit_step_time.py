@@ -146,7 +146,7 @@ def _group(each: Fitted, spreads: Spreads, hardware: HardwareSpec, date: str) ->
     if any_weights:
         yield from toml_lines({name: getattr(base, name) for name in each.plan.by_format})
     for fmt in each.fit.formats:
-        its = each.fit.constants(prior, fmt)
+        its = _possible(each.fit.constants(prior, fmt), hardware)
         errors = {f"{kind}_error": _mean_error(each, kind, fmt) for kind in KINDS}
         yield f'[group.weights."{fmt}"]'
         counted = {
@@ -230,6 +230,12 @@ def log_group(folder: Path, spreads: Spreads, told: Sequence[Mapping[str, Any]],
     yield f'[group.weights."{fmt}"]'
     counted = {"num_models": 1, "num_figures": finished, "fitted": [name for name in moved if name in OF_WEIGHTS]}
     yield from toml_lines({name: getattr(constants, name) for name in by_format} | counted)
+
+
+def _possible(constants: StepConstants, hardware: HardwareSpec) -> StepConstants:
+    """Return constants that read weights no faster than the memory's datasheet says, whatever rows of one model would have."""
+    most = hardware.memory_bandwidth.value
+    return replace(constants, weight_read_bytes_per_s=min(constants.weight_read_bytes_per_s, most))
 
 
 def _models(points: Sequence[Point], fmt: str) -> set[str]:
