@@ -18,7 +18,7 @@ CONTENTS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("Project", ("README <readme>", "contributing")),
     ),
     "howto/index.md": (("", _HOWTO),),
-    "validation.md": (("", ("validation/rows",)),),
+    "validation.md": (("", ("validation/rows", "validation/loads")),),
     "notebooks/index.md": (("", tuple(map(notebook_pages.menu_entry, notebook_pages.notebooks()))),),
     "reference/cli/index.md": (("", (cli_pages.ITSELF, *sorted(cli_pages.commands()))),),
     "reference/api/index.md": (("", tuple(api_pages.PAGES)),),
