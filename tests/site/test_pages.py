@@ -167,7 +167,7 @@ def test_the_memory_map_shows_what_its_page_says() -> None:
     assert all(snapshot.unfilled.sum() > snapshot.states.size * 16 / 2 for snapshot in full), (
         "though more than half of the memory is empty"
     )
-    assert max(len(snapshot.requests) for snapshot in paged) == 13
+    assert max(len(snapshot.requests) for snapshot in paged) == 15
     assert any((snapshot.states == UnitState.CACHED).any() for snapshot in paged)
     assert not any((snapshot.states == UnitState.CACHED).any() for snapshot in contiguous)
     light, dark = map_figure.figures(panels)
