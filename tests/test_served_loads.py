@@ -19,7 +19,7 @@ def test_what_was_measured_is_possible() -> None:
     assert len({load.source for load in LOADS}) == len(LOADS) > 200
     for load in LOADS:
         assert 0 < load.ttft_s < load.e2e_s < load.duration_s
-        assert load.num_prompts / load.request_rate_per_s < 1.02 * load.duration_s or load.max_concurrency is None
+        assert load.num_prompts / load.request_rate_per_s < 1.02 * load.duration_s
         assert isinstance(model_of(load.model, load.weight_dtype, ENGINE), RowModel)
 
 
@@ -76,3 +76,8 @@ def test_what_cannot_be_compared_is_named() -> None:
     assert found.source.endswith("4 runs of vllm bench serve, 1 compared")
     assert found.details["not_compared"] == {load.source: why for why, load in changed.items()}
     assert all(any(why in note and load.source in note for note in found.notes) for why, load in changed.items())
+
+
+def test_where_nothing_is_compared_nothing_holds() -> None:
+    found = section(load_hardware("dgx-spark"), [replace(LOADS[0], num_failed=1)])
+    assert [check.outcome for check in found.checks] == ["fails"]

@@ -28,7 +28,7 @@ ASSUMED_PROMPT = 2048
 ASSUMED_OUTPUT = 128
 """Tokens that a decode figure averages over where the publisher does not say."""
 _CHUNK_TOKENS = {"llama-cpp": 512, "ollama": 512, "sglang": 8192}
-"""Most tokens of a step: llama.cpp's default --ubatch-size; other engines take 2,048 and more."""
+"""Most tokens of a step: llama.cpp's default --ubatch-size, and the --chunked-prefill-size that SGLang chooses for a Spark."""
 _USUAL_CHUNK_TOKENS = 2048
 
 

@@ -73,7 +73,7 @@ def section(hardware: HardwareSpec, loads: Sequence[ServedLoad] | None = None) -
         checks=tuple(_checks(random, real, compared)),
         notes=tuple(_notes(why_not)),
         tables=tuple(_tables(compared)),
-        pictures={"served-loads.svg": _picture(compared)},
+        pictures={"served-loads.svg": _picture(compared)} if compared else {},
         details={"loads": [_document(each) for each in compared], "not_compared": why_not},
     )
 
@@ -94,6 +94,7 @@ def simulated(load: ServedLoad, hardware: HardwareSpec, *, constants: StepConsta
     subject = model_of(load.model, load.weight_dtype, ENGINE)
     assert isinstance(subject, RowModel)
     scenario = _scenario(
+        hardware.name,
         load.model,
         load.weight_dtype,
         load.kv_cache_dtype,
@@ -132,7 +133,13 @@ def simulated(load: ServedLoad, hardware: HardwareSpec, *, constants: StepConsta
 
 @cache
 def _scenario(
-    model: str, weight_dtype: str, kv_cache_dtype: str, max_model_len: int, utilization: float, max_num_batched_tokens: int
+    hardware: str,
+    model: str,
+    weight_dtype: str,
+    kv_cache_dtype: str,
+    max_model_len: int,
+    utilization: float,
+    max_num_batched_tokens: int,
 ) -> Scenario:
     """Return a model as it was served, with nobody who asks.
 
@@ -141,7 +148,7 @@ def _scenario(
     subject = model_of(model, weight_dtype, ENGINE)
     assert isinstance(subject, RowModel)
     serving = ServingConfig(
-        hardware="dgx-spark",
+        hardware=hardware,
         model=subject.model.name,
         engine=ENGINE,
         quantization=next(name for name in WEIGHT_FORMATS if name == subject.weight_format.name.removesuffix("-marlin")),
@@ -171,7 +178,7 @@ def _checks(random: Sequence[Compared], real: Sequence[Compared], compared: Sequ
             yield at_most(f"{LABELS[name]}, mean error of {len(those)} loads of {what}", errors[name], bar)
         half = float(np.median([abs(each.errors["tpot_s"]) for each in those]))
         yield reported(f"TPOT, median error of the same {len(those)} loads", "", f"{half:.1%}", "half of them are nearer")
-    share = float(np.mean([each.covered for each in compared])) if compared else 1.0
+    share = sum(each.covered for each in compared) / max(len(compared), 1)  # of nothing compared nothing holds
     yield Check(
         what="loads whose TPOT lies in the interval that simulate states",
         measured="",
