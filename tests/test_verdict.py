@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pagedkv.allocation import Grant
 from pagedkv.allocators import ALLOCATORS
 from pagedkv.allocators.paged import PagedAllocator
 from pagedkv.kv_request import KVRequest
-from pagedkv.sims.attainment import share_words
 from pagedkv.sims.cli import main
 from pagedkv.sims.config import LoadConfig, MeasurementConfig, ServingConfig, SimulationConfig
 from pagedkv.sims.results import simulate
@@ -147,21 +144,6 @@ def test_goals_decide_whether_a_stable_load_fits(capsys: pytest.CaptureFixture[s
         assert (result["verdict"]["status"], result["verdict"]["fits"]) == ("stable", fits)
         assert words in result["verdict"]["text"]
         assert result["goodput_share"] == pytest.approx(float(fits), abs=0.05)
-
-
-def test_a_share_shows_on_which_side_of_the_wanted_one_it_is() -> None:
-    assert [share_words(share, 0.99) for share in (0.98, 0.9896, 0.98996, 0.99, 0.9904, None)] == [
-        *("98.0%", "98.96%", "98.996%", "99.0%", "99.0%", "–")
-    ]
-    assert share_words(1 / 3, None) == "33.3%"
-
-
-@given(share=st.floats(0, 1), attain=st.floats(0.01, 1))
-def test_no_share_below_the_wanted_one_reads_as_if_it_reached_it(share: float, attain: float) -> None:
-    text = share_words(share, attain)
-    assert float(text.removesuffix("%")) / 100 == pytest.approx(share, abs=0.00051)
-    if share < attain - 1e-8:
-        assert float(text.removesuffix("%")) / 100 < attain
 
 
 def test_what_fits_is_not_called_saturated_and_waiting_that_no_goal_sees_is_said(capsys: pytest.CaptureFixture[str]) -> None:
