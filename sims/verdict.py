@@ -88,7 +88,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         reasons.append(f"{share_words(share, attain)} of requests meet the goals")
     if why is not None:
         reasons.append(why.text)
-    fit, do_not_fit = ("fits", "does not fit") if scenario.load.title.startswith("1 user") else ("fit", "do not fit")
+    is_one = scenario.load.title.startswith(("1 user", "the 1 request"))
+    fit, do_not_fit = ("fits", "does not fit") if is_one else ("fit", "do not fit")
     text = f"{scenario.load.title} {fit if fits else do_not_fit}: {state_words(status, fits=fits)}"
     text += f" ({'; '.join(reasons)})" if reasons else ""
     text += f". {'Next limit' if fits else 'Limit'}: {limit_words(scenario, binding)}."
@@ -135,7 +136,9 @@ def _troubles(scenario: Scenario, figures: dict[str, Any], status: Status, *, gi
 def _held_back(scenario: Scenario, runs: list[Run]) -> Iterator[str]:
     """Yield how many requests a client sends that may have only so many under way, if most of them are sent at that limit."""
     load = scenario.load
-    if not isinstance(load, OpenLoop | TraceReplay) or load.max_concurrency is None or any(len(run.log) == 0 for run in runs):
+    if not isinstance(load, OpenLoop | TraceReplay) or load.max_concurrency is None:
+        return
+    if any(len(run.log) == 0 or np.ptp(run.log.arrival_s) == 0 for run in runs):  # all at once: at no rate
         return
     at_limit, per_s = [], []
     for run in runs:
@@ -143,7 +146,7 @@ def _held_back(scenario: Scenario, runs: list[Run]) -> Iterator[str]:
         ended_s = np.sort(np.nan_to_num(run.log.last_token_s, nan=np.inf))
         under_way = np.arange(1, sent_s.size + 1) - np.searchsorted(ended_s, sent_s, side="right")
         at_limit.append(np.mean(under_way >= load.max_concurrency))
-        per_s.append(sent_s.size / sent_s[-1])
+        per_s.append((sent_s.size - 1) / np.ptp(sent_s))
     if np.mean(at_limit) > 1 / 2:
         yield f"the client waits for answers, and sends {np.mean(per_s):.3g} requests/s"
 

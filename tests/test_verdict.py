@@ -146,6 +146,13 @@ def test_goals_decide_whether_a_stable_load_fits(capsys: pytest.CaptureFixture[s
         assert result["goodput_share"] == pytest.approx(float(fits), abs=0.05)
 
 
+def test_requests_that_are_all_sent_at_once_are_sent_at_no_rate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, limit in ((1, 1), (3, 3)):
+        (folder / "at_once.csv").write_text("arrival_s,input_tokens,output_tokens\n" + "0,400,10\n" * number)
+        result = run(f"--trace at_once.csv --max-concurrency {limit} --warmup 0s --allocator paged", capsys)
+        assert "requests/s" not in result["verdict"]["text"]
+
+
 def test_what_fits_is_not_called_saturated_and_waiting_that_no_goal_sees_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """Four slots: who has one gets tokens fast, and everybody else waits for one."""
     load = "--users 20 --think-time 1s --random-input-len 100 --random-output-len 50 --duration 60s --warmup 5s --engine llama-cpp"
