@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from pagedkv.scheduling.step import Blocker
 from pagedkv.sims.engine_flags import ENGINE_FLAGS
+from pagedkv.sims.load import OpenLoop, TraceReplay
 from pagedkv.sims.model_record import any_waits_s
 from pagedkv.sims.recording import BLOCKERS
 from pagedkv.sims.scenario import Scenario
@@ -55,3 +58,23 @@ def limit_words(scenario: Scenario, binding: Binding) -> str:
     """Return what a reader of this engine's settings calls `binding`."""
     slots = binding == "max_num_seqs" and scenario.deployment.engine.name in ENGINE_FLAGS["parallel"]
     return "server slots (--parallel)" if slots else LIMIT_NAMES[binding]
+
+
+def held_back_to(scenario: Scenario, runs: list[Run]) -> float | None:
+    """Return the requests per second that a client sends of which most wait for answers to others; None if most do not.
+
+    Such a client may have only so many under way (`max_concurrency`). Requests all sent at once are sent at no rate.
+    """
+    load = scenario.load
+    if not isinstance(load, OpenLoop | TraceReplay) or load.max_concurrency is None:
+        return None
+    if any(len(run.log) == 0 or np.ptp(run.log.arrival_s) == 0 for run in runs):
+        return None
+    at_limit, per_s = [], []
+    for run in runs:
+        sent_s = run.log.arrival_s
+        ended_s = np.sort(np.nan_to_num(run.log.last_token_s, nan=np.inf))
+        under_way = np.arange(1, sent_s.size + 1) - np.searchsorted(ended_s, sent_s, side="right")
+        at_limit.append(np.mean(under_way >= load.max_concurrency))
+        per_s.append((sent_s.size - 1) / np.ptp(sent_s))
+    return float(np.mean(per_s)) if np.mean(at_limit) > 1 / 2 else None

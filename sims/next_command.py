@@ -9,7 +9,7 @@ from pagedkv.sims.attainment import terms
 from pagedkv.sims.command import changed
 from pagedkv.sims.config import SimulationConfig
 from pagedkv.sims.deployment import Deployment
-from pagedkv.sims.limits import Binding
+from pagedkv.sims.limits import Binding, held_back_to
 from pagedkv.sims.load_flags import LARGEST
 from pagedkv.sims.missed_goal import MissedGoal
 from pagedkv.sims.records import Outcome
@@ -30,7 +30,7 @@ def next_settings(
 
     They are more load if this one fits, else the nearest remedy that would start, else less load. A remedy whose start would freeze
     the host, where the present one's does not, is none. Less load does not help prompts that miss a goal all by themselves: a
-    faster format does, or a goal that they can keep.
+    faster format does, or a goal that they can keep. Of a client that waits for answers the load is how many it waits for.
 
     Args:
         scenario: What ran.
@@ -65,10 +65,11 @@ def next_settings(
     elif load.workload is not None:
         remedies += [{"quantization": faster} for faster in _faster_formats(scenario)]
         remedies.append({"repeats": config.measurement.repeats + 4})
-    elif load.request_rate is not None:
-        remedies.append({"request_rate": min(load.request_rate * more, LARGEST["request_rate"])})
     else:
-        remedies.append({"trace_rate": min((load.trace_rate or 1.0) * more, LARGEST["trace_rate"])})
+        if load.max_concurrency is not None and held_back_to(scenario, runs) is not None:
+            remedies.append({"max_concurrency": min(max(1, round(load.max_concurrency * more)), LARGEST["max_concurrency"])})
+        name, rate = ("trace_rate", load.trace_rate or 1.0) if load.request_rate is None else ("request_rate", load.request_rate)
+        remedies.append({name: min(rate * more, LARGEST[name])})
     if fits:
         remedies.append({"repeats": config.measurement.repeats + 4})  # of the largest load that there is: how sure that is
     return next(remedy for remedy in remedies if _starts(config, remedy) or remedy is remedies[-1])

@@ -10,8 +10,7 @@ from pagedkv.sims.attainment import attained, share_words
 from pagedkv.sims.closed_loop import people
 from pagedkv.sims.command import command_line
 from pagedkv.sims.config import ATTAIN
-from pagedkv.sims.limits import Binding, limit_words, memory_limit, queue_blocker, step_limit
-from pagedkv.sims.load import OpenLoop, TraceReplay
+from pagedkv.sims.limits import Binding, held_back_to, limit_words, memory_limit, queue_blocker, step_limit
 from pagedkv.sims.mean_waits import MeanWaits
 from pagedkv.sims.missed_goal import missed_goal
 from pagedkv.sims.next_command import next_settings
@@ -83,7 +82,8 @@ def judge(scenario: Scenario, figures: dict[str, Any], runs: list[Run], *, attai
         reasons.append(_waiting(scenario, runs, waiting_share) if closed else "more and more requests are there")
     if slow:
         reasons.append(f"{ideal_share:.0%} of the throughput that these users would get from an unloaded machine")
-    reasons += _held_back(scenario, runs)
+    if (sent_per_s := held_back_to(scenario, runs)) is not None:
+        reasons.append(f"the client waits for answers, and sends {sent_per_s:.3g} requests/s")
     if share is not None:
         reasons.append(f"{share_words(share, attain)} of requests meet the goals")
     if why is not None:
@@ -131,24 +131,6 @@ def _troubles(scenario: Scenario, figures: dict[str, Any], status: Status, *, gi
         how = "failed when a replica was down" if scenario.replication.faults else "were given up"
         how += " when the KV cache was full" if given_up else ""
         yield f"{figures['num_failed']:,} of {figures['num_injected']:,} requests {how}"
-
-
-def _held_back(scenario: Scenario, runs: list[Run]) -> Iterator[str]:
-    """Yield how many requests a client sends that may have only so many under way, if most of them are sent at that limit."""
-    load = scenario.load
-    if not isinstance(load, OpenLoop | TraceReplay) or load.max_concurrency is None:
-        return
-    if any(len(run.log) == 0 or np.ptp(run.log.arrival_s) == 0 for run in runs):  # all at once: at no rate
-        return
-    at_limit, per_s = [], []
-    for run in runs:
-        sent_s = run.log.arrival_s
-        ended_s = np.sort(np.nan_to_num(run.log.last_token_s, nan=np.inf))
-        under_way = np.arange(1, sent_s.size + 1) - np.searchsorted(ended_s, sent_s, side="right")
-        at_limit.append(np.mean(under_way >= load.max_concurrency))
-        per_s.append((sent_s.size - 1) / np.ptp(sent_s))
-    if np.mean(at_limit) > 1 / 2:
-        yield f"the client waits for answers, and sends {np.mean(per_s):.3g} requests/s"
 
 
 def _of_nothing(scenario: Scenario, runs: list[Run]) -> Verdict:

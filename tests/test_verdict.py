@@ -133,6 +133,7 @@ def test_a_client_that_its_limit_holds_back_says_how_much_it_sends(
     found = re.search(r"the client waits for answers, and sends ([0-9.]+) requests/s", result["verdict"]["text"])
     assert (found is not None) == held_back
     assert result["running_max"] <= (2 if held_back else 60)
+    assert ("--max-concurrency 4" in result["verdict"]["next_command"]) == held_back, "a higher rate would change nothing"
     if found is not None:
         assert 0.5 * result["request_throughput_per_s"] < float(found.group(1)) < 9
 
